@@ -1,0 +1,240 @@
+"""The command line: parses, calls, prints. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dit_ds import __version__
+from dit_ds.errors import RunFailed, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 1 ran and failed, 2 the request was wrong."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        parser.error(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
+    if not hasattr(args, "run"):
+        args.group.print_help()
+        return 2
+    args.overrides = rest
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("dit_ds").setLevel(logging.INFO)
+    try:
+        return args.run(args)
+    except UserError as e:
+        return _fail(e, 2)
+    except RunFailed as e:
+        return _fail(e, 1)
+    except KeyboardInterrupt:
+        print("dit-ds: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    label = f"dit-ds (rank {rank})" if rank else "dit-ds"
+    print(f"{label}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any], lines: Callable[[], list[str]] | None = None) -> None:
+    """Print the result, on rank 0: one JSON object with --json, else lines for people."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for line in lines() if lines else [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]:
+            print(line)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def _data_sample(args: argparse.Namespace) -> int:
+    from dit_ds.data.sample_set import write_sample_set
+
+    _report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
+    return 0
+
+
+def _shard_counts(text: str) -> dict[str, int]:
+    counts = {}
+    for part in text.split(","):
+        split, _, number = part.partition("=")
+        if not split or not number.isdigit():
+            raise argparse.ArgumentTypeError(f"'{part}' does not read SPLIT=NUMBER, as in train=256,val=8")
+        counts[split] = int(number)
+    return counts
+
+
+def _totals(manifest_splits: dict[str, Any]) -> dict[str, Any]:
+    keys = ("images", "refs", "sentences")
+    return {
+        name: {k: s[k] for k in keys} | {"shards": len(s["shards"]), "dropped": s["dropped"]}
+        for name, s in manifest_splits.items()
+    }
+
+
+def _data_shard(args: argparse.Namespace) -> int:
+    from dit_ds.data.shards import shard_refer
+
+    manifest = shard_refer(
+        args.refer_root,
+        args.images,
+        args.dataset,
+        args.split_by,
+        args.out,
+        args.shards,
+        args.processes,
+        args.skip_bad,
+        args.overwrite,
+    )
+    _report(args, _totals(manifest["splits"]))
+    return 0
+
+
+def _data_verify(args: argparse.Namespace) -> int:
+    from dit_ds.data.shards import verify_shards
+
+    report = verify_shards(args.folder)
+    _report(args, report, lambda: [*report["errors"], "ok" if report["ok"] else f"{len(report['errors'])} errors"])
+    return 0 if report["ok"] else 1
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from dit_ds.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dit_ds.train import train
+
+    result = train(config, args.resume)
+    _report(args, result)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from dit_ds.predict import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        args.run_or_checkpoint,
+        args.split,
+        args.data_root,
+        args.batch_size,
+        args.workers,
+        args.shuffle_text,
+        args.threshold,
+        args.predictions,
+    )
+    _report(args, result)
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from dit_ds.predict import predict_image
+
+    _report(args, predict_image(args.checkpoint, args.image, args.text, args.out, args.threshold))
+    return 0
+
+
+def _sheet(args: argparse.Namespace) -> int:
+    from dit_ds.predict import contact_sheet
+
+    _report(args, contact_sheet(args.run_or_checkpoint, args.out, args.split, args.data_root, args.rows))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
+    parser.set_defaults(group=parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = parent.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        return sub
+
+    data = commands.add_parser("data", help="make, shard and check datasets")
+    data.set_defaults(group=data)
+    data_commands = data.add_subparsers(metavar="COMMAND")
+    p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
+    p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
+    p.add_argument("--images", type=int, default=2000, help="pictures to draw (default 2000)")
+    p.add_argument("--seed", type=int, default=0, help="another seed gives another set (default 0)")
+    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+
+    p = command(data_commands, "shard", _data_shard, "REFER files to WebDataset tars and a manifest; run again to go on")
+    p.add_argument("--refer-root", required=True, help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
+    p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
+    p.add_argument("--dataset", default="refcoco", help="refcoco, refcoco+, refcocog, ... (default refcoco)")
+    p.add_argument("--split-by", default="unc", help="unc, google, umd, ... (default unc)")
+    p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
+    p.add_argument("--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)")
+    p.add_argument("--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping")
+    p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
+    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+
+    p = command(data_commands, "verify", _data_verify, "check every shard's size, SHA-256 and members against the manifest")
+    p.add_argument("folder", help="as data_shards/refcoco/unc")
+
+    class TrainHelp(argparse.Action):
+        """Prints the configuration's keys too, which take a moment to load."""
+
+        def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+            from dit_ds.config import help_text
+
+            parser.print_help()
+            print("\n" + help_text())
+            parser.exit()
+
+    p = commands.add_parser("train", help="train; one process, or each rank under torchrun or srun", add_help=False,
+                            usage="dit-ds train --config C [--resume] [--json] [--section.key value ...]")  # fmt: skip
+    p.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="show every option and configuration key")
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml")
+    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, or start where there is none")
+    p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    p.set_defaults(run=_train, takes_overrides=True)
+
+    p = command(commands, "eval", _eval, "evaluate a run's best checkpoint, or a given one, on one split")
+    p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument("--split", default="val", help="val, testA, testB, test, ... (default val)")
+    p.add_argument("--data-root", help="where the shards are, if they moved since training")
+    p.add_argument("--batch-size", type=int, help="expressions at once on a rank (default: the run's)")
+    p.add_argument("--workers", type=int, help="loader processes a rank (default: the run's)")
+    p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
+    p.add_argument("--shuffle-text", action="store_true", help="control: give each image another image's expressions")
+    p.add_argument("--predictions", metavar="DIR", help="write each predicted mask as DIR/IMAGE_EXPRESSION.png")
+
+    p = command(commands, "predict", _predict, "segment what the words mean in one picture")
+    p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument("--image", required=True, help="the picture")
+    p.add_argument("--text", required=True, help="the words, as 'the left star'")
+    p.add_argument("--out", required=True, help="PNG to write: the picture beside the prediction")
+    p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
+
+    p = command(commands, "sheet", _sheet, "a contact sheet: image, words, ground truth, prediction")
+    p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument("--out", required=True, help="PNG to write")
+    p.add_argument("--split", default="val", help="which split (default val)")
+    p.add_argument("--data-root", help="where the shards are, if they moved since training")
+    p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

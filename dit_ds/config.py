@@ -1,0 +1,247 @@
+"""The run configuration: typed, from YAML files that inherit from one another, with dotted overrides.
+
+The run's YAML owns batch size, learning rate, schedule and epochs; the DeepSpeed JSON that it names owns sharding,
+precision, offload and the micro-batch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dit_ds.errors import UserError
+from dit_ds.files import atomic_write
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """Which expressions, at what size, in what order."""
+
+    root: str = Field("data_shards", description="folder that `dit-ds data shard` wrote to")
+    dataset: str = Field("refcoco", description="refcoco, refcoco+, refcocog, ...")
+    split_by: str = Field("unc", description="unc, google, umd, ...")
+    train_split: str = Field("train", description="split to train on")
+    val_split: str = Field("val", description="split to evaluate during training")
+    image_size: int = Field(512, gt=0, description="longer side after resizing, and side of the padded square, in pixels")
+    tokens: int = Field(20, ge=3, description="tokens an expression is cut or padded to, [CLS] and [SEP] included")
+    unit: Literal["ref", "sentence"] = Field(
+        "ref", description="what an epoch runs over: one sentence of each ref (the paper's code), or every sentence"
+    )
+    workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
+    color: float = Field(0.4, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share")
+    blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words")
+
+
+class ModelConfig(_Section):
+    """SAM and how words enter it."""
+
+    size: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field("vit_b", description="SAM's sizes, and vit_t for CPUs")
+    scheme: Literal["default", "layer_wise"] = Field(
+        "layer_wise", description="default: words meet the image in the mask decoder only; layer_wise: L-DIT, equation 8"
+    )
+    decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
+    checkpoint: str | None = Field(None, description="official sam_vit_*.pth to start from; none starts from random weights")
+    freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
+    mask_padding: bool = Field(True, description="don't attend to padding words in the image encoder")
+    attention: Literal["auto", "eager", "sdpa", "xformers", "chunked"] = Field("auto", description="attention backend")
+
+
+class TextConfig(_Section):
+    """The text encoder."""
+
+    name: str = Field(
+        "bert-base-uncased", description="a BERT of transformers: hub id, folder, or package:NAME for an installed package"
+    )
+    tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the encoder")
+    layers: int | None = Field(None, ge=1, description="use the first so many layers only; none for all")
+    random_init: bool = Field(False, description="the encoder's architecture with fresh weights")
+    freeze: bool = Field(False, description="don't train the text encoder")
+    cache: int = Field(0, ge=0, description="remember a frozen encoder's features of so many expressions (for CPUs)")
+
+
+class TrainConfig(_Section):
+    """Optimisation. The defaults are the paper's (section 4.2)."""
+
+    batch_size: int = Field(64, ge=1, description="global batch; what a rank takes at once is the DeepSpeed JSON's")
+    epochs: int = Field(40, ge=1, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; none for all epochs")
+    lr: float = Field(1e-4, gt=0, description="learning rate of Adam")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty of Adam")
+    warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
+    schedule: Literal["step", "cosine"] = Field("step", description="step: times decay at each milestone; cosine: to zero")
+    milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
+    decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
+    gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
+    dice_weight: float = Field(0.0, ge=0, description="weight of a Dice loss beside the paper's BCE")
+
+
+class EvalConfig(_Section):
+    """Evaluation, in training and by `dit-ds eval`."""
+
+    every_epochs: int = Field(1, ge=1, description="evaluate after so many epochs, and after the last")
+    batch_size: int = Field(16, ge=1, description="expressions at once on a rank")
+    threshold: float = Field(0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)")
+
+
+class DeepSpeedConfig(_Section):
+    """DeepSpeed."""
+
+    config: str = Field("configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch")
+    override: dict[str, Any] = Field(
+        default_factory=dict, description="keys laid over that JSON, e.g. --deepspeed.override.bf16.enabled false"
+    )
+
+
+class CheckpointConfig(_Section):
+    """What is kept."""
+
+    every_steps: int | None = Field(None, ge=1, description="save after so many steps, besides at each epoch's end")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+
+
+class LogConfig(_Section):
+    """What is reported."""
+
+    every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")
+
+
+class RunConfig(_Section):
+    """Everything a run depends on. The resolved form is saved as config.yaml in its folder."""
+
+    run_dir: str = Field("runs/dit", description="the run's folder")
+    seed: int = Field(0, ge=0, description="of weights, sample order and augmentation")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML, atomically."""
+        with atomic_write(path) as f:
+            f.write(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, the files it is based on (`base: other.yaml`), and overrides `--a.b value` or `--a.b=value`.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key (with the nearest one), a value of the wrong type.
+    """
+    values = _read_yaml(Path(path), seen=())
+    for key, value in _parse_overrides(overrides or []):
+        _set(values, key, value)
+    return validate(values)
+
+
+def validate(values: dict[str, Any]) -> RunConfig:
+    """Check a nested dict against the schema; the first thing wrong becomes a one-line `UserError`."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(str(p) for p in error["loc"])
+        if error["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, field_names(), 1, cutoff=0.5)
+            hint = f": did you mean '{near[0]}'?" if near else ": see 'dit-ds train --help'"
+            raise UserError(f"unknown key '{key}'{hint}") from None
+        hint = ""
+        if error["type"] == "literal_error":
+            options = [o.strip(" '") for o in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+            near = difflib.get_close_matches(str(error["input"]), options, 1)
+            hint = f": did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}") from None
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path} is based on itself: remove the 'base' that closes the circle")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, as configs/base.yaml does")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return merge(_read_yaml(path.parent / base, (*seen, path)), values)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = merge(below[key], value) if both else value
+    return merged
+
+
+def _parse_overrides(arguments: list[str]) -> Iterator[tuple[str, Any]]:
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"'{option}' has no key before it: overrides read --section.key value")
+        key, equals, text = option[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{option} has no value: overrides read --section.key value")
+            text = rest.pop(0)
+        try:
+            yield key, yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{option}: '{text}' is not a YAML value") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"unknown key '{key}': '{section}' has no keys of its own")
+        values = inner
+    values[last] = value
+
+
+def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """(dotted name, default, type, meaning) of every field."""
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields(kind, f"{prefix}{name}.")
+        else:
+            default = info.get_default(call_default_factory=True)
+            label = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+            yield f"{prefix}{name}", default, label.replace("typing.", ""), info.description or ""
+
+
+def field_names() -> list[str]:
+    """All dotted names, and those of the sections."""
+    names = [name for name, *_ in fields()]
+    return names + sorted({n.rpartition(".")[0] for n in names if "." in n})
+
+
+def help_text() -> str:
+    """Every field with its meaning and default, for `--help`."""
+    lines = ["configuration keys (in YAML, or as --key value):"]
+    for name, default, kind, meaning in fields():
+        lines.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""Which of how many processes this is, from torchrun's or SLURM's variables, and the few collectives a run needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dit_ds.errors import UserError
+
+_TIMEOUT = datetime.timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: global rank of world_size, and which GPU of its node it drives."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def set_environment() -> tuple[int, int, int]:
+    """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; return the first three.
+
+    torchrun sets all five. Under srun with one task a GPU they follow from SLURM's. Alone, one process is a world.
+    """
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", ""))))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        if env["WORLD_SIZE"] != "1":
+            raise UserError("WORLD_SIZE is set but MASTER_PORT is not: launch with torchrun or srun, or set both")
+        env["MASTER_PORT"] = str(_free_port())
+    return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+
+
+def _first_host(nodelist: str) -> str:
+    try:
+        out = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=60, check=True)
+        return out.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise UserError(f"can't tell the first host of '{nodelist}' with scontrol: set MASTER_ADDR before srun") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def connect() -> World:
+    """Join the process group (NCCL with CUDA, else gloo) and pick the device."""
+    rank, world_size, local_rank = set_environment()
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        local_gpu = local_rank if gpus > 1 else 0  # SLURM may show each task its own GPU only
+        if local_gpu >= gpus:
+            raise UserError(f"local rank {local_rank} has no GPU, this node has {gpus}: start at most one process a GPU")
+        device = torch.device("cuda", local_gpu)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    return World(rank, world_size, local_rank, device)
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, on every rank, in the order of ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """The mean of each value over the ranks: one small all-reduce."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+def all_or_none(error: Exception | None) -> None:
+    """Raise on every rank if any rank failed, so that none waits for ever for another.
+
+    Raises:
+        UserError: with the first failing rank's message.
+    """
+    messages = [m for m in gather_objects(None if error is None else str(error)) if m is not None]
+    if messages:
+        raise UserError(messages[0]) from error

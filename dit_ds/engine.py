@@ -1,0 +1,139 @@
+"""DeepSpeed: the one place that imports it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_ds.config import RunConfig, TrainConfig, merge
+from dit_ds.distributed import World
+from dit_ds.errors import UserError
+from dit_ds.files import read_json
+
+# what the run's YAML owns, and the key there
+_OWNED = {
+    "train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.batch_size (it follows from the world size and the micro-batch)",
+    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
+    "scheduler": "train.schedule",
+    "gradient_clipping": "train.gradient_clipping",
+    "steps_per_print": "log.every_steps",
+    "tensorboard": "log.tensorboard",
+}
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The JSON that the run names with its overrides, completed by what the run owns.
+
+    Raises:
+        UserError: a missing or malformed file, a key that the run owns, a batch that doesn't divide.
+    """
+    path = config.deepspeed.config
+    ds = merge(read_json(path, "DeepSpeed configuration"), config.deepspeed.override)
+    for key in _OWNED:
+        if key in ds:
+            raise UserError(f"{path} sets '{key}', which the run owns: remove it there and set {_OWNED[key]}")
+    micro = ds.get("train_micro_batch_size_per_gpu", 1)
+    if not isinstance(micro, int) or micro < 1:
+        raise UserError(f"{path}: train_micro_batch_size_per_gpu is {micro!r}, it must be a whole number from 1")
+    batch = config.train.batch_size
+    if batch % (micro * world_size):
+        raise UserError(_what_divides(batch, micro, world_size))
+    ds["train_micro_batch_size_per_gpu"] = micro
+    ds["train_batch_size"] = batch
+    ds["gradient_accumulation_steps"] = batch // (micro * world_size)
+    ds["gradient_clipping"] = config.train.gradient_clipping
+    ds["steps_per_print"] = sys.maxsize  # train.py reports
+    return ds
+
+
+def _what_divides(batch: int, micro: int, world_size: int) -> str:
+    message = f"train.batch_size {batch} is not a multiple of micro-batch {micro} x {world_size} ranks: "
+    if batch % world_size:
+        nearest = max(1, round(batch / (micro * world_size))) * micro * world_size
+        return message + f"set train.batch_size {nearest}, or use {_divisors(batch)} ranks"
+    return (
+        message
+        + f"micro-batches that divide are {_divisors(batch // world_size)} (--deepspeed.override.train_micro_batch_size_per_gpu)"
+    )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed, quiet on stdout and without compiling anything."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    import deepspeed
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:  # stdout is for results
+        handler.setStream(sys.stderr)
+    # the shared-memory collectives for CPUs are compiled at start-up, which hangs for ever on a lock that a killed
+    # process left; gloo serves
+    for name in ("shm_comm", "deepspeed_shm_comm"):
+        deepspeed.ops.__compatible_ops__[name] = False
+    return deepspeed
+
+
+def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
+    """Wrap the model in a DeepSpeed engine with Adam over its trainable parameters.
+
+    Frozen parameters never reach the optimizer.
+    """
+    ds_config = deepspeed_config(config, world.world_size)
+    deepspeed = _import_deepspeed()
+    t = config.train
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
+    model.to(world.device)
+    deepspeed.init_distributed(dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def gathered_state(engine: Any, names: set[str], main: bool) -> dict[str, Tensor]:
+    """The named parameters and buffers, whole, on the CPU; empty where not `main`. Collective under ZeRO-3."""
+    gather = _import_deepspeed().zero.GatheredParameters
+    state = {}
+    for name, value in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
+        if name not in names:
+            continue
+        with gather([value], enabled=hasattr(value, "ds_id")):
+            if main:
+                state[name] = value.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def gradient_norm(engine: Any) -> float:
+    """The norm of the last update's gradient, before clipping; 0 where DeepSpeed does not compute it."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0
+
+
+def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
+    """The rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule. A pure function."""
+    epoch = step / steps_per_epoch
+    warmup_steps = t.warmup_epochs * steps_per_epoch
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if t.schedule == "cosine":
+        total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
+        done = max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps)
+        return t.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return t.lr * warm * t.decay ** sum(epoch >= m for m in t.milestones)
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set the rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,73 @@
+"""Writing files so that a reader never sees half of one, and reading them with answers in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dit_ds.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; on success sync it and rename it to `path`, on failure remove it.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with full_disk_is_user_error(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "not permitted" while writing `path` into a `UserError` that says so."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left while writing {path}: free some, or choose another folder") from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write {path} ({e.strerror}): choose another folder") from e
+        raise
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write `value` as JSON, atomically, with sorted keys (the same value gives the same bytes)."""
+    with atomic_write(path) as f:
+        f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Read JSON; a missing or damaged file is a `UserError` that names it as `what`."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"no {what} at {path}") from None
+    except OSError as e:
+        raise UserError(f"cannot read the {what} {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"the {what} {path} is not valid JSON ({e})") from None
+
+
+def sha256_of(path: str | Path) -> str:
+    """The file's SHA-256 as hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

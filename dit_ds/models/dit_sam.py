@@ -1,0 +1,119 @@
+"""DIT-SAM, the whole: text encoder, image encoder that reads words, prompt encoder, mask decoder, and the loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
+from dit_ds.models.image_encoder import ImageEncoder
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder
+from dit_ds.models.text_encoder import TextEncoder
+
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # SAM's
+
+
+class DITSAM(nn.Module):
+    """SAM that reads words in every layer (paper equation 3): M = F_d(F_v(I, phi(F_t(T))), F_t(T) W_o).
+
+    Args:
+        text_encoder: F_t.
+        size: a key of `sam.SIZES`.
+        image_size: side of the square input.
+        scheme: how words enter the image encoder, one of `instruction.SCHEMES`.
+        decoder_layers: depth of the mask decoder's transformer; SAM's is 2.
+        freeze_image_encoder: train nothing of SAM's ViT; the words' projections into it still train.
+        mask_padding: don't attend to padding words in the image encoder.
+        attention: one of `attention.BACKENDS`.
+    """
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        size: str = "vit_b",
+        image_size: int = 512,
+        scheme: str = "layer_wise",
+        decoder_layers: int = 2,
+        freeze_image_encoder: bool = False,
+        mask_padding: bool = True,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        s = SIZES[size]
+        self.image_size, self.mask_padding = image_size, mask_padding
+        self.text_encoder = text_encoder
+        self.image_encoder = ImageEncoder(
+            image_size, s.patch_size, s.embed_dim, s.depth, s.num_heads, s.prompt_dim, scheme, text_encoder.dim, attention
+        )
+        self.prompt_encoder = WordPromptEncoder(s, image_size)
+        self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
+        self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self._freeze(freeze_image_encoder)
+
+    def _freeze(self, image_encoder: bool) -> None:
+        """Every trainable parameter gets a gradient in every step: ZeRO-3 counts on it."""
+        used = [self.prompt_encoder.no_mask_embed.weight, self.prompt_encoder.not_a_point_embed.weight]
+        self.prompt_encoder.requires_grad_(False)
+        for p in used:
+            p.requires_grad_(True)
+        for p in self.mask_decoder.unused_parameters():
+            p.requires_grad_(False)
+        if image_encoder:
+            self.image_encoder.requires_grad_(False)
+            if self.image_encoder.instruction is not None:
+                self.image_encoder.instruction.requires_grad_(True)
+
+    def preprocess(self, image: Tensor, size: Tensor) -> Tensor:
+        """SAM's: normalise, then zeros where there is padding.
+
+        Args:
+            image: (B, 3, S, S) uint8.
+            size: (B, 2) height and width before padding.
+        Returns:
+            (B, 3, S, S) in the model's dtype.
+        """
+        x = (image.float() - self.pixel_mean.float()) / self.pixel_std.float()
+        side = torch.arange(self.image_size, device=image.device)
+        inside = (side[:, None] < size[:, 0, None, None]) & (side[None, :] < size[:, 1, None, None])  # (B, S, S)
+        return (x * inside[:, None]).to(self.image_encoder.pos_embed.dtype)
+
+    def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Segment what the words mean.
+
+        Args:
+            image, size: as in `preprocess`.
+            tokens, token_mask: (B, T) ids and (B, T) bool, False at padding.
+        Returns:
+            (B, 4S/patch, 4S/patch) fp32 logits over the padded square.
+        """
+        words = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
+        x = self.image_encoder(self.preprocess(image, size), words, token_mask if self.mask_padding else None)
+        sparse, dense, positions = self.prompt_encoder(self.text_projection(words), token_mask)
+        return self.mask_decoder(x, positions, sparse, dense).float()
+
+
+def upscale(logits: Tensor, image_size: int) -> Tensor:
+    """(B, s, s) to (B, image_size, image_size), bilinear."""
+    return F.interpolate(logits[:, None], (image_size, image_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def segmentation_loss(logits: Tensor, mask: Tensor, weight: Tensor, dice_weight: float = 0.0) -> Tensor:
+    """BCE on the upsampled logits, as the paper's code, and optionally Dice; the weighted mean over samples.
+
+    Args:
+        logits: (B, s, s).
+        mask: (B, S, S) of 0 and 1; padding is background.
+        weight: (B,), 0 for a sample that only fills up a batch.
+    Returns:
+        A scalar.
+    """
+    logits, target = upscale(logits, mask.shape[-1]), mask.float()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))  # (B,)
+    if dice_weight:
+        p = logits.sigmoid()
+        overlap, total = (p * target).sum((1, 2)), p.sum((1, 2)) + target.sum((1, 2))
+        loss = loss + dice_weight * (1 - (2 * overlap + 1) / (total + 1))
+    return (loss * weight).mean()

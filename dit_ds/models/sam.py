@@ -1,0 +1,148 @@
+"""SAM's parts: sizes, the batched prompt encoder and mask decoder, and official checkpoints by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
+from torch import Tensor, nn
+
+from dit_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths. `vit_b`, `vit_l`, `vit_h` are SAM's; `vit_t` is for CPUs and trained from scratch."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    prompt_dim: int = 256
+    decoder_mlp_dim: int = 2048
+
+
+SIZES = {
+    "vit_t": Size(embed_dim=128, depth=4, num_heads=2, prompt_dim=128, decoder_mlp_dim=256),
+    "vit_b": Size(embed_dim=768, depth=12, num_heads=12),
+    "vit_l": Size(embed_dim=1024, depth=24, num_heads=16),
+    "vit_h": Size(embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+class _DensePositions(PositionEmbeddingRandom):
+    """Keeps its frequencies in fp32 when the model goes to bf16: rounding them would move every pixel's phase."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        exact = self.positional_encoding_gaussian_matrix
+        super()._apply(fn, recurse)
+        self.positional_encoding_gaussian_matrix = exact.to(self.positional_encoding_gaussian_matrix.device)
+        return self
+
+
+class WordPromptEncoder(PromptEncoder):
+    """SAM's `PromptEncoder` for sparse prompts that are words, padded as SAM pads its points."""
+
+    def __init__(self, size: Size, image_size: int):
+        grid = (image_size // size.patch_size, image_size // size.patch_size)
+        super().__init__(size.prompt_dim, grid, (image_size, image_size), mask_in_chans=16)
+        self.pe_layer = _DensePositions(size.prompt_dim // 2)
+
+    def forward(self, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Words to the mask decoder's prompts.
+
+        Args:
+            words: (B, T, C) projected words.
+            word_mask: (B, T) bool; a padding word becomes SAM's `not_a_point_embed`.
+        Returns:
+            sparse (B, T, C), dense (1, C, 1, 1) for "no mask given", positions (1, C, h, w).
+        """
+        sparse = torch.where(word_mask[..., None], words, self.not_a_point_embed.weight)
+        dense = self.no_mask_embed.weight.view(1, -1, 1, 1)
+        return sparse, dense, self.get_dense_pe().to(words.dtype)
+
+
+class BatchedMaskDecoder(MaskDecoder):
+    """SAM's `MaskDecoder` with one set of prompts for each of B images; only the first mask token is decoded."""
+
+    def __init__(self, size: Size, layers: int):
+        transformer = TwoWayTransformer(layers, size.prompt_dim, num_heads=8, mlp_dim=size.decoder_mlp_dim)
+        super().__init__(transformer_dim=size.prompt_dim, transformer=transformer)
+
+    def forward(self, image: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> Tensor:
+        """Decode masks.
+
+        Args:
+            image: (B, C, h, w) from the image encoder.
+            positions: (1, C, h, w).
+            sparse: (B, T, C).
+            dense: broadcastable to `image`.
+        Returns:
+            (B, 4h, 4w) logits.
+        """
+        b, c, h, w = image.shape
+        queries = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1+4, C)
+        tokens = torch.cat([queries.expand(b, -1, -1), sparse], dim=1)  # (B, 5+T, C)
+        out, src = self.transformer(image + dense, positions.expand(b, -1, -1, -1), tokens)
+        upscaled = self.output_upscaling(src.transpose(1, 2).reshape(b, c, h, w))  # (B, C/8, 4h, 4w)
+        weights = self.output_hypernetworks_mlps[0](out[:, 1])  # (B, C/8): mask token 0
+        return torch.einsum("bc,bchw->bhw", weights, upscaled)
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Those of SAM's heads that a single mask without its predicted IoU never reaches."""
+        heads = [self.iou_prediction_head, *self.output_hypernetworks_mlps[1:]]
+        return [p for head in heads for p in head.parameters()]
+
+
+def resize_positions(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fit a checkpoint's position tables to the model's: absolute ones bicubic, relative ones linear."""
+    fitted = dict(state)
+    for name, value in state.items():
+        want = target.get(name)
+        if want is None or value.shape == want.shape:
+            continue
+        if name.endswith("pos_embed") and value.shape[-1] == want.shape[-1]:
+            grid = value.permute(0, 3, 1, 2).float()  # (1, D, H, W)
+            grid = F.interpolate(grid, want.shape[1:3], mode="bicubic", align_corners=False)
+            fitted[name] = grid.permute(0, 2, 3, 1).to(value.dtype)
+        elif ".rel_pos_" in name and value.shape[-1] == want.shape[-1]:
+            table = F.interpolate(value.t()[None].float(), want.shape[0], mode="linear")
+            fitted[name] = table[0].t().to(value.dtype)
+    return fitted
+
+
+def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
+    """Load an official `sam_vit_*.pth` into a model by name, positions resized.
+
+    Returns:
+        `loaded`, `missing` (in the model only) and `unexpected` (in the file only) tensor names.
+    Raises:
+        UserError: no such file, not a checkpoint of tensors, or one of another size.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no SAM checkpoint at {path}: download sam_vit_b_01ec64.pth or its larger kin") from None
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{path} is not a readable SAM checkpoint ({type(e).__name__}): download it again") from None
+    target = model.state_dict()
+    state = resize_positions({k: v for k, v in state.items() if isinstance(v, Tensor)}, target)
+    for name in state.keys() & target.keys():
+        if state[name].shape != target[name].shape:
+            have, want = tuple(state[name].shape), tuple(target[name].shape)
+            raise UserError(f"{path} is of another size: {name} is {have}, the model's {want}: set model.size to match")
+    loaded = sorted(state.keys() & target.keys())
+    if not loaded:
+        raise UserError(f"{path} holds no tensor with a name of SAM's: give an official sam_vit_*.pth")
+    model.load_state_dict({k: state[k] for k in loaded}, strict=False)
+    return {
+        "loaded": loaded,
+        "missing": sorted(target.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - target.keys()),
+    }
