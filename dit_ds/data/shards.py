@@ -78,10 +78,11 @@ def shard_refer(
         if manifest["digest"] != digest and not overwrite:
             raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
         published.unlink()
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-
-    parts = _write_all(plans, folder, Path(images), tree, skip_bad, processes)
+    try:
+        parts = _write_all(plans, folder, Path(images), tree, skip_bad, processes)
+    finally:
+        for half_written in folder.glob(".*.tmp"):  # by a worker that was ended, now or in a run that was killed
+            half_written.unlink()
     manifest = _manifest(tree, plans, parts, digest)
     write_json(published, manifest, indent=None)
     _remove_leftovers(folder, {p.name for p in plans})
