@@ -129,8 +129,8 @@ def make_scene(rng: np.random.Generator) -> Scene:
     """Draw one scene: 4 to 9 things from a few shapes and colours, so that most have a look-alike."""
     while True:
         width, height = SIZES[rng.integers(len(SIZES))]
-        shapes = rng.choice(SHAPES, size=rng.integers(2, 5), replace=False)
-        colours = rng.choice(list(COLOURS), size=rng.integers(3, 6), replace=False)
+        shapes = rng.choice(SHAPES, size=rng.integers(3, 7), replace=False)
+        colours = rng.choice(list(COLOURS), size=rng.integers(4, 9), replace=False)
         things: list[Thing] = []
         wanted = int(rng.integers(4, 10))
         may_overlap = int(rng.integers(0, 3))

@@ -1,0 +1,186 @@
+"""The loader: one order for every world size, worker count and resumption; every sample once; words that follow flips."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import MINILM
+
+from dit_ds.data.loader import (
+    EvalBatches,
+    ExpressionDataset,
+    SplitIndex,
+    TrainBatches,
+    checked,
+    epoch_order,
+    make_loader,
+    make_tokenize,
+)
+from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, resize_image, resize_mask, resized_shape
+from dit_ds.errors import UserError
+from dit_ds.models.text_encoder import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenize():
+    return make_tokenize(load_tokenizer(MINILM), 20)
+
+
+@pytest.fixture(scope="module")
+def index(shards):
+    return SplitIndex.load(shards / "refcoco/unc", "train")
+
+
+def global_batches(n, batch, micro, world, seed=1, epoch=0, first=0):
+    """The global batches that all ranks take together, each as a multiset of (epoch, sample, weight)."""
+    ranks = []
+    for rank in range(world):
+        sampler = TrainBatches(n, batch, micro, rank, world, seed)
+        sampler.start_at(epoch, first)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    steps = batch // (micro * world)
+    per_batch = zip(*(itertools.batched(r, steps) if hasattr(itertools, "batched") else _batched(r, steps) for r in ranks))
+    return [sorted(item for share in batch for micro_batch in share for item in micro_batch) for batch in per_batch]
+
+
+def _batched(items, n):
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+@pytest.mark.parametrize("n", [1, 7, 24, 25, 97])
+def test_global_batches_do_not_depend_on_the_world(n):
+    reference = global_batches(n, 24, 24, 1)
+    for world, micro in [(1, 4), (2, 12), (2, 3), (3, 8), (4, 2), (8, 3), (24, 1)]:
+        assert global_batches(n, 24, micro, world) == reference
+    real = [sample for batch in reference for _, sample, weight in batch if weight > 0]
+    assert sorted(real) == list(range(n))  # each exactly once
+    for batch in reference:
+        assert len(batch) == 24 and sum(w for *_, w in batch) == pytest.approx(24)
+
+
+def test_resuming_continues_the_same_order():
+    whole = global_batches(97, 8, 2, 2, epoch=3)
+    assert global_batches(97, 8, 4, 1, epoch=3, first=5) == whole[5:]
+
+
+def test_orders_differ_between_epochs_and_seeds_and_stay_what_they_are():
+    assert not np.array_equal(epoch_order(0, 0, 50), epoch_order(0, 1, 50))
+    assert not np.array_equal(epoch_order(0, 0, 50), epoch_order(1, 0, 50))
+    # a run that is resumed next year must find the same order
+    assert epoch_order(7, 2, 12).tolist() == PINNED_ORDER
+
+
+PINNED_ORDER = [6, 7, 8, 4, 11, 0, 1, 5, 10, 3, 9, 2]
+
+
+@pytest.mark.parametrize(("n", "batch", "world"), [(10, 3, 1), (10, 3, 2), (10, 3, 4), (1, 4, 3), (12, 3, 4)])
+def test_evaluation_takes_each_once_in_lockstep(n, batch, world):
+    ranks = [list(EvalBatches(n, batch, r, world)) for r in range(world)]
+    assert len({len(r) for r in ranks}) == 1
+    assert [len(r) for r in ranks] == [len(EvalBatches(n, batch, i, world)) for i in range(world)]
+    counted = [s for r in ranks for b in r for _, s, weight in b if weight]
+    assert sorted(counted) == list(range(n))
+    alone = [[s for _, s, _ in b] for b in EvalBatches(n, batch, 0, 1)]
+    assert all([s for _, s, _ in b] in alone for r in ranks for b in r)  # the same make-up everywhere
+
+
+def test_workers_give_the_same_samples(index, tokenize):
+    def run(workers):
+        dataset = ExpressionDataset(index, "ref", 64, tokenize, Augmentation(0.4, 0.5, 0.5), seed=5)
+        sampler = TrainBatches(len(dataset), 16, 16, 0, 1, seed=5)
+        sampler.start_at(2, 1)
+        return list(checked(make_loader(dataset, sampler, workers, pin=False)))
+
+    alone, together = run(0), run(2)
+    assert len(alone) == len(together) > 2
+    for a, b in zip(alone, together):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_lengths_and_contents(index, tokenize):
+    refs = ExpressionDataset(index, "ref", 96, tokenize)
+    sentences = ExpressionDataset(index, "sentence", 96, tokenize)
+    assert len(refs) == len(index.refs) and len(sentences) == len(index.sentences) == index.refs[:, 3].sum()
+    sample = sentences[(0, 5, 1.0)]
+    assert sample["image"].shape == (3, 96, 96) and sample["image"].dtype == np.uint8
+    assert sample["mask"].shape == (96, 96) and sample["tokens"].shape == sample["token_mask"].shape == (20,)
+    h, w = sample["size"]
+    assert max(h, w) == 96 and (h, w) == resized_shape(*sample["original"].shape, 96)
+    assert not sample["image"][:, h:].any() and not sample["image"][:, :, w:].any()  # padding
+    assert sample["original"].sum() > 0
+    # over the epochs, a ref shows each of its sentences
+    seen = {refs[(e, 0, 1.0)]["text"] for e in range(40)}
+    assert len(seen) == index.refs[0, 3]
+
+
+def test_a_flip_turns_image_mask_and_words(index, tokenize):
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[:, :10] = 255
+    mask = (image[..., 0] > 0).astype(np.uint8)
+    picture = resize_image(image, 30)
+    rng = np.random.default_rng(0)
+    flipped, flipped_mask, text = augment(picture, mask, "the left man", Augmentation(flip=1.0), rng)
+    np.testing.assert_array_equal(np.asarray(flipped), image[:, ::-1])
+    np.testing.assert_array_equal(flipped_mask, mask[:, ::-1])
+    assert text == "the right man"
+    same, same_mask, text = augment(picture, mask, "the left man", Augmentation(), rng)
+    assert np.array_equal(np.asarray(same), image) and np.array_equal(same_mask, mask) and text == "the left man"
+
+
+def test_augmentation_draws_from_epoch_and_sample(index, tokenize):
+    dataset = ExpressionDataset(index, "ref", 64, tokenize, Augmentation(0.4, 0.5, 0.5), seed=5)
+    assert np.array_equal(dataset[(1, 3, 1.0)]["image"], dataset[(1, 3, 1.0)]["image"])
+    assert not np.array_equal(dataset[(1, 3, 1.0)]["image"], dataset[(2, 3, 1.0)]["image"])
+
+
+def test_resizing_a_mask_keeps_its_share():
+    mask = np.zeros((240, 320), np.uint8)
+    mask[60:180, 80:160] = 1
+    small = resize_mask(mask, 128)
+    assert small.shape == (96, 128) and abs(small.mean() - mask.mean()) < 0.005
+
+
+def test_shuffled_words_come_from_another_image(index, tokenize):
+    plain = ExpressionDataset(index, "sentence", 64, tokenize)
+    shuffled = ExpressionDataset(index, "sentence", 64, tokenize, sentence_shift=1)
+    pairs = [(plain[(0, s, 1.0)], shuffled[(0, s, 1.0)]) for s in range(0, len(plain), 7)]
+    assert all(np.array_equal(a["mask"], b["mask"]) for a, b in pairs)
+    assert np.mean([a["text"] == b["text"] for a, b in pairs]) < 0.2
+
+
+def test_what_is_damaged_is_named(shards, tokenize, tmp_path):
+    import shutil
+
+    folder = tmp_path / "unc"
+    shutil.copytree(shards / "refcoco/unc", folder)
+    with pytest.raises(UserError, match="no split .dev.*it has"):
+        SplitIndex.load(folder, "dev")
+    index = SplitIndex.load(folder, "train")
+    shard, _, at, length, *_ = index.images[0]
+    data = bytearray(index.shards[shard].read_bytes())
+    data[at + length // 2 : at + length] = bytes(length - length // 2)  # the JPEG's second half is gone
+    index.shards[shard].write_bytes(data)
+    dataset = ExpressionDataset(index, "ref", 64, tokenize)
+    sampler = TrainBatches(len(dataset), 4, 4, 0, 1, 0)
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=f"{index.shards[shard].name}: its JPEG of sample"):
+            list(checked(make_loader(dataset, sampler, workers, pin=False)))
+    index.shards[shard].write_bytes(data[:-10240])
+    with pytest.raises(UserError, match="the manifest says"):
+        SplitIndex.load(folder, "train")
+
+
+def test_jpeg_decoders_agree(refer_tree):
+    import io
+
+    from PIL import Image
+
+    for path in sorted((refer_tree / "images/train2014").iterdir())[:5]:
+        data = path.read_bytes()
+        np.testing.assert_array_equal(decode_jpeg(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    with pytest.raises(ValueError):
+        decode_jpeg(data[:500])

@@ -1,0 +1,288 @@
+"""The model against independent references: segment_anything's own modules, and attention written out naively."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MINILM, ROOT
+
+import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
+from dit_ds.errors import UserError
+from dit_ds.models.attention import relative_position_attention
+from dit_ds.models.dit_sam import DITSAM, segmentation_loss
+from dit_ds.models.image_encoder import ImageEncoder, WordBlock
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint, resize_positions
+from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
+
+CASES = {"square": (6, 6, 5, True), "not square": (5, 7, 3, True), "one word": (4, 4, 1, False), "no words": (4, 6, 0, False)}
+
+
+def attention_inputs(dtype, h, w, words, masked, table_lengths=None):
+    g = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    lengths = table_lengths or (2 * h - 1, 2 * w - 1)
+    visual = [draw(2, 3, h * w, 8) for _ in range(3)]
+    tables = [draw(n, 8) for n in lengths]
+    of_words = [draw(2, 3, words, 8) for _ in range(2)] if words else []
+    mask = torch.ones(2, words, dtype=torch.bool) if words else None
+    if masked:
+        mask[0, words // 2 :] = False
+    return visual, tables, of_words, mask
+
+
+def outputs_and_gradients(backend, dtype, h, w, words, masked, table_lengths=None):
+    visual, tables, of_words, mask = attention_inputs(dtype, h, w, words, masked, table_lengths)
+    out = relative_position_attention(*visual, *tables, (h, w), tuple(of_words) or None, mask, backend)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out))
+    return [out.detach()] + [x.grad for x in (*visual, *tables, *of_words)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_attention_backends_agree(backend, case, dtype, tolerance):
+    reference = outputs_and_gradients("eager", torch.float64, *CASES[case])
+    for got, want in zip(outputs_and_gradients(backend, dtype, *CASES[case]), reference):
+        assert (got.double() - want).norm() <= tolerance * (1 + want.norm())
+
+
+def test_chunks_of_any_size_agree(monkeypatch):
+    from dit_ds.models import attention
+
+    whole = outputs_and_gradients("chunked", torch.float64, *CASES["not square"])
+    for piece in (1, 100, 2000):
+        monkeypatch.setattr(attention._ChunkedAttention, "PIECE", piece)
+        for got, want in zip(outputs_and_gradients("chunked", torch.float64, *CASES["not square"]), whole):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["xformers", "sdpa"])
+def test_attention_backends_agree_on_cuda(backend, case):
+    torch.set_default_device("cuda")
+    try:
+        test_attention_backends_agree(backend, case, torch.float32, 1e-4)
+    finally:
+        torch.set_default_device("cpu")
+
+
+def sam_encoder(image_size, depth=3, dim=48, heads=4):
+    """segment_anything's encoder with global attention in every block, and random positions."""
+    from functools import partial
+
+    from segment_anything.modeling.image_encoder import ImageEncoderViT
+
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    sam = ImageEncoderViT(image_size, 16, 3, dim, depth, heads, out_chans=32, use_rel_pos=True, norm_layer=norm)
+    for name, p in sam.named_parameters():
+        if "pos" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return sam
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "chunked"])
+def test_without_words_the_encoder_is_segment_anythings(backend):
+    torch.manual_seed(0)
+    sam = sam_encoder(80)
+    ours = ImageEncoder(80, 16, 48, 3, 4, 32, "layer_wise", text_dim=24, backend=backend)
+    missing, unexpected = ours.load_state_dict(sam.state_dict(), strict=False)
+    assert not unexpected and all(n.startswith("instruction.") for n in missing)
+    x = torch.randn(2, 3, 80, 80)
+    a, b = sam(x), ours(x)
+    assert (a - b).abs().max() <= 1e-5
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for name, p in sam.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_is_sams_over_the_concatenation_of_equation_8():
+    """[words; image] through SAM's formulas, written out; the words' rows of the result thrown away."""
+    torch.manual_seed(0)
+    block = WordBlock(48, 4, (5, 5), "eager").double()
+    for p in (block.attn.rel_pos_h, block.attn.rel_pos_w):
+        torch.nn.init.normal_(p)
+    x, words = torch.randn(2, 5, 5, 48).double(), torch.randn(2, 7, 48).double()
+
+    tokens = torch.cat([words, x.flatten(1, 2)], dim=1)  # F_m = [F_t; F_v]
+    q, k, v = block.attn.qkv(block.norm1(tokens))[0].view(2, 32, 3, 4, 12).permute(2, 0, 3, 1, 4)
+    logits = q @ k.transpose(-1, -2) / 12**0.5
+    for i in range(25):
+        for j in range(25):
+            rel = block.attn.rel_pos_h[i // 5 - j // 5 + 4] + block.attn.rel_pos_w[i % 5 - j % 5 + 4]
+            logits[:, :, 7 + i, 7 + j] += q[:, :, 7 + i] @ rel
+    mixed = (logits.softmax(-1) @ v).transpose(1, 2).reshape(2, 32, 48)
+    tokens = tokens + block.attn.proj(mixed)
+    tokens = tokens + block.mlp(block.norm2(tokens))
+
+    torch.testing.assert_close(block(x, words).flatten(1, 2), tokens[:, 7:], rtol=1e-10, atol=1e-10)
+
+
+def small_model(scheme="layer_wise", **options):
+    torch.manual_seed(0)
+    return DITSAM(TextEncoder(MINILM, layers=1), "vit_t", 64, scheme, **options)
+
+
+def batch(b=3, size=64, words=6):
+    g = torch.Generator().manual_seed(2)
+    token_mask = torch.arange(20)[None] < torch.tensor([[words], [words + 3], [2]])[:b]
+    return {
+        "image": torch.randint(0, 256, (b, 3, size, size), generator=g, dtype=torch.uint8),
+        "size": torch.tensor([[size, size], [size, size // 2], [size // 2, size]])[:b],
+        "tokens": torch.randint(1000, 3000, (b, 20), generator=g) * token_mask,
+        "token_mask": token_mask,
+    }
+
+
+def test_a_batch_is_its_images_one_by_one():
+    model = small_model().eval()
+    whole = model(**batch())
+    for i in range(3):
+        alone = model(**{k: v[i : i + 1] for k, v in batch().items()})
+        torch.testing.assert_close(whole[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_decoder_is_sams():
+    """One image at a time through segment_anything's MaskDecoder with the same weights."""
+    from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+
+    torch.manual_seed(0)
+    size = SIZES["vit_t"]
+    ours = BatchedMaskDecoder(size, 2)
+    sams = MaskDecoder(transformer_dim=128, transformer=TwoWayTransformer(2, 128, 8, size.decoder_mlp_dim))
+    sams.load_state_dict(ours.state_dict())
+    prompts = WordPromptEncoder(size, 64)
+    words, mask = torch.randn(3, 5, 128), torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    sparse, dense, positions = prompts(words, mask)
+    torch.testing.assert_close(sparse[1, 3:], prompts.not_a_point_embed.weight.expand(2, -1))
+    image = torch.randn(3, 128, 4, 4)
+    got = ours(image, positions, sparse, dense)
+    for i in range(3):
+        want, _ = sams(image[i : i + 1], positions, sparse[i : i + 1], dense.expand(1, -1, 4, 4), multimask_output=False)
+        torch.testing.assert_close(got[i], want[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_words_steer_the_image_encoder_only_in_layer_wise():
+    x, a, b = torch.randn(1, 3, 64, 64), torch.randn(1, 4, 384), torch.randn(1, 4, 384)
+    listens, deaf = (ImageEncoder(64, 16, 48, 2, 4, 32, s, 384) for s in ("layer_wise", "default"))
+    assert not torch.allclose(listens(x, a), listens(x, b), atol=1e-3)
+    assert torch.equal(deaf(x, a), deaf(x, b))
+
+
+def test_padding_words_change_nothing():
+    model = small_model().eval()
+    inputs = batch()
+    other = inputs | {"tokens": inputs["tokens"] + 777 * ~inputs["token_mask"]}
+    torch.testing.assert_close(model(**inputs), model(**other), rtol=1e-5, atol=1e-6)
+    longer = {k: torch.nn.functional.pad(inputs[k], (0, 5)) for k in ("tokens", "token_mask")}
+    words = model.text_encoder(inputs["tokens"], inputs["token_mask"])
+    x = model.preprocess(inputs["image"], inputs["size"])
+    short = model.image_encoder(x, words, inputs["token_mask"])
+    long = model.image_encoder(x, model.text_encoder(**{k: v for k, v in longer.items()}), longer["token_mask"])
+    torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_cache_gives_the_same_features():
+    plain, cached = TextEncoder(MINILM, layers=2), TextEncoder(MINILM, layers=2, cache=4)
+    inputs = batch()
+    want = plain(inputs["tokens"], inputs["token_mask"])
+    for _ in range(2):
+        torch.testing.assert_close(cached(inputs["tokens"], inputs["token_mask"]), want, rtol=1e-4, atol=1e-5)
+    assert len(cached._cache) == 3
+    cached(inputs["tokens"] + 1, inputs["token_mask"])
+    assert len(cached._cache) == 4  # the oldest went
+
+
+def gradients(model):
+    segmentation_loss(model(**batch()), torch.ones(3, 64, 64), torch.ones(3)).backward()
+    return {n for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("freeze_image", [False, True])
+@pytest.mark.parametrize("scheme", ["layer_wise", "default"])
+def test_freezing_leaves_projections_and_decoder_training(scheme, freeze_image):
+    model = small_model(scheme, freeze_image_encoder=freeze_image)
+    trained = gradients(model)
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}  # no parameter waits for a gradient
+    assert "text_projection.weight" in trained and "mask_decoder.transformer.layers.0.norm1.weight" in trained
+    assert ("image_encoder.instruction.projections.0.weight" in trained) == (scheme == "layer_wise")
+    assert ("image_encoder.blocks.0.attn.qkv.weight" in trained) != freeze_image
+    assert not any(n.startswith("text_encoder.") for n in trained)
+
+
+def test_a_trained_text_encoder_trains():
+    model = DITSAM(TextEncoder(MINILM, layers=1, frozen=False), "vit_t", 64)
+    assert "text_encoder.bert.encoder.layer.0.attention.self.query.weight" in gradients(model)
+    assert model.train().text_encoder.bert.training
+    assert not small_model().train().text_encoder.bert.training  # frozen: dropout stays off
+
+
+def test_the_loss_is_the_mean_over_real_samples():
+    logits, mask = torch.randn(4, 8, 8), torch.rand(4, 32, 32) > 0.5
+    for dice in (0.0, 1.0):
+        real = segmentation_loss(logits[:3], mask[:3], torch.ones(3), dice)
+        filled = segmentation_loss(logits, mask, torch.tensor([4 / 3] * 3 + [0.0]), dice)
+        torch.testing.assert_close(real, filled)
+    plain = torch.nn.functional.interpolate(logits[:, None], (32, 32), mode="bilinear")
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(plain[:, 0], mask.float())
+    torch.testing.assert_close(segmentation_loss(logits, mask, torch.ones(4)), bce)
+
+
+def test_bf16_keeps_the_positions_exact():
+    model = small_model()
+    exact = model.prompt_encoder.get_dense_pe()
+    model = model.bfloat16()
+    assert torch.equal(model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float(),
+                       small_model().prompt_encoder.pe_layer.positional_encoding_gaussian_matrix)  # fmt: skip
+    torch.testing.assert_close(model.prompt_encoder.get_dense_pe(), exact)
+    assert torch.isfinite(model(**batch())).all()
+
+
+def test_an_official_checkpoint_loads_by_name(tmp_path):
+    """segment_anything's own ViT-B at 1024 px with windows, into ours at 512 px."""
+    from segment_anything import sam_model_registry
+
+    torch.manual_seed(0)
+    sam = sam_model_registry["vit_b"]()
+    torch.nn.init.normal_(sam.image_encoder.pos_embed)
+    torch.save(sam.state_dict(), tmp_path / "sam_vit_b.pth")
+    text = TextEncoder(str(ROOT / "configs/text/bert_base"), layers=1, random_init=True)
+    model = DITSAM(text, "vit_b", 512)
+    report = load_sam_checkpoint(model, tmp_path / "sam_vit_b.pth")
+    assert len(report["loaded"]) + len(report["unexpected"]) == len(sam.state_dict())
+    assert report["unexpected"] == []
+    assert all(n.startswith(("text_", "image_encoder.instruction.")) for n in report["missing"])
+    assert model.image_encoder.pos_embed.shape == (1, 32, 32, 768)
+    assert model.image_encoder.blocks[0].attn.rel_pos_h.shape == (63, 64)  # from a window's 27
+    assert model.image_encoder.blocks[2].attn.rel_pos_h.shape == (63, 64)  # from 127
+    torch.testing.assert_close(model.image_encoder.blocks[3].mlp.lin1.weight, sam.image_encoder.blocks[3].mlp.lin1.weight)
+    with pytest.raises(UserError, match="of another size.*model.size"):
+        load_sam_checkpoint(DITSAM(text, "vit_l", 64), tmp_path / "sam_vit_b.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "sam_vit_b.pth").read_bytes()[:100000])
+    with pytest.raises(UserError, match="not a readable SAM checkpoint"):
+        load_sam_checkpoint(model, tmp_path / "cut.pth")
+    with pytest.raises(UserError, match="no SAM checkpoint"):
+        load_sam_checkpoint(model, tmp_path / "none.pth")
+
+
+def test_positions_resize_as_functions_of_place():
+    ramp = torch.linspace(-1, 1, 127)[:, None].expand(127, 4).clone()
+    fitted = resize_positions({"blocks.0.attn.rel_pos_h": ramp}, {"blocks.0.attn.rel_pos_h": torch.empty(63, 4)})
+    torch.testing.assert_close(fitted["blocks.0.attn.rel_pos_h"][31], torch.zeros(4), atol=1e-6, rtol=0)
+    plane = torch.linspace(0, 1, 64)[None, :, None, None].expand(1, 64, 64, 3).clone()
+    fitted = resize_positions({"pos_embed": plane}, {"pos_embed": torch.empty(1, 32, 32, 3)})["pos_embed"]
+    assert (fitted[0, 1:, 0, 0] > fitted[0, :-1, 0, 0]).all()
+
+
+def test_a_text_encoder_that_is_not_there_is_one_line(tmp_path):
+    for name in ("no-such/encoder", "package:no_such_package", str(tmp_path)):
+        for load in (TextEncoder, load_tokenizer):
+            with pytest.raises(UserError):
+                load(name)
+    with pytest.raises(UserError, match="text.layers 9"):
+        TextEncoder(MINILM, layers=9)

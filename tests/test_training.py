@@ -1,0 +1,208 @@
+"""Training through the command line: worlds, ZeRO stages, kills and resumes give the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, dit_ds, environment, metrics_of, refused, tiny_config
+from PIL import Image
+from safetensors.torch import load_file
+
+MICRO = "--deepspeed.override.train_micro_batch_size_per_gpu"
+
+
+def weights(run_dir: Path, step: int) -> dict:
+    return load_file(run_dir / f"checkpoints/step_{step:08d}/model.safetensors")
+
+
+def assert_close(a: dict, b: dict, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> Path:
+    """A run on two ranks: one epoch, 96 refs in batches of 10, so the last batch is short."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(shards, folder / "run")))
+    done = dit_ds("train", "--config", config, "--json", "--train.batch_size", "10", MICRO, "5", ranks=2)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["step"] == 10 and result["n"] == len(Path(folder / "run/metrics.jsonl").read_text()) * 0 + result["n"]
+    return folder
+
+
+def test_two_ranks_equal_one(trained, shards, tmp_path):
+    dit_ds("train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "10", "--run_dir", tmp_path / "one")
+    one, two = metrics_of(tmp_path / "one"), metrics_of(trained / "run")
+    assert [m["step"] for m in one] == [m["step"] for m in two] == list(range(1, 11))
+    np.testing.assert_allclose([m["loss"] for m in one], [m["loss"] for m in two], rtol=2e-5)
+    np.testing.assert_allclose([m["grad_norm"] for m in one], [m["grad_norm"] for m in two], rtol=1e-3)
+    assert_close(weights(tmp_path / "one", 10), weights(trained / "run", 10), 2e-4)
+
+
+def test_accumulation_equals_one_pass(trained, tmp_path):
+    dit_ds("train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "2", "--run_dir", tmp_path / "acc")
+    losses = [[m["loss"] for m in metrics_of(d)] for d in (tmp_path / "acc", trained / "run")]
+    np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+def test_what_a_run_leaves_behind(trained):
+    run = trained / "run"
+    assert {p.name for p in run.iterdir()} >= {"config.yaml", "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "best.json"}
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["batch_size"] == 10
+    assert json.loads((run / "environment.json").read_text())["versions"]["deepspeed"]
+    line = metrics_of(run)[0]
+    assert {"loss", "lr", "grad_norm", "samples_per_second", "data_wait", "peak_memory_gib", "step", "epoch"} <= line.keys()
+    assert [m["step"] for m in metrics_of(run, "eval")] == [10]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000010"]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
+    """kill -9 of both ranks in mid-epoch, after a checkpoint at step 4; the end equals the uninterrupted run's."""
+    arguments = ["train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "5", "--run_dir", tmp_path / "cut",
+                 "--checkpoint.every_steps", "4", "--resume"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dit_ds.cli"]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "cut/checkpoints/step_00000004/meta.json").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    assert not (tmp_path / "cut/checkpoints/step_00000010").exists()
+    assert (tmp_path / "cut/checkpoints/step_00000004/meta.json").exists()
+    done = dit_ds(*arguments, ranks=2)
+    assert "resumed from" in done.stderr
+    whole, cut = weights(trained / "run", 10), weights(tmp_path / "cut", 10)
+    assert all((whole[name] == cut[name]).all() for name in whole)
+    assert [m["loss"] for m in metrics_of(trained / "run")] == [m["loss"] for m in metrics_of(tmp_path / "cut")]
+    # over already: resuming again only evaluates
+    result = json.loads(dit_ds(*arguments, "--json", ranks=2).stdout.splitlines()[-1])
+    assert result["step"] == 10 and result["miou"] == metrics_of(tmp_path / "cut", "eval")[-1]["miou"]
+
+
+def test_every_zero_stage_trains_alike(shards, tmp_path):
+    runs = {}
+    for stage in range(4):
+        config = tiny_config(shards, tmp_path / f"zero{stage}")
+        config["deepspeed"]["config"] = str(ROOT / f"configs/deepspeed/zero{stage}.json")
+        config["train"]["max_steps"] = 3
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(config))
+        dit_ds("train", "--config", tmp_path / f"{stage}.yaml", ranks=2)
+        runs[stage] = tmp_path / f"zero{stage}"
+    reference = [m["loss"] for m in metrics_of(runs[0])]
+    for stage in (1, 2, 3):
+        np.testing.assert_allclose([m["loss"] for m in metrics_of(runs[stage])], reference, rtol=1e-5)
+        assert_close(weights(runs[stage], 3), weights(runs[0], 3), 2e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bf16_trains(config_file, tmp_path, stage):
+    dit_ds("train", "--config", config_file, "--deepspeed.config", ROOT / f"configs/deepspeed/zero{stage}.json",
+           "--deepspeed.override.bf16.enabled", "true", "--train.max_steps", "4", "--train.batch_size", "4")  # fmt: skip
+    losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
+    assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_path):
+    one, two, three = (
+        json.loads(dit_ds("eval", trained / "run", "--json", ranks=n).stdout.splitlines()[-1]) for n in (1, 2, 3)
+    )
+    assert one == two == three
+    assert list(one) == ["split", "n", "oiou", "miou", "p@0.5", "p@0.6", "p@0.7", "p@0.8", "p@0.9"]
+    assert one["n"] == 48 or one["n"] > 30
+    assert one["miou"] == metrics_of(trained / "run", "eval")[-1]["miou"]
+    written = tmp_path / "masks"
+    dit_ds("eval", trained / "run", "--split", "testA", "--predictions", written)
+    masks = list(written.iterdir())
+    assert len(masks) == json.loads(dit_ds("eval", trained / "run", "--split", "testA", "--json").stdout)["n"]
+    assert set(np.unique(np.asarray(Image.open(masks[0])))) <= {0, 255}
+
+
+def test_pictures(trained, refer_tree, tmp_path):
+    image = sorted((refer_tree / "images/train2014").iterdir())[0]
+    out = tmp_path / "p.png"
+    result = json.loads(dit_ds("predict", trained / "run", "--image", image, "--text", "The left star", "--out", out, "--json").stdout)
+    assert 0 <= result["covered"] <= 1
+    assert Image.open(out).width > 2 * Image.open(image).width
+    dit_ds("sheet", trained / "run", "--out", tmp_path / "s.png", "--rows", "4")
+    assert Image.open(tmp_path / "s.png").height > 300
+
+
+def test_resuming_elsewhere_is_refused_in_one_line(trained):
+    base = ["train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "5"]
+    assert "go on with --resume" in refused(dit_ds(*base, check=None))
+    assert "world_size 2, this run has 1" in refused(dit_ds(*base, "--resume", check=None))
+    same_world = (*base, "--resume")
+    assert "seed 0, this run has 1" in refused_by_all(dit_ds(*same_world, "--seed", "1", ranks=2, check=None))
+
+
+def test_requests_that_cannot_be_met(trained, config_file, tmp_path):
+    def line(*arguments):
+        return refused(dit_ds("train", "--config", config_file, *arguments, check=None))
+
+    assert "micro-batches that divide are 1, 2, 4, 8" in line(MICRO, "3")
+    assert "did you mean 'train.lr'?" in line("--train.lrr", "1")
+    assert "did you mean 'layer_wise'?" in line("--model.scheme", "layerwise")
+    assert "train.lr = 'fast'" in line("--train.lr", "fast")
+    assert "no manifest.json" in line("--data.root", tmp_path)
+    assert "no split 'dev'" in line("--data.val_split", "dev")
+    assert "text encoder 'no/such'" in line("--text.name", "no/such")
+    assert "no DeepSpeed configuration" in line("--deepspeed.config", "none.json")
+    assert "the run owns" in line("--deepspeed.override.train_batch_size", "8")
+    assert "no SAM checkpoint" in line("--model.checkpoint", "none.pth")
+    assert "cannot read the configuration" in refused(dit_ds("train", "--config", "none.yaml", check=None))
+    # nothing above left a run behind that would stop the next
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    other = trained / "other.yaml"
+    other.write_text((trained / "tiny.yaml").read_text())
+    moved = tmp_path / "moved"
+    (moved / "checkpoints").mkdir(parents=True)
+    os.symlink(trained / "run/checkpoints/step_00000010", moved / "checkpoints/step_00000010")
+    message = refused(dit_ds("train", "--config", other, "--run_dir", moved, "--resume", "--model.decoder_layers", "1",
+                             "--train.batch_size", "10", MICRO, "5", ranks=1, check=None))  # fmt: skip
+    assert "world_size" in message
+    assert "no checkpoint in" in refused(dit_ds("eval", tmp_path, check=None))
+    picture = ["predict", trained / "run", "--out", tmp_path / "o.png"]
+    assert "cannot read the picture" in refused(dit_ds(*picture, "--image", tmp_path / "no.jpg", "--text", "a", check=None))
+    assert "--text is empty" in refused(dit_ds(*picture, "--image", ROOT / "README.md", "--text", " ", check=None))
+
+
+def test_a_checkpoint_of_another_size_is_refused(trained, tmp_path):
+    copy = tmp_path / "run/checkpoints/step_00000010"
+    copy.mkdir(parents=True)
+    for f in ("meta.json", "model.safetensors"):
+        (copy / f).write_bytes((trained / "run/checkpoints/step_00000010" / f).read_bytes())
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["config"]["data"]["image_size"] = 128
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert "is of another model" in refused(dit_ds("eval", copy, check=None))
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    assert "is damaged" in refused(dit_ds("eval", copy, check=None))
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_keeps_no_half_checkpoint(config_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        arguments = ["train", "--config", config_file, "--run_dir", small / "run", "--train.max_steps", "1"]
+        assert "no space left" in refused(dit_ds(*arguments, check=None))
+        assert not list((small / "run/checkpoints").iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
