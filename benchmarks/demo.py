@@ -27,7 +27,9 @@ def run(*command: str) -> str:
     print("$ " + " ".join(words), file=sys.stderr, flush=True)
     python = [sys.executable, "-m"]
     launcher = {"dit-ds": [*python, "dit_ds.cli"], "torchrun": [*python, "torch.distributed.run"]}
-    done = subprocess.run([*launcher[words[0]], *words[1:]], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    done = subprocess.run(
+        [*launcher[words[0]], *words[1:]], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout
@@ -69,14 +71,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default="demo", help="where everything goes (default demo)")
     parser.add_argument("--scheme", default="layer_wise", choices=["layer_wise", "default"])
-    parser.add_argument("--record", action="store_true", help=f"write both schemes' figures to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write both schemes' figures to {RESULTS.relative_to(ROOT)}"
+    )
     args = parser.parse_args()
     if not args.record:
         print(json.dumps(demo(Path(args.folder), args.scheme)))
         return
     rows = {scheme: demo(Path(args.folder), scheme) for scheme in ("default", "layer_wise")}
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    record = {"date": str(datetime.date.today()), "machine": machine, "command": "python benchmarks/demo.py --record", "rows": rows}
+    record = {
+        "date": str(datetime.date.today()),
+        "machine": machine,
+        "command": "python benchmarks/demo.py --record",
+        "rows": rows,
+    }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(rows["layer_wise"]))

@@ -37,7 +37,14 @@ def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
     torch.manual_seed(config.seed)
     text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache)
     return DITSAM(
-        text, m.size, config.data.image_size, m.scheme, m.decoder_layers, m.freeze_image_encoder, m.mask_padding, m.attention
+        text,
+        m.size,
+        config.data.image_size,
+        m.scheme,
+        m.decoder_layers,
+        m.freeze_image_encoder,
+        m.mask_padding,
+        m.attention,
     )
 
 
@@ -78,7 +85,9 @@ def save(engine: Any, config: RunConfig, world: World, meta: dict[str, Any]) -> 
     _finish_or_remove(error, temporary, world)
     try:
         with full_disk_is_user_error(temporary):
-            engine.save_checkpoint(str(temporary / "deepspeed"), tag="state", save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(
+                str(temporary / "deepspeed"), tag="state", save_latest=False, exclude_frozen_parameters=True
+            )
             if world.main:
                 write_json(temporary / "meta.json", meta)
                 shutil.rmtree(final, ignore_errors=True)
@@ -157,9 +166,13 @@ def _load_into(model: DITSAM, path: Path, meta: dict[str, Any]) -> None:
         if name not in state or name not in target or state[name].shape != target[name].shape:
             have = tuple(state[name].shape) if name in state else "absent"
             want = tuple(target[name].shape) if name in target else "absent"
-            raise UserError(f"checkpoint {path} is of another model: {name} is {have}, here {want}: use its own model.* keys")
+            raise UserError(
+                f"checkpoint {path} is of another model: {name} is {have}, here {want}: use its own model.* keys"
+            )
     if not saved_text and text_digest(model) != meta["text_digest"]:
-        raise UserError(f"text encoder {meta['config']['text']['name']} is not the one {path} was trained with: set text.name")
+        raise UserError(
+            f"text encoder {meta['config']['text']['name']} is not the one {path} was trained with: set text.name"
+        )
     model.load_state_dict(state, strict=False)
 
 

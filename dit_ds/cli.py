@@ -54,7 +54,9 @@ def _report(args: argparse.Namespace, result: dict[str, Any], lines: Callable[[]
     if args.json:
         print(json.dumps(result))
     else:
-        for line in lines() if lines else [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]:
+        for line in (
+            lines() if lines else [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]
+        ):
             print(line)
 
 
@@ -158,7 +160,9 @@ def _sheet(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed.")
+    parser = argparse.ArgumentParser(
+        "dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed."
+    )
     parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
     parser.set_defaults(group=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -178,18 +182,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="another seed gives another set (default 0)")
     p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
 
-    p = command(data_commands, "shard", _data_shard, "REFER files to WebDataset tars and a manifest; run again to go on")
+    p = command(
+        data_commands, "shard", _data_shard, "REFER files to WebDataset tars and a manifest; run again to go on"
+    )
     p.add_argument("--refer-root", required=True, help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
     p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
     p.add_argument("--dataset", default="refcoco", help="refcoco, refcoco+, refcocog, ... (default refcoco)")
     p.add_argument("--split-by", default="unc", help="unc, google, umd, ... (default unc)")
     p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
-    p.add_argument("--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)")
-    p.add_argument("--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping")
+    p.add_argument(
+        "--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
+    )
+    p.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
     p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
 
-    p = command(data_commands, "verify", _data_verify, "check every shard's size, SHA-256 and members against the manifest")
+    p = command(
+        data_commands, "verify", _data_verify, "check every shard's size, SHA-256 and members against the manifest"
+    )
     p.add_argument("folder", help="as data_shards/refcoco/unc")
 
     class TrainHelp(argparse.Action):
@@ -206,7 +218,9 @@ def _parser() -> argparse.ArgumentParser:
                             usage="dit-ds train --config C [--resume] [--json] [--section.key value ...]")  # fmt: skip
     p.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="show every option and configuration key")
     p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml")
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, or start where there is none")
+    p.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint, or start where there is none"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     p.set_defaults(run=_train, takes_overrides=True)
 

@@ -30,7 +30,9 @@ class DataConfig(_Section):
     split_by: str = Field("unc", description="unc, google, umd, ...")
     train_split: str = Field("train", description="split to train on")
     val_split: str = Field("val", description="split to evaluate during training")
-    image_size: int = Field(512, gt=0, description="longer side after resizing, and side of the padded square, in pixels")
+    image_size: int = Field(
+        512, gt=0, description="longer side after resizing, and side of the padded square, in pixels"
+    )
     tokens: int = Field(20, ge=3, description="tokens an expression is cut or padded to, [CLS] and [SEP] included")
     unit: Literal["ref", "sentence"] = Field(
         "ref", description="what an epoch runs over: one sentence of each ref (the paper's code), or every sentence"
@@ -38,7 +40,9 @@ class DataConfig(_Section):
     workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
     color: float = Field(0.4, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share")
     blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words")
+    flip: float = Field(
+        0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words"
+    )
 
 
 class ModelConfig(_Section):
@@ -46,10 +50,13 @@ class ModelConfig(_Section):
 
     size: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field("vit_b", description="SAM's sizes, and vit_t for CPUs")
     scheme: Literal["default", "layer_wise"] = Field(
-        "layer_wise", description="default: words meet the image in the mask decoder only; layer_wise: L-DIT, equation 8"
+        "layer_wise",
+        description="default: words meet the image in the mask decoder only; layer_wise: L-DIT, equation 8",
     )
     decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
-    checkpoint: str | None = Field(None, description="official sam_vit_*.pth to start from; none starts from random weights")
+    checkpoint: str | None = Field(
+        None, description="official sam_vit_*.pth to start from; none starts from random weights"
+    )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
     mask_padding: bool = Field(True, description="don't attend to padding words in the image encoder")
     attention: Literal["auto", "eager", "sdpa", "xformers", "chunked"] = Field("auto", description="attention backend")
@@ -59,7 +66,8 @@ class TextConfig(_Section):
     """The text encoder."""
 
     name: str = Field(
-        "bert-base-uncased", description="a BERT of transformers: hub id, folder, or package:NAME for an installed package"
+        "bert-base-uncased",
+        description="a BERT of transformers: hub id, folder, or package:NAME for an installed package",
     )
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the encoder")
     layers: int | None = Field(None, ge=1, description="use the first so many layers only; none for all")
@@ -79,7 +87,9 @@ class TrainConfig(_Section):
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty of Adam")
     warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
-    schedule: Literal["step", "cosine"] = Field("step", description="step: times decay at each milestone; cosine: to zero")
+    schedule: Literal["step", "cosine"] = Field(
+        "step", description="step: times decay at each milestone; cosine: to zero"
+    )
     milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
     decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
@@ -91,13 +101,17 @@ class EvalConfig(_Section):
 
     every_epochs: int = Field(1, ge=1, description="evaluate after so many epochs, and after the last")
     batch_size: int = Field(16, ge=1, description="expressions at once on a rank")
-    threshold: float = Field(0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)")
+    threshold: float = Field(
+        0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)"
+    )
 
 
 class DeepSpeedConfig(_Section):
     """DeepSpeed."""
 
-    config: str = Field("configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch")
+    config: str = Field(
+        "configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch"
+    )
     override: dict[str, Any] = Field(
         default_factory=dict, description="keys laid over that JSON, e.g. --deepspeed.override.bf16.enabled false"
     )
@@ -106,7 +120,8 @@ class DeepSpeedConfig(_Section):
 class CheckpointConfig(_Section):
     """What is kept."""
 
-    every_steps: int | None = Field(None, ge=1, description="save after so many steps, besides at each epoch's end")
+    every_epochs: int = Field(1, ge=1, description="save after so many epochs, and after the last")
+    every_steps: int | None = Field(None, ge=1, description="save after so many steps, too")
     keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
 
 

@@ -39,7 +39,11 @@ def set_environment() -> tuple[int, int, int]:
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
+            env["SLURM_PROCID"],
+            env["SLURM_NTASKS"],
+            env["SLURM_LOCALID"],
+        )
         env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", ""))))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     env.setdefault("RANK", "0")
@@ -55,10 +59,14 @@ def set_environment() -> tuple[int, int, int]:
 
 def _first_host(nodelist: str) -> str:
     try:
-        out = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=60, check=True)
+        out = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=60, check=True
+        )
         return out.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        raise UserError(f"can't tell the first host of '{nodelist}' with scontrol: set MASTER_ADDR before srun") from None
+        raise UserError(
+            f"can't tell the first host of '{nodelist}' with scontrol: set MASTER_ADDR before srun"
+        ) from None
 
 
 def _free_port() -> int:
@@ -74,7 +82,9 @@ def connect() -> World:
         gpus = torch.cuda.device_count()
         local_gpu = local_rank if gpus > 1 else 0  # SLURM may show each task its own GPU only
         if local_gpu >= gpus:
-            raise UserError(f"local rank {local_rank} has no GPU, this node has {gpus}: start at most one process a GPU")
+            raise UserError(
+                f"local rank {local_rank} has no GPU, this node has {gpus}: start at most one process a GPU"
+            )
         device = torch.device("cuda", local_gpu)
         torch.cuda.set_device(device)
     else:

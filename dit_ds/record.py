@@ -77,9 +77,14 @@ class RunRecord:
         """What of a SAM checkpoint was used, and by name what was not."""
         self.log(f"SAM checkpoint: {len(report['loaded'])} tensors loaded by name")
         ours = [
-            n for n in report["missing"] if not n.startswith(("text_encoder.", "text_projection.", "image_encoder.instruction."))
+            n
+            for n in report["missing"]
+            if not n.startswith(("text_encoder.", "text_projection.", "image_encoder.instruction."))
         ]
-        for what, names in (("not in the checkpoint, fresh", ours), ("not in the model, ignored", report["unexpected"])):
+        for what, names in (
+            ("not in the checkpoint, fresh", ours),
+            ("not in the model, ignored", report["unexpected"]),
+        ):
             if names:
                 self.log(f"{what}: {', '.join(names)}")
 
@@ -121,7 +126,9 @@ def environment(world: World) -> dict[str, Any]:
 def _commit() -> str | None:
     try:
         where = Path(__file__).parent
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=10, check=True)
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=10, check=True
+        )
         return out.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -111,7 +111,9 @@ class _Run:
         self.batches = TrainBatches(
             len(data.train), config.train.batch_size, micro_batch, world.rank, world.world_size, config.seed
         )
-        self.loader: DataLoader = make_loader(data.train, self.batches, config.data.workers, pin=world.device.type == "cuda")
+        self.loader: DataLoader = make_loader(
+            data.train, self.batches, config.data.workers, pin=world.device.type == "cuda"
+        )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
 
@@ -120,16 +122,22 @@ class _Run:
         progress, config = self.progress, self.config
         metrics: dict[str, Any] = {}
         self.bar = tqdm(
-            desc="train", total=self.total_steps, initial=progress.step, unit="step", disable=not self.world.main, mininterval=2
+            desc="train",
+            total=self.total_steps,
+            initial=progress.step,
+            unit="step",
+            disable=not self.world.main,
+            mininterval=2,
         )
         while progress.step < self.total_steps:
             self.train_epoch()
-            epoch_over = progress.batch == self.batches.batches_per_epoch
-            if epoch_over:
+            if progress.batch == self.batches.batches_per_epoch:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-            if progress.step == self.total_steps or (epoch_over and progress.epoch % config.eval.every_epochs == 0):
+            over = progress.step == self.total_steps
+            if over or progress.epoch % config.eval.every_epochs == 0:
                 metrics = self.evaluate()
-            self.save()
+            if over or progress.epoch % config.checkpoint.every_epochs == 0:
+                self.save()
         self.bar.close()
         metrics = metrics or self.evaluate()  # a finished run that was resumed has none yet
         self.record.close()
@@ -184,7 +192,9 @@ class _Run:
         self.record.metrics("train", {"step": self.progress.step, "epoch": self.progress.epoch} | line)
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
         if not math.isfinite(line["loss"]):
-            raise RunFailed(f"the loss is {line['loss']} at step {self.progress.step}: lower train.lr, or clip the gradient")
+            raise RunFailed(
+                f"the loss is {line['loss']} at step {self.progress.step}: lower train.lr, or clip the gradient"
+            )
         return Window(self.world)
 
     def evaluate(self) -> dict[str, Any]:

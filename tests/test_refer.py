@@ -118,7 +118,9 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a pickle", pickle.dumps({"a": 1}), pickle.dumps([{"ref_id": 1}]), pickle.dumps([1])])
+@pytest.mark.parametrize(
+    "damage", [b"", b"not a pickle", pickle.dumps({"a": 1}), pickle.dumps([{"ref_id": 1}]), pickle.dumps([1])]
+)
 def test_a_damaged_pickle_is_one_line(tmp_path, damage):
     write_tree(tmp_path)
     (tmp_path / "refcoco/refs(unc).p").write_bytes(damage)

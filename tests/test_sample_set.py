@@ -119,7 +119,13 @@ def test_annotations_are_what_can_be_seen():
             shown, coded = scene.mask(i), decode_rle(rle).astype(bool)
             assert (shown & coded).sum() / (shown | coded).sum() > 0.9
             segmentation = a["segmentation"]
-            kinds.add("crowd" if a["iscrowd"] else "rle" if isinstance(segmentation[0], dict) else f"{len(segmentation)} parts")
+            kinds.add(
+                "crowd"
+                if a["iscrowd"]
+                else "rle"
+                if isinstance(segmentation[0], dict)
+                else f"{len(segmentation)} parts"
+            )
     assert {"crowd", "rle", "1 parts", "2 parts"} <= kinds
 
 

@@ -37,13 +37,22 @@ def trained(shards, tmp_path_factory) -> Path:
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny_config(shards, folder / "run")))
     done = dit_ds("train", "--config", config, "--json", "--train.batch_size", "10", MICRO, "5", ranks=2)
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["step"] == 10 and result["n"] == len(Path(folder / "run/metrics.jsonl").read_text()) * 0 + result["n"]
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 10
     return folder
 
 
 def test_two_ranks_equal_one(trained, shards, tmp_path):
-    dit_ds("train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "10", "--run_dir", tmp_path / "one")
+    dit_ds(
+        "train",
+        "--config",
+        trained / "tiny.yaml",
+        "--train.batch_size",
+        "10",
+        MICRO,
+        "10",
+        "--run_dir",
+        tmp_path / "one",
+    )
     one, two = metrics_of(tmp_path / "one"), metrics_of(trained / "run")
     assert [m["step"] for m in one] == [m["step"] for m in two] == list(range(1, 11))
     np.testing.assert_allclose([m["loss"] for m in one], [m["loss"] for m in two], rtol=2e-5)
@@ -52,18 +61,44 @@ def test_two_ranks_equal_one(trained, shards, tmp_path):
 
 
 def test_accumulation_equals_one_pass(trained, tmp_path):
-    dit_ds("train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "2", "--run_dir", tmp_path / "acc")
+    dit_ds(
+        "train",
+        "--config",
+        trained / "tiny.yaml",
+        "--train.batch_size",
+        "10",
+        MICRO,
+        "2",
+        "--run_dir",
+        tmp_path / "acc",
+    )
     losses = [[m["loss"] for m in metrics_of(d)] for d in (tmp_path / "acc", trained / "run")]
     np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
 def test_what_a_run_leaves_behind(trained):
     run = trained / "run"
-    assert {p.name for p in run.iterdir()} >= {"config.yaml", "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "best.json"}
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+        "best.json",
+    }
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["batch_size"] == 10
     assert json.loads((run / "environment.json").read_text())["versions"]["deepspeed"]
     line = metrics_of(run)[0]
-    assert {"loss", "lr", "grad_norm", "samples_per_second", "data_wait", "peak_memory_gib", "step", "epoch"} <= line.keys()
+    assert {
+        "loss",
+        "lr",
+        "grad_norm",
+        "samples_per_second",
+        "data_wait",
+        "peak_memory_gib",
+        "step",
+        "epoch",
+    } <= line.keys()
     assert [m["step"] for m in metrics_of(run, "eval")] == [10]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000010"]
 
@@ -72,7 +107,16 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
     """kill -9 of both ranks in mid-epoch, after a checkpoint at step 4; the end equals the uninterrupted run's."""
     arguments = ["train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "5", "--run_dir", tmp_path / "cut",
                  "--checkpoint.every_steps", "4", "--resume"]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dit_ds.cli"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "dit_ds.cli",
+    ]
     process = subprocess.Popen(
         [*command, *map(str, arguments)], cwd=ROOT, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -124,7 +168,7 @@ def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_pa
     )
     assert one == two == three
     assert list(one) == ["split", "n", "oiou", "miou", "p@0.5", "p@0.6", "p@0.7", "p@0.8", "p@0.9"]
-    assert one["n"] == 48 or one["n"] > 30
+    assert one["n"] == metrics_of(trained / "run", "eval")[-1]["n"]
     assert one["miou"] == metrics_of(trained / "run", "eval")[-1]["miou"]
     written = tmp_path / "masks"
     dit_ds("eval", trained / "run", "--split", "testA", "--predictions", written)
@@ -136,19 +180,25 @@ def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_pa
 def test_pictures(trained, refer_tree, tmp_path):
     image = sorted((refer_tree / "images/train2014").iterdir())[0]
     out = tmp_path / "p.png"
-    result = json.loads(dit_ds("predict", trained / "run", "--image", image, "--text", "The left star", "--out", out, "--json").stdout)
+    result = json.loads(
+        dit_ds("predict", trained / "run", "--image", image, "--text", "The left star", "--out", out, "--json").stdout
+    )
     assert 0 <= result["covered"] <= 1
     assert Image.open(out).width > 2 * Image.open(image).width
     dit_ds("sheet", trained / "run", "--out", tmp_path / "s.png", "--rows", "4")
     assert Image.open(tmp_path / "s.png").height > 300
 
 
-def test_resuming_elsewhere_is_refused_in_one_line(trained):
+def test_resuming_something_else_is_refused_in_one_line(trained, config_file, tmp_path):
     base = ["train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "5"]
     assert "go on with --resume" in refused(dit_ds(*base, check=None))
     assert "world_size 2, this run has 1" in refused(dit_ds(*base, "--resume", check=None))
-    same_world = (*base, "--resume")
-    assert "seed 0, this run has 1" in refused_by_all(dit_ds(*same_world, "--seed", "1", ranks=2, check=None))
+    again = ["train", "--config", config_file, "--train.max_steps", "1"]
+    dit_ds(*again)
+    assert "seed 0, this run has 1" in refused(dit_ds(*again, "--resume", "--seed", "1", check=None))
+    zero3 = ["--deepspeed.config", ROOT / "configs/deepspeed/zero3.json"]
+    assert "zero_stage 2, this run has 3" in refused(dit_ds(*again, "--resume", *zero3, check=None))
+    assert "is of another model" in refused(dit_ds(*again, "--resume", "--model.decoder_layers", "1", check=None))
 
 
 def test_requests_that_cannot_be_met(trained, config_file, tmp_path):
@@ -168,17 +218,11 @@ def test_requests_that_cannot_be_met(trained, config_file, tmp_path):
     assert "cannot read the configuration" in refused(dit_ds("train", "--config", "none.yaml", check=None))
     # nothing above left a run behind that would stop the next
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    other = trained / "other.yaml"
-    other.write_text((trained / "tiny.yaml").read_text())
-    moved = tmp_path / "moved"
-    (moved / "checkpoints").mkdir(parents=True)
-    os.symlink(trained / "run/checkpoints/step_00000010", moved / "checkpoints/step_00000010")
-    message = refused(dit_ds("train", "--config", other, "--run_dir", moved, "--resume", "--model.decoder_layers", "1",
-                             "--train.batch_size", "10", MICRO, "5", ranks=1, check=None))  # fmt: skip
-    assert "world_size" in message
     assert "no checkpoint in" in refused(dit_ds("eval", tmp_path, check=None))
     picture = ["predict", trained / "run", "--out", tmp_path / "o.png"]
-    assert "cannot read the picture" in refused(dit_ds(*picture, "--image", tmp_path / "no.jpg", "--text", "a", check=None))
+    assert "cannot read the picture" in refused(
+        dit_ds(*picture, "--image", tmp_path / "no.jpg", "--text", "a", check=None)
+    )
     assert "--text is empty" in refused(dit_ds(*picture, "--image", ROOT / "README.md", "--text", " ", check=None))
 
 

@@ -78,7 +78,9 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
 
 def _nearest_refs(path: Path) -> str:
     there = sorted(p.name[5:-3] for p in path.parent.glob("refs(*).p"))
-    return f": --split-by can be {', '.join(there)} here" if there else ": --refer-root must hold DATASET/refs(SPLITBY).p"
+    return (
+        f": --split-by can be {', '.join(there)} here" if there else ": --refer-root must hold DATASET/refs(SPLITBY).p"
+    )
 
 
 def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
@@ -106,9 +108,13 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
     for ref in sorted(refs, key=lambda r: r["ref_id"]):
         # join on image_id: a ref's own file_name is not the image's name
         if ref["image_id"] not in images:
-            raise UserError(f"ref {ref['ref_id']}: image {ref['image_id']} is not in {instances_file}: fetch both again")
+            raise UserError(
+                f"ref {ref['ref_id']}: image {ref['image_id']} is not in {instances_file}: fetch both again"
+            )
         if ref["ann_id"] not in annotations:
-            raise UserError(f"ref {ref['ref_id']}: annotation {ref['ann_id']} is not in {instances_file}: fetch both again")
+            raise UserError(
+                f"ref {ref['ref_id']}: annotation {ref['ann_id']} is not in {instances_file}: fetch both again"
+            )
         grouped.setdefault(ref["split"], {}).setdefault(ref["image_id"], []).append(ref)
     splits = {
         split: [
@@ -144,7 +150,9 @@ def annotation_rle(annotation: dict[str, Any], height: int, width: int) -> dict[
     if merged is None or int(coco.area(merged)) == 0:
         raise UnusableRecord(f"annotation {annotation.get('id')} has no polygon that encloses anything")
     if list(merged["size"]) != [height, width]:
-        raise UnusableRecord(f"annotation {annotation.get('id')}: its mask is {merged['size']}, its image {[height, width]}")
+        raise UnusableRecord(
+            f"annotation {annotation.get('id')}: its mask is {merged['size']}, its image {[height, width]}"
+        )
     return {"size": [height, width], "counts": merged["counts"].decode()}
 
 

@@ -21,7 +21,9 @@ _MAX_IMAGES = 500_000
 _ANNS_PER_IMAGE = 10  # ids are dealt in blocks, so that an image's ids don't depend on the others'
 
 
-def write_sample_set(out: str | Path, images: int = 2000, seed: int = 0, processes: int | None = None) -> dict[str, int]:
+def write_sample_set(
+    out: str | Path, images: int = 2000, seed: int = 0, processes: int | None = None
+) -> dict[str, int]:
     """Write `OUT/refcoco/{refs(unc).p,instances.json}` and `OUT/images/train2014/*.jpg`.
 
     The files depend on `images` and `seed` alone. The two annotation files come last, so a tree that was

@@ -39,14 +39,20 @@ class NounPhrase:
         return len(self.members) == 1
 
 
+# how people name an object: by its colour first of all
+_NAMES = {
+    "colour shape": 5.0, "colour": 2.0, "size colour shape": 2.0, "fill colour shape": 1.5, "shape": 1.5, "size shape": 0.75,
+    "fill shape": 0.75, "fill colour": 0.5, "size fill colour shape": 0.5,
+}  # fmt: skip
+
+
 def _phrases(scene: Scene, thing: Thing, rng: np.random.Generator) -> list[NounPhrase]:
-    """Noun phrases true of `thing`, from the barest to the fullest, in a seeded order within each length."""
+    """Noun phrases true of `thing`, in a seeded order that has the commoner ways to name it earlier."""
     if thing.shape == "dots":
         return [NounPhrase(scene, shape="dots"), NounPhrase(scene, shape="dots", colour=thing.colour)]
-    kinds = ["shape", "colour shape", "size shape", "fill shape", "colour", "fill colour", "size colour shape",
-             "fill colour shape", "size fill colour shape"]  # fmt: skip
-    order = sorted(kinds, key=lambda k: (k.count(" "), rng.random()))
-    return [NounPhrase(scene, **{word: getattr(thing, word) for word in kind.split()}) for kind in order]
+    weights = np.array(list(_NAMES.values()))
+    order = rng.choice(list(_NAMES), len(_NAMES), replace=False, p=weights / weights.sum())
+    return [NounPhrase(scene, **{word: getattr(thing, word) for word in str(kind).split()}) for kind in order]
 
 
 def _attributes(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
@@ -126,7 +132,7 @@ def _relation(name: str, t: Thing, o: Thing) -> bool | None:
 
 def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
     """ "the small ring above the blue square": the other thing is named so that only one can be meant."""
-    anchors = [(o, p) for o in scene.things if o is not thing for p in _phrases(scene, o, rng)[:6] if p.unique()]
+    anchors = [(o, p) for o in scene.things if o is not thing for p in _phrases(scene, o, rng)[:3] if p.unique()]
     for i in rng.permutation(len(anchors)):
         anchor, anchor_phrase = anchors[i]
         for name in rng.permutation(["left of", "right of", "above", "below"]):
@@ -141,11 +147,11 @@ def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator
 
 # how often each kind is drawn: people name looks and places first
 KINDS = {
-    "attribute": (_attributes, 0.45),
-    "place": (_places, 0.25),
-    "relation": (_relations, 0.12),
-    "ordinal": (_ordinals, 0.08),
-    "comparative": (_comparatives, 0.10),
+    "attribute": (_attributes, 0.52),
+    "place": (_places, 0.22),
+    "relation": (_relations, 0.11),
+    "ordinal": (_ordinals, 0.06),
+    "comparative": (_comparatives, 0.09),
 }
 
 

@@ -15,7 +15,7 @@ COLOURS = {
 }  # fmt: skip
 FILLS = ["solid", "striped", "spotted"]
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "bar"]
-RADII = {"small": (20, 26), "big": (38, 48)}  # pixels of the picture; no third size lies between
+RADII = {"small": (21, 27), "big": (39, 50)}  # pixels of the picture; no third size lies between
 CATEGORIES = {name: i for i, name in enumerate([*SHAPES, "dots"], start=1)}
 _SUPERSAMPLE = 2  # drawn at twice the size and averaged down, so edges are smooth
 _MIN_VISIBLE = 0.55  # a thing must show at least this share of itself
@@ -130,7 +130,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
     while True:
         width, height = SIZES[rng.integers(len(SIZES))]
         shapes = rng.choice(SHAPES, size=rng.integers(3, 7), replace=False)
-        colours = rng.choice(list(COLOURS), size=rng.integers(4, 9), replace=False)
+        colours = rng.choice(list(COLOURS), size=rng.integers(5, 9), replace=False)
         things: list[Thing] = []
         wanted = int(rng.integers(4, 10))
         may_overlap = int(rng.integers(0, 3))

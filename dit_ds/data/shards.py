@@ -92,7 +92,9 @@ def shard_refer(
 def _shard_counts(tree: ReferTree, asked: dict[str, int]) -> dict[str, int]:
     unknown = sorted(set(asked) - set(tree.splits))
     if unknown:
-        raise UserError(f"--shards names no split '{unknown[0]}': {tree.dataset} {tree.split_by} has {', '.join(tree.splits)}")
+        raise UserError(
+            f"--shards names no split '{unknown[0]}': {tree.dataset} {tree.split_by} has {', '.join(tree.splits)}"
+        )
     counts = {}
     for split, records in tree.splits.items():
         counts[split] = asked.get(split, 2 ** int(np.log2(max(1, len(records) // _IMAGES_A_SHARD))))
@@ -202,7 +204,9 @@ def _image_bytes(images: Path, record: ImageRecord) -> bytes:
     return jpg
 
 
-def _sample(tree: ReferTree, split: str, record: ImageRecord, skip_bad: bool, dropped: dict[str, int]) -> dict[str, Any]:
+def _sample(
+    tree: ReferTree, split: str, record: ImageRecord, skip_bad: bool, dropped: dict[str, int]
+) -> dict[str, Any]:
     """The sample's JSON member."""
     height, width = record.image["height"], record.image["width"]
     anns: dict[str, Any] = {}
@@ -227,7 +231,9 @@ def _sample(tree: ReferTree, split: str, record: ImageRecord, skip_bad: bool, dr
         if not sentences:
             dropped["refs"] += 1
             continue
-        anns[str(ref["ann_id"])] = {k: annotation.get(k) for k in ("bbox", "category_id", "area", "iscrowd")} | {"rle": rle}
+        anns[str(ref["ann_id"])] = {k: annotation.get(k) for k in ("bbox", "category_id", "area", "iscrowd")} | {
+            "rle": rle
+        }
         refs.append({"ref_id": ref["ref_id"], "ann_ids": [ref["ann_id"]], "no_target": False, "sentences": sentences})
     if not refs:
         raise UnusableRecord(f"image {record.image['id']} has no usable ref")
@@ -259,7 +265,13 @@ def _manifest(tree: ReferTree, plans: list[ShardPlan], parts: dict[str, dict[str
     for plan in plans:
         split = splits.setdefault(
             plan.split,
-            {"images": 0, "refs": 0, "sentences": 0, "dropped": dict.fromkeys(["images", "refs", "sentences"], 0), "shards": []},
+            {
+                "images": 0,
+                "refs": 0,
+                "sentences": 0,
+                "dropped": dict.fromkeys(["images", "refs", "sentences"], 0),
+                "shards": [],
+            },
         )
         part = parts[plan.name]
         split["shards"].append(part["entry"])
@@ -289,7 +301,9 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "manifest.json"
     if not path.exists():
-        raise UserError(f"no manifest.json in {folder}: shard the dataset there with 'dit-ds data shard' (again, to finish it)")
+        raise UserError(
+            f"no manifest.json in {folder}: shard the dataset there with 'dit-ds data shard' (again, to finish it)"
+        )
     manifest = read_json(path, "manifest")
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise UserError(f"{path} is not of shard schema {SCHEMA}: shard the dataset again")

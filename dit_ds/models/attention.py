@@ -134,7 +134,9 @@ class _ChunkedAttention(torch.autograd.Function):
         groups, n, m = q.shape[0], q.shape[1], k.shape[1]
         rows = max(1, min(n, _ChunkedAttention.PIECE // m))
         together = max(1, _ChunkedAttention.PIECE // (n * m))
-        return [(slice(g, g + together), slice(r, r + rows)) for g in range(0, groups, together) for r in range(0, n, rows)]
+        return [
+            (slice(g, g + together), slice(r, r + rows)) for g in range(0, groups, together) for r in range(0, n, rows)
+        ]
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

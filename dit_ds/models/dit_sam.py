@@ -44,14 +44,36 @@ class DITSAM(nn.Module):
         self.image_size, self.mask_padding = image_size, mask_padding
         self.text_encoder = text_encoder
         self.image_encoder = ImageEncoder(
-            image_size, s.patch_size, s.embed_dim, s.depth, s.num_heads, s.prompt_dim, scheme, text_encoder.dim, attention
+            image_size,
+            s.patch_size,
+            s.embed_dim,
+            s.depth,
+            s.num_heads,
+            s.prompt_dim,
+            scheme,
+            text_encoder.dim,
+            attention,
         )
         self.prompt_encoder = WordPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
         self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self._initialize()
         self._freeze(freeze_image_encoder)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Scales that let training from random weights begin; SAM's checkpoint replaces all but the projection's.
+
+        By default words come out of the projection several times smaller than SAM's prompt embeddings, padding drowns
+        them, and the product that makes a mask is so small that hundreds of steps go by before words can move it.
+        """
+        nn.init.normal_(self.text_projection.weight, std=3 * self.text_projection.in_features**-0.5)
+        nn.init.zeros_(self.text_projection.bias)
+        nn.init.normal_(self.prompt_encoder.not_a_point_embed.weight, std=0.02)
+        self.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight.mul_(6)
+        self.image_encoder.patch_embed.proj.weight.mul_(0.4)
 
     def _freeze(self, image_encoder: bool) -> None:
         """Every trainable parameter gets a gradient in every step: ZeRO-3 counts on it."""

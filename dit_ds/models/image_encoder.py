@@ -23,7 +23,7 @@ def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
     angles = [(torch.arange(n)[:, None] + 0.5) / n * waves for n in grid]  # (H, dim/4), (W, dim/4)
     rows, columns = (torch.cat([a.sin(), a.cos()], dim=1) for a in angles)
     both = [rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)]
-    return torch.cat(both, dim=-1)[None] * 0.5
+    return torch.cat(both, dim=-1)[None] * 0.25
 
 
 class QKV(nn.Linear):
@@ -51,7 +51,9 @@ class WordAttention(Attention):
         q, k, v = qkv.view(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
         if of_words is not None:
             of_words = of_words.view(b, -1, 2, self.num_heads, q.shape[-1]).permute(2, 0, 3, 1, 4).unbind(0)
-        out = relative_position_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, (h, w), of_words, word_mask, self.backend)
+        out = relative_position_attention(
+            q, k, v, self.rel_pos_h, self.rel_pos_w, (h, w), of_words, word_mask, self.backend
+        )
         return self.proj(out.transpose(1, 2).reshape(b, h, w, dim))
 
 
@@ -98,7 +100,13 @@ class ImageEncoder(ImageEncoderViT):
     ):
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(
-            image_size, patch_size, embed_dim=embed_dim, depth=0, num_heads=num_heads, out_chans=out_chans, norm_layer=norm
+            image_size,
+            patch_size,
+            embed_dim=embed_dim,
+            depth=0,
+            num_heads=num_heads,
+            out_chans=out_chans,
+            norm_layer=norm,
         )
         grid = (image_size // patch_size, image_size // patch_size)
         self.blocks = nn.ModuleList(WordBlock(embed_dim, num_heads, grid, backend) for _ in range(depth))

@@ -29,7 +29,7 @@ class Size:
 
 
 SIZES = {
-    "vit_t": Size(embed_dim=128, depth=4, num_heads=2, prompt_dim=128, decoder_mlp_dim=256),
+    "vit_t": Size(embed_dim=128, depth=4, num_heads=4, prompt_dim=64, decoder_mlp_dim=256),
     "vit_b": Size(embed_dim=768, depth=12, num_heads=12),
     "vit_l": Size(embed_dim=1024, depth=24, num_heads=16),
     "vit_h": Size(embed_dim=1280, depth=32, num_heads=16),

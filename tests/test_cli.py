@@ -1,0 +1,91 @@
+"""The command line as people meet it: quick help, one-line answers, clean stdout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, dit_ds, environment, refused
+
+from dit_ds.config import fields, load_config
+from dit_ds.errors import UserError
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys; from dit_ds.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60
+        )
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout.endswith("False\n") and "train" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def test_help_of_train_explains_every_key():
+    text = dit_ds("train", "--help").stdout
+    for name, default, _, meaning in fields():
+        assert meaning, name
+        assert f"--{name}  [" in text and meaning in text and f"default {default}]" in text
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["data"], ["train"], ["frobnicate"], ["eval", "x", "--frob", "1"], ["data", "shard"]]
+)
+def test_a_wrong_command_is_status_2(command):
+    done = dit_ds(*command, check=None)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_shipped_configurations_load():
+    for path in ROOT.glob("configs/*.yaml"):
+        load_config(path)
+    assert load_config(ROOT / "configs/base.yaml").train.milestones == [30, 35]
+
+
+def test_overrides_and_bases(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {lr: 0.5, epochs: 3}\ndata: {workers: 1}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 7}\n")
+    config = load_config(
+        tmp_path / "b.yaml", ["--data.workers=2", "--deepspeed.override.bf16.enabled", "false", "--text.layers", "null"]
+    )
+    assert (config.train.lr, config.train.epochs, config.data.workers) == (0.5, 7, 2)
+    assert config.deepspeed.override == {"bf16": {"enabled": False}} and config.text.layers is None
+    config.save(tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "says"),
+    [
+        ("trian: {lr: 1}", [], "did you mean 'train'"),
+        ("train: {epoch: 1}", [], "did you mean 'train.epochs'"),
+        ("train: {lr: -1}", [], "train.lr = -1"),
+        ("train: [1]", [], "train = "),
+        ("- 1", [], "must hold keys and values"),
+        ("a: [", [], "not valid YAML"),
+        ("base: c.yaml", [], "based on itself"),
+        ("base: nowhere.yaml", [], "nowhere.yaml"),
+        ("", ["--train.lr"], "has no value"),
+        ("", ["lr", "1"], "has no key before it"),
+        ("", ["--seed.x", "1"], "seed"),
+    ],
+)
+def test_configuration_errors_are_one_line(tmp_path, text, arguments, says):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(path, arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path):
+    import json
+
+    done = dit_ds("data", "sample", tmp_path, "--images", "20", "--json")
+    assert json.loads(done.stdout)["images"] == 20
+    assert "--images 5" in refused(dit_ds("data", "sample", tmp_path, "--images", "5", check=None))
