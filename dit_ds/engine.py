@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # DeepSpeed's calls to torch.distributed under names that torch is renaming: nothing for our users to act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.utils.logging import logger
 

@@ -71,3 +71,8 @@ def sha256_of(path: str | Path) -> str:
     """The file's SHA-256 as hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on, which on a cluster are fewer than the node has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -29,6 +29,10 @@ def _dataset(config: RunConfig, split: str, data_root: str | None, sentence_shif
     return ExpressionDataset(index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift)
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def evaluate_checkpoint(
     path: str,
     split: str,
@@ -84,6 +88,7 @@ def predict_image(path: str, image: str, text: str, out: str, threshold: float |
     except OSError as e:
         raise UserError(f"cannot read the picture {image} ({e.strerror or e})") from None
     model, config, _ = checkpoint.load_model(path)
+    model.to(_device())
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), config.data.tokens)
     mask = segment(model, config, pixels, text.strip().lower(), tokenize, threshold)
     with full_disk_is_user_error(out):
@@ -101,7 +106,8 @@ def segment(
     tokens, real = tokenize(text)
     image = torch.from_numpy(pad_square(small, size).transpose(2, 0, 1).copy())[None]
     shape = torch.tensor([small.shape[:2]])
-    logits = model(image, shape, torch.from_numpy(tokens)[None], torch.from_numpy(real)[None])
+    inputs = (image, shape, torch.from_numpy(tokens)[None], torch.from_numpy(real)[None])
+    logits = model(*(x.to(_device()) for x in inputs)).cpu()
     probability = original_probabilities(logits[0], shape[0], pixels.shape[:2], size)
     return (probability > (threshold or config.eval.threshold)).numpy()
 
@@ -110,13 +116,14 @@ def segment(
 def contact_sheet(path: str, out: str, split: str, data_root: str | None = None, rows: int = 8) -> dict[str, Any]:
     """`dit-ds sheet`: expressions spread over a split, each with its image, ground truth and prediction."""
     model, config, _ = checkpoint.load_model(path)
+    model.to(_device())
     dataset = _dataset(config, split, data_root)
     chosen = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int)
     loader = make_loader(dataset, [[(0, int(s), 1.0)] for s in chosen], workers=0, pin=False)
     panels = []
     for batch in checked(loader):
         truth = batch["original"][0]
-        logits = model(*(batch[k] for k in INPUTS))
+        logits = model(*(batch[k].to(_device()) for k in INPUTS)).cpu()
         probability = original_probabilities(logits[0], batch["size"][0], truth.shape, config.data.image_size)
         prediction = (probability > config.eval.threshold).numpy()
         h, w = (int(x) for x in batch["size"][0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dit_ds.config import RunConfig
 from dit_ds.distributed import World, mean_over_ranks
-from dit_ds.files import full_disk_is_user_error, write_json
+from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
 _log = logging.getLogger("dit_ds")
@@ -43,8 +43,9 @@ class RunRecord:
             _log.addHandler(logging.FileHandler(self.folder / "log.txt"))
             path = self.folder / "metrics.jsonl"
             kept = _lines_up_to(path, resumed_at) if resumed_at is not None else []
-            self._metrics = open(path, "w")
-            self._metrics.writelines(kept)
+            with atomic_write(path) as f:
+                f.write("".join(kept).encode())
+            self._metrics = open(path, "a")
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -66,6 +67,10 @@ def _newest_checkpoint(config: RunConfig, resume: bool) -> Path | None:
     return there[-1] if there else None
 
 
+def _seed_of(*position: int) -> int:
+    return int(np.random.SeedSequence(position).generate_state(1)[0])
+
+
 class _Data:
     """The datasets of a run."""
 
@@ -84,26 +89,30 @@ class _Run:
 
     def __init__(self, config: RunConfig, data: _Data, world: World, newest: Path | None):
         self.config, self.data, self.world = config, data, world
-        fixed = {"world_size": world.world_size, "seed": config.seed, "batch_size": config.train.batch_size}
-        self.fixed = fixed | {"manifest_sha": data.index.manifest_sha}
+        ds_config = ds.deepspeed_config(config, world.world_size)
+        self.fixed = {  # what must be the same when the run is resumed
+            "world_size": world.world_size,
+            "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
+            "seed": config.seed,
+            "batch_size": config.train.batch_size,
+            "manifest_sha": data.index.manifest_sha,
+        }
+        model = checkpoint.build_model(config)
+        self.text_digest = checkpoint.text_digest(model)
+        self.progress, loaded = Progress(), None
         if newest is not None:
             checkpoint.check_resumable(newest, self.fixed)
             self.progress = Progress(**checkpoint.read_meta(newest)["progress"])
-        else:
-            self.progress = Progress()
-        self.record = RunRecord(config, world, None if newest is None else self.progress.step)
-
-        model = checkpoint.build_model(config)
-        self.text_digest = checkpoint.text_digest(model)
-        if newest is not None:
             checkpoint.load_weights(model, newest)
         elif config.model.checkpoint:
-            self.record.describe_checkpoint(load_sam_checkpoint(model, config.model.checkpoint))
+            loaded = load_sam_checkpoint(model, config.model.checkpoint)
+        # the folder is touched only once nothing can be refused any more
+        self.record = RunRecord(config, world, None if newest is None else self.progress.step)
+        if loaded is not None:
+            self.record.describe_checkpoint(loaded)
         self.record.describe_parameters(model)
         self.engine = ds.initialize(model, config, world)
-        self.fixed["zero_stage"] = self.engine.zero_optimization_stage()
         if newest is not None:
-            checkpoint.check_resumable(newest, self.fixed)
             checkpoint.resume(self.engine, newest)
             self.record.log(f"resumed from {newest} at step {self.progress.step}")
 
@@ -136,7 +145,7 @@ class _Run:
             over = progress.step == self.total_steps
             if over or progress.epoch % config.eval.every_epochs == 0:
                 metrics = self.evaluate()
-            if over or progress.epoch % config.checkpoint.every_epochs == 0:
+            if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
                 self.save()
         self.bar.close()
         metrics = metrics or self.evaluate()  # a finished run that was resumed has none yet
@@ -157,7 +166,7 @@ class _Run:
             lr = ds.learning_rate(progress.step, self.batches.batches_per_epoch, config.train)
             ds.set_learning_rate(engine, lr)
             # dropout draws from the step and the rank, so that a resumed run draws the same
-            torch.manual_seed(hash((config.seed, progress.step, i % accumulation, self.world.rank)))
+            torch.manual_seed(_seed_of(config.seed, progress.step, i % accumulation, self.world.rank))
             inputs = (batch[k].to(device, non_blocking=True) for k in INPUTS)
             mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))
             loss = segmentation_loss(engine(*inputs), mask, weight, config.train.dice_weight)

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dit_ds.data.refer import decode_rle
-from dit_ds.data.shards import _size_errors, load_manifest
+from dit_ds.data.shards import load_manifest, size_errors
 from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, pad_square, resize_image, resize_mask
 from dit_ds.errors import UserError
 
@@ -58,7 +58,7 @@ class SplitIndex:
         manifest = load_manifest(folder)
         if split not in manifest["splits"]:
             raise UserError(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
-        errors = _size_errors(folder, manifest)
+        errors = size_errors(folder, manifest)
         if errors:
             raise UserError(f"{errors[0]}: run 'dit-ds data verify {folder}', remove that shard and shard again")
         entries = manifest["splits"][split]["shards"]

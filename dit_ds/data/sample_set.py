@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dit_ds.data.scene_language import expressions
 from dit_ds.data.scenes import CATEGORIES, Scene, make_scene, render_jpeg
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, write_json
+from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, usable_cores, write_json
 
 DESCRIPTION = "dit-ds sample set"
 _MAX_IMAGES = 500_000
@@ -50,7 +50,7 @@ def write_sample_set(
     image_ids = np.random.default_rng(seed).choice(_MAX_IMAGES, images, replace=False) + 1
     jobs = list(enumerate(int(i) for i in image_ids))
     make = functools.partial(_make_image, seed=seed, folder=str(picture_dir))
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes or usable_cores()) as pool:
         records = list(tqdm(pool.imap(make, jobs, chunksize=16), "images", images, unit="img", mininterval=1))
 
     refs = [ref for r in records for ref in r["refs"]]

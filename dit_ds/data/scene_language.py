@@ -41,8 +41,8 @@ class NounPhrase:
 
 # how people name an object: by its colour first of all
 _NAMES = {
-    "colour shape": 5.0, "colour": 2.0, "size colour shape": 2.0, "fill colour shape": 1.5, "shape": 1.5, "size shape": 0.75,
-    "fill shape": 0.75, "fill colour": 0.5, "size fill colour shape": 0.5,
+    "colour shape": 5.0, "colour": 2.0, "size colour shape": 2.0, "fill colour shape": 1.5, "shape": 1.0, "size shape": 0.5,
+    "fill shape": 0.5, "fill colour": 0.5, "size fill colour shape": 0.5,
 }  # fmt: skip
 
 
@@ -71,12 +71,10 @@ def _ranked(members: list[Thing], key: Callable[[Thing], float]) -> list[Thing] 
 def _places(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
     """An extreme among look-alikes: "the left star", "the lowest thing", "the star in the top left corner"."""
     for phrase in _phrases(scene, thing, rng):
-        if len(phrase.members) < 2:
-            continue
         for side in rng.permutation(list(_SIDES)):
             key, extreme, of_two = _SIDES[str(side)]
             others = [key(t) for t in phrase.members if t is not thing]
-            if min(others) - key(thing) < _MARGIN:
+            if not others or min(others) - key(thing) < _MARGIN:
                 continue
             if len(phrase.members) == 2:
                 yield str(rng.choice(of_two)).format(n=phrase.text)
@@ -101,7 +99,7 @@ def _near_corner(scene: Scene, thing: Thing, corner: str) -> bool:
 
 
 def _ordinals(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """ "the second star from the left", among at least three."""
+    """Among at least three: "the second star from the left"."""
     for phrase in _phrases(scene, thing, rng):
         for side in rng.permutation(["left", "right", "top", "bottom"]):
             ranked = _ranked(phrase.members, _SIDES[str(side)][0]) if len(phrase.members) >= 3 else None
@@ -110,7 +108,7 @@ def _ordinals(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[
 
 
 def _comparatives(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """ "the bigger star" of two, "the smallest star" of more, "the star bigger than the red star"."""
+    """Sizes within one shape: "the bigger star" of two, "the smallest star" of more."""
     for phrase in _phrases(scene, thing, rng):
         others = [t for t in phrase.members if t is not thing]
         if thing.shape == "dots" or not others or len({t.shape for t in phrase.members}) > 1:
@@ -131,7 +129,7 @@ def _relation(name: str, t: Thing, o: Thing) -> bool | None:
 
 
 def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """ "the small ring above the blue square": the other thing is named so that only one can be meant."""
+    """Beside another thing, named so that only one can be meant: "the small ring above the blue square"."""
     anchors = [(o, p) for o in scene.things if o is not thing for p in _phrases(scene, o, rng)[:3] if p.unique()]
     for i in rng.permutation(len(anchors)):
         anchor, anchor_phrase = anchors[i]
@@ -147,11 +145,11 @@ def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator
 
 # how often each kind is drawn: people name looks and places first
 KINDS = {
-    "attribute": (_attributes, 0.52),
-    "place": (_places, 0.22),
-    "relation": (_relations, 0.11),
-    "ordinal": (_ordinals, 0.06),
-    "comparative": (_comparatives, 0.09),
+    "attribute": (_attributes, 0.56),
+    "place": (_places, 0.2),
+    "relation": (_relations, 0.12),
+    "ordinal": (_ordinals, 0.05),
+    "comparative": (_comparatives, 0.07),
 }
 
 

@@ -15,7 +15,7 @@ COLOURS = {
 }  # fmt: skip
 FILLS = ["solid", "striped", "spotted"]
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "bar"]
-RADII = {"small": (21, 27), "big": (39, 50)}  # pixels of the picture; no third size lies between
+RADII = {"small": (26, 32), "big": (45, 56)}  # pixels of the picture; no third size lies between
 CATEGORIES = {name: i for i, name in enumerate([*SHAPES, "dots"], start=1)}
 _SUPERSAMPLE = 2  # drawn at twice the size and averaged down, so edges are smooth
 _MIN_VISIBLE = 0.55  # a thing must show at least this share of itself
@@ -130,14 +130,14 @@ def make_scene(rng: np.random.Generator) -> Scene:
     while True:
         width, height = SIZES[rng.integers(len(SIZES))]
         shapes = rng.choice(SHAPES, size=rng.integers(3, 7), replace=False)
-        colours = rng.choice(list(COLOURS), size=rng.integers(5, 9), replace=False)
+        colours = list(rng.permutation(list(COLOURS)))  # most things take one of their own, some share
         things: list[Thing] = []
         wanted = int(rng.integers(4, 10))
         may_overlap = int(rng.integers(0, 3))
         if rng.random() < 0.1:
             radius = 30.0
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            things.append(_make_dots(rng, str(rng.choice(colours)), x, y, radius))
+            things.append(_make_dots(rng, str(colours.pop()), x, y, radius))
         for _ in range(wanted * 40):
             if len(things) == wanted:
                 break
@@ -150,7 +150,9 @@ def make_scene(rng: np.random.Generator) -> Scene:
             if close and not hides:
                 continue
             may_overlap -= hides
-            things.append(_make_thing(rng, str(rng.choice(shapes)), str(rng.choice(colours)), x, y, size))
+            own = colours and rng.random() < 0.75
+            colour = str(colours.pop()) if own else str(rng.choice(list(COLOURS)))
+            things.append(_make_thing(rng, str(rng.choice(shapes)), colour, x, y, size))
         ids = _paint(things, width, height)
         whole = [int(_paint([t], width, height).astype(bool).sum()) for t in things]
         shown = [int((ids == i + 1).sum()) for i in range(len(things))]

@@ -23,7 +23,7 @@ from dit_ds import __version__
 from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord, annotation_rle, clean_sentence, load_refer
 from dit_ds.data.transforms import decode_jpeg
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write, read_json, sha256_of, write_json
+from dit_ds.files import atomic_write, read_json, sha256_of, usable_cores, write_json
 
 SCHEMA = 1
 MASK_POLICY = "union"
@@ -73,7 +73,7 @@ def shard_refer(
     published = folder / "manifest.json"
     if published.exists():
         manifest = load_manifest(folder)
-        if manifest["digest"] == digest and not _size_errors(folder, manifest):
+        if manifest["digest"] == digest and not size_errors(folder, manifest):
             return manifest
         if manifest["digest"] != digest and not overwrite:
             raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
@@ -130,7 +130,7 @@ def _write_all(
     parts = {}
     total = sum(len(p.records) for p in plans)
     with (
-        multiprocessing.get_context("fork").Pool(processes, initializer=_ignore_interrupt) as pool,
+        multiprocessing.get_context("fork").Pool(processes or usable_cores(), initializer=_ignore_interrupt) as pool,
         tqdm(desc=f"{tree.dataset} {tree.split_by}", total=total, unit="img", mininterval=1) as bar,
     ):
         for name, part in pool.imap_unordered(_write_shard, range(len(plans))):
@@ -310,7 +310,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _size_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def size_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Shards that are missing or not of the manifest's size: cheap enough to look at before every run."""
     errors = []
     for entry in (e for s in manifest["splits"].values() for e in s["shards"]):
@@ -332,7 +332,7 @@ def verify_shards(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    errors = _size_errors(folder, manifest)
+    errors = size_errors(folder, manifest)
     wrong_size = {e.split(" ", 1)[0] for e in errors}
     for entry in (e for s in manifest["splits"].values() for e in s["shards"]):
         path = folder / entry["name"]

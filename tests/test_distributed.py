@@ -1,0 +1,68 @@
+"""Rank, world size and rendezvous from torchrun's and SLURM's variables; the schedule as a pure function."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from dit_ds.config import TrainConfig
+from dit_ds.distributed import set_environment
+from dit_ds.engine import learning_rate
+from dit_ds.errors import UserError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in [*NAMES, *(n for n in os.environ if n.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_alone_is_a_world_of_one(clean):
+    assert set_environment() == (0, 1, 0)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_torchruns_variables_win(clean):
+    given = dict(zip(NAMES, ("3", "8", "1", "node7", "1234")))
+    for name, value in (given | {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}).items():
+        clean.setenv(name, value)
+    assert set_environment() == (3, 8, 1)
+    assert {n: os.environ[n] for n in NAMES} == given
+
+
+def test_slurms_variables_are_understood(clean, tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "node[07-08]" ] && printf "node07\\nnode08\\n"\n')
+    scontrol.chmod(0o755)
+    clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm = {"PROCID": "9", "NTASKS": "16", "LOCALID": "1", "JOB_NODELIST": "node[07-08]", "JOB_ID": "123456"}
+    for name, value in slurm.items():
+        clean.setenv(f"SLURM_{name}", value)
+    assert set_environment() == (9, 16, 1)
+    assert os.environ["MASTER_ADDR"] == "node07"
+    assert os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
+
+
+def test_half_an_environment_is_refused(clean):
+    clean.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="MASTER_PORT"):
+        set_environment()
+
+
+def test_the_papers_schedule():
+    t = TrainConfig()
+    rates = [learning_rate(step, 10, t) for step in range(400)]
+    assert rates[0] == pytest.approx(1e-4 / 30) and rates[29] == pytest.approx(1e-4)  # three epochs of warm-up
+    assert rates[299] == pytest.approx(1e-4) and rates[300] == pytest.approx(2e-5)  # times 0.2 at epoch 30
+    assert rates[349] == pytest.approx(2e-5) and rates[350] == pytest.approx(4e-6)  # and at 35
+
+
+def test_the_cosine_schedule_ends_at_zero():
+    t = TrainConfig(schedule="cosine", epochs=4, warmup_epochs=1)
+    rates = [learning_rate(step, 10, t) for step in range(40)]
+    assert max(rates) == pytest.approx(1e-4) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 2e-6 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
