@@ -78,7 +78,7 @@ def main() -> None:
     if not args.record:
         print(json.dumps(demo(Path(args.folder), args.scheme)))
         return
-    rows = {scheme: demo(Path(args.folder), scheme) for scheme in ("default", "layer_wise")}
+    rows = {scheme: demo(Path(args.folder), scheme) for scheme in ("layer_wise", "default")}
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     record = {
         "date": str(datetime.date.today()),

@@ -41,8 +41,8 @@ class NounPhrase:
 
 # how people name an object: by its colour first of all
 _NAMES = {
-    "colour shape": 5.0, "colour": 2.0, "size colour shape": 2.0, "fill colour shape": 1.5, "shape": 1.0, "size shape": 0.5,
-    "fill shape": 0.5, "fill colour": 0.5, "size fill colour shape": 0.5,
+    "colour shape": 5.0, "colour": 2.0, "size colour shape": 2.0, "fill colour shape": 1.5, "shape": 0.7, "size shape": 0.4,
+    "fill shape": 0.4, "fill colour": 0.5, "size fill colour shape": 0.5,
 }  # fmt: skip
 
 
@@ -145,11 +145,11 @@ def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator
 
 # how often each kind is drawn: people name looks and places first
 KINDS = {
-    "attribute": (_attributes, 0.56),
-    "place": (_places, 0.2),
-    "relation": (_relations, 0.12),
-    "ordinal": (_ordinals, 0.05),
-    "comparative": (_comparatives, 0.07),
+    "attribute": (_attributes, 0.6),
+    "place": (_places, 0.17),
+    "relation": (_relations, 0.13),
+    "ordinal": (_ordinals, 0.04),
+    "comparative": (_comparatives, 0.06),
 }
 
 

@@ -141,7 +141,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
         for _ in range(wanted * 40):
             if len(things) == wanted:
                 break
-            size = "big" if rng.random() < 0.5 else "small"
+            size = "big" if rng.random() < 0.65 else "small"
             reach = RADII[size][1]
             x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
             gaps = [np.hypot(x - t.x, y - t.y) / (reach + t.radius) for t in things]
