@@ -250,6 +250,19 @@ def test_bf16_keeps_the_positions_exact():
     assert torch.isfinite(model(**batch())).all()
 
 
+def test_preprocessing_is_sams():
+    """Against segment_anything's own Sam.preprocess on an image that isn't square."""
+    from segment_anything.modeling import Sam
+
+    model, inputs = small_model(), batch()
+    image, size = inputs["image"][1], inputs["size"][1]
+    sam = Sam(model.image_encoder, None, None)
+    want = sam.preprocess(image[:, : size[0], : size[1]].float())
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        got = model.to(dtype).preprocess(inputs["image"], inputs["size"])[1]
+        torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
+
+
 def test_an_official_checkpoint_loads_by_name(tmp_path):
     """segment_anything's own ViT-B at 1024 px with windows, into ours at 512 px."""
     from segment_anything import sam_model_registry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,12 @@ from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder
 from dit_ds.models.text_encoder import TextEncoder
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # SAM's
+
+
+@functools.lru_cache(maxsize=16)
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (3, 1, 1) each; no buffers of the model, which bf16 would round."""
+    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
 
 
 class DITSAM(nn.Module):
@@ -57,8 +65,6 @@ class DITSAM(nn.Module):
         self.prompt_encoder = WordPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
         self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         self._initialize()
         self._freeze(freeze_image_encoder)
 
@@ -97,7 +103,8 @@ class DITSAM(nn.Module):
         Returns:
             (B, 3, S, S) in the model's dtype.
         """
-        x = (image.float() - self.pixel_mean.float()) / self.pixel_std.float()
+        mean, std = _pixel_statistics(image.device)
+        x = (image.float() - mean) / std
         side = torch.arange(self.image_size, device=image.device)
         inside = (side[:, None] < size[:, 0, None, None]) & (side[None, :] < size[:, 1, None, None])  # (B, S, S)
         return (x * inside[:, None]).to(self.image_encoder.pos_embed.dtype)
