@@ -126,10 +126,15 @@ def contact_sheet(path: str, out: str, split: str, data_root: str | None = None,
         logits = model(*(batch[k].to(_device()) for k in INPUTS)).cpu()
         probability = original_probabilities(logits[0], batch["size"][0], truth.shape, config.data.image_size)
         prediction = (probability > config.eval.threshold).numpy()
-        h, w = (int(x) for x in batch["size"][0])
-        small = batch["image"][0, :, :h, :w].permute(1, 2, 0).numpy()
-        pixels = np.asarray(Image.fromarray(small).resize(truth.shape[::-1], Image.Resampling.BILINEAR))
         shared, union = intersection_and_union(prediction, truth)
-        panels.append((pixels, batch["text"][0], truth.astype(bool), prediction, shared / max(1, union)))
+        panels.append(
+            (
+                dataset.picture(int(batch["sample"][0])),
+                batch["text"][0],
+                truth.astype(bool),
+                prediction,
+                shared / max(1, union),
+            )
+        )
     write_sheet(panels, out)
     return {"out": out, "rows": len(panels), "miou": float(np.mean([p[-1] for p in panels]))}

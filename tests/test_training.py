@@ -124,7 +124,7 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
     deadline = time.time() + 120
     while not (tmp_path / "cut/checkpoints/step_00000004/meta.json").exists() and time.time() < deadline:
         time.sleep(0.01)
-    time.sleep(0.5)
+    time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     assert not (tmp_path / "cut/checkpoints/step_00000010").exists()

@@ -157,6 +157,12 @@ class ExpressionDataset(Dataset):
         ref = int(self.index.sentences[sample])
         return ref, sample - int(self.index.refs[ref, 2])
 
+    def picture(self, sample: int) -> np.ndarray:
+        """(H, W, 3) uint8: the sample's image as it is in the shard."""
+        ref, _ = self._locate(sample, np.random.default_rng(0))
+        image = int(self.index.refs[ref, 0])
+        return self._decode(self._read(image, "jpg"), image)
+
     def _text_of_another_image(self, ref: int, nth: int) -> str:
         images = len(self.index.images)
         other_image = (int(self.index.refs[ref, 0]) + self.sentence_shift) % images
