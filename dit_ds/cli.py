@@ -16,17 +16,17 @@ from dit_ds.errors import RunFailed, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 ran and failed, 2 the request was wrong."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and not getattr(args, "takes_overrides", False):
-        parser.error(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
-    if not hasattr(args, "run"):
-        args.group.print_help()
-        return 2
-    args.overrides = rest
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("dit_ds").setLevel(logging.INFO)
     try:
+        parser = _parser()
+        args, rest = parser.parse_known_args(argv)
+        if rest and not getattr(args, "takes_overrides", False):
+            parser.error(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
+        if not hasattr(args, "run"):
+            args.group.print_help()
+            return 2
+        args.overrides = rest
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("dit_ds").setLevel(logging.INFO)
         return args.run(args)
     except UserError as e:
         return _fail(e, 2)

@@ -31,7 +31,7 @@ class DataConfig(_Section):
     train_split: str = Field("train", description="split to train on")
     val_split: str = Field("val", description="split to evaluate during training")
     image_size: int = Field(
-        512, gt=0, description="longer side after resizing, and side of the padded square, in pixels"
+        512, gt=0, multiple_of=16, description="longer side after resizing, and side of the padded square, in pixels"
     )
     tokens: int = Field(20, ge=3, description="tokens an expression is cut or padded to, [CLS] and [SEP] included")
     unit: Literal["ref", "sentence"] = Field(

@@ -26,6 +26,13 @@ def test_help_is_quick_and_imports_no_torch():
     assert min(seconds) < 1.0
 
 
+def test_a_reader_that_goes_away_is_no_error():
+    for command in ("train --help", "data shard --help"):
+        line = f"{sys.executable} -m dit_ds.cli {command} | head -n 1"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment(), timeout=60)
+        assert done.stdout.startswith("usage") and "Traceback" not in done.stderr
+
+
 def test_help_of_train_explains_every_key():
     text = dit_ds("train", "--help").stdout
     for name, default, _, meaning in fields():
@@ -66,6 +73,7 @@ def test_overrides_and_bases(tmp_path):
         ("train: {epoch: 1}", [], "did you mean 'train.epochs'"),
         ("train: {lr: -1}", [], "train.lr = -1"),
         ("train: [1]", [], "train = "),
+        ("data: {image_size: 100}", [], "data.image_size = 100: input should be a multiple of 16"),
         ("- 1", [], "must hold keys and values"),
         ("a: [", [], "not valid YAML"),
         ("base: c.yaml", [], "based on itself"),
