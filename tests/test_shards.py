@@ -31,6 +31,11 @@ def shard(tree: Path, out: Path, **options):
     return shard_refer(tree, tree / "images/train2014", "refcoco", "unc", out, **{"processes": 1} | options)
 
 
+def shard_arguments(tree: Path, *more) -> list:
+    """`dit-ds data shard` of a tree that lies as the sample set's does."""
+    return ["data", "shard", "--refer-root", tree, "--images", tree / "images/train2014", *more]
+
+
 def copy_of(tree: Path, to: Path) -> Path:
     shutil.copytree(tree, to)
     return to
@@ -82,18 +87,7 @@ def test_a_killed_run_leaves_no_manifest_and_is_continued(tmp_path):
     """kill -9 in the middle; the second run keeps what was finished and ends as an uninterrupted one."""
     tree = tmp_path / "tree"
     dit_ds("data", "sample", tree, "--images", "200", "--seed", "1")
-    arguments = [
-        "data",
-        "shard",
-        "--refer-root",
-        tree,
-        "--images",
-        tree / "images/train2014",
-        "--shards",
-        "train=40",
-        "--processes",
-        "1",
-    ]
+    arguments = shard_arguments(tree, "--shards", "train=40", "--processes", "1")
     dit_ds(*arguments, "--out", tmp_path / "whole")
     process = subprocess.Popen(
         [sys.executable, "-m", "dit_ds.cli", *map(str, arguments), "--out", str(tmp_path / "cut")],
@@ -163,16 +157,7 @@ def wrong_size(tree: Path) -> None:
 def test_bad_input_is_one_line_and_nothing_is_published(refer_tree, tmp_path, damage, says, droppable):
     tree = copy_of(refer_tree, tmp_path / "tree")
     damage(tree)
-    arguments = [
-        "data",
-        "shard",
-        "--refer-root",
-        tree,
-        "--images",
-        tree / "images/train2014",
-        "--out",
-        tmp_path / "out",
-    ]
+    arguments = shard_arguments(tree, "--out", tmp_path / "out")
     line = refused(dit_ds(*arguments, check=None))
     assert says in line and "--skip-bad" in line
     folder = tmp_path / "out/refcoco/unc"

@@ -30,6 +30,11 @@ def assert_close(a: dict, b: dict, tolerance: float) -> None:
         assert (a[name] - b[name]).abs().max() <= tolerance, name
 
 
+def batches_of_ten(folder: Path, micro_batch: str) -> list:
+    """`dit-ds train` as `trained` was: 10 expressions a step, so that an epoch's last batch is short."""
+    return ["train", "--config", folder / "tiny.yaml", "--train.batch_size", "10", MICRO, micro_batch]
+
+
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> Path:
     """A run on two ranks: one epoch, 96 refs in batches of 10, so the last batch is short."""
@@ -42,17 +47,7 @@ def trained(shards, tmp_path_factory) -> Path:
 
 
 def test_two_ranks_equal_one(trained, shards, tmp_path):
-    dit_ds(
-        "train",
-        "--config",
-        trained / "tiny.yaml",
-        "--train.batch_size",
-        "10",
-        MICRO,
-        "10",
-        "--run_dir",
-        tmp_path / "one",
-    )
+    dit_ds(*batches_of_ten(trained, "10"), "--run_dir", tmp_path / "one")
     one, two = metrics_of(tmp_path / "one"), metrics_of(trained / "run")
     assert [m["step"] for m in one] == [m["step"] for m in two] == list(range(1, 11))
     np.testing.assert_allclose([m["loss"] for m in one], [m["loss"] for m in two], rtol=2e-5)
@@ -61,17 +56,7 @@ def test_two_ranks_equal_one(trained, shards, tmp_path):
 
 
 def test_accumulation_equals_one_pass(trained, tmp_path):
-    dit_ds(
-        "train",
-        "--config",
-        trained / "tiny.yaml",
-        "--train.batch_size",
-        "10",
-        MICRO,
-        "2",
-        "--run_dir",
-        tmp_path / "acc",
-    )
+    dit_ds(*batches_of_ten(trained, "2"), "--run_dir", tmp_path / "acc")
     losses = [[m["loss"] for m in metrics_of(d)] for d in (tmp_path / "acc", trained / "run")]
     np.testing.assert_allclose(*losses, rtol=2e-5)
 
