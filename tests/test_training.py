@@ -90,8 +90,14 @@ def test_what_a_run_leaves_behind(trained):
 
 def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
     """kill -9 of both ranks in mid-epoch, after a checkpoint at step 4; the end equals the uninterrupted run's."""
-    arguments = ["train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "5", "--run_dir", tmp_path / "cut",
-                 "--checkpoint.every_steps", "4", "--resume"]  # fmt: skip
+    arguments = [
+        *batches_of_ten(trained, "5"),
+        "--run_dir",
+        tmp_path / "cut",
+        "--checkpoint.every_steps",
+        "4",
+        "--resume",
+    ]
     command = [
         sys.executable,
         "-m",
@@ -175,7 +181,7 @@ def test_pictures(trained, refer_tree, tmp_path):
 
 
 def test_resuming_something_else_is_refused_in_one_line(trained, config_file, tmp_path):
-    base = ["train", "--config", trained / "tiny.yaml", "--train.batch_size", "10", MICRO, "5"]
+    base = batches_of_ten(trained, "5")
     assert "go on with --resume" in refused(dit_ds(*base, check=None))
     assert "world_size 2, this run has 1" in refused(dit_ds(*base, "--resume", check=None))
     again = ["train", "--config", config_file, "--train.max_steps", "1"]
