@@ -45,6 +45,8 @@ def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
         m.freeze_image_encoder,
         m.mask_padding,
         m.attention,
+        m.window_size,
+        m.word_dropout,
     )
 
 

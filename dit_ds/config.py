@@ -59,7 +59,17 @@ class ModelConfig(_Section):
     )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
     mask_padding: bool = Field(True, description="don't attend to padding words in the image encoder")
-    attention: Literal["auto", "eager", "sdpa", "xformers", "chunked"] = Field("auto", description="attention backend")
+    attention: Literal["auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers"] = (
+        Field("auto", description="attention backend; auto: the fastest here")
+    )
+    window_size: int = Field(
+        0,
+        ge=0,
+        description="0: all layers of the ViT attend globally (the paper's code); 14: all but four in windows, as SAM",
+    )
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of the words that enter the ViT; 0.1 in the paper's released code"
+    )
 
 
 class TextConfig(_Section):
@@ -93,6 +103,13 @@ class TrainConfig(_Section):
     milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
     decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
+    activation_checkpointing: str = Field(
+        "none",
+        pattern=r"^(none|block|selective|every_[1-9][0-9]*)$",
+        description="what of the ViT is computed again instead of kept: none, block (each layer), every_K (K layers at "
+        "a time), selective (each layer but its attention)",
+    )
+    compile: bool = Field(False, description="torch.compile the layers of the ViT")
     dice_weight: float = Field(0.0, ge=0, description="weight of a Dice loss beside the paper's BCE")
 
 

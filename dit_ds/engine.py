@@ -54,6 +54,12 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return ds
 
 
+def dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The type that DeepSpeed turns the model into; fp32 masters are kept beside the shorter ones."""
+    enabled = (kind for kind in ("bf16", "fp16") if ds_config.get(kind, {}).get("enabled"))
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[next(enabled, None)]
+
+
 def _what_divides(batch: int, micro: int, world_size: int) -> str:
     message = f"train.batch_size {batch} is not a multiple of micro-batch {micro} x {world_size} ranks: "
     if batch % world_size:
@@ -98,7 +104,8 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     deepspeed = _import_deepspeed()
     t = config.train
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
+    # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
+    optimizer = torch.optim.Adam(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
     model.to(world.device)
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)

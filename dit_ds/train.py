@@ -21,6 +21,7 @@ from dit_ds.distributed import World, connect, disconnect, set_environment
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.evaluate import INPUTS, evaluate
 from dit_ds.files import write_json
+from dit_ds.models.attention import require
 from dit_ds.models.dit_sam import segmentation_loss
 from dit_ds.models.sam import load_sam_checkpoint
 from dit_ds.models.text_encoder import load_tokenizer
@@ -97,6 +98,7 @@ class _Run:
             "batch_size": config.train.batch_size,
             "manifest_sha": data.index.manifest_sha,
         }
+        require(config.model.attention, world.device.type, ds.dtype(ds_config))
         model = checkpoint.build_model(config)
         self.text_digest = checkpoint.text_digest(model)
         self.progress, loaded = Progress(), None
@@ -111,6 +113,9 @@ class _Run:
         if loaded is not None:
             self.record.describe_checkpoint(loaded)
         self.record.describe_parameters(model)
+        model.image_encoder.checkpoint_activations(config.train.activation_checkpointing)
+        if config.train.compile:
+            model.image_encoder.compile_blocks()
         self.engine = ds.initialize(model, config, world)
         if newest is not None:
             checkpoint.resume(self.engine, newest)

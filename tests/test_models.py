@@ -8,71 +8,10 @@ from conftest import MINILM, ROOT
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.errors import UserError
-from dit_ds.models.attention import relative_position_attention
 from dit_ds.models.dit_sam import DITSAM, segmentation_loss
 from dit_ds.models.image_encoder import ImageEncoder, WordBlock
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint, resize_positions
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
-
-CASES = {
-    "square": (6, 6, 5, True),
-    "not square": (5, 7, 3, True),
-    "one word": (4, 4, 1, False),
-    "no words": (4, 6, 0, False),
-}
-
-
-def attention_inputs(dtype, h, w, words, masked, table_lengths=None):
-    g = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-
-    lengths = table_lengths or (2 * h - 1, 2 * w - 1)
-    visual = [draw(2, 3, h * w, 8) for _ in range(3)]
-    tables = [draw(n, 8) for n in lengths]
-    of_words = [draw(2, 3, words, 8) for _ in range(2)] if words else []
-    mask = torch.ones(2, words, dtype=torch.bool) if words else None
-    if masked:
-        mask[0, words // 2 :] = False
-    return visual, tables, of_words, mask
-
-
-def outputs_and_gradients(backend, dtype, h, w, words, masked, table_lengths=None):
-    visual, tables, of_words, mask = attention_inputs(dtype, h, w, words, masked, table_lengths)
-    out = relative_position_attention(*visual, *tables, (h, w), tuple(of_words) or None, mask, backend)
-    out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out))
-    return [out.detach()] + [x.grad for x in (*visual, *tables, *of_words)]
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_attention_backends_agree(backend, case, dtype, tolerance):
-    reference = outputs_and_gradients("eager", torch.float64, *CASES[case])
-    for got, want in zip(outputs_and_gradients(backend, dtype, *CASES[case]), reference):
-        assert (got.double() - want).norm() <= tolerance * (1 + want.norm())
-
-
-def test_chunks_of_any_size_agree(monkeypatch):
-    from dit_ds.models import attention
-
-    whole = outputs_and_gradients("chunked", torch.float64, *CASES["not square"])
-    for piece in (1, 100, 2000):
-        monkeypatch.setattr(attention._ChunkedAttention, "PIECE", piece)
-        for got, want in zip(outputs_and_gradients("chunked", torch.float64, *CASES["not square"]), whole):
-            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", ["xformers", "sdpa"])
-def test_attention_backends_agree_on_cuda(backend, case):
-    torch.set_default_device("cuda")
-    try:
-        test_attention_backends_agree(backend, case, torch.float32, 1e-4)
-    finally:
-        torch.set_default_device("cpu")
 
 
 def sam_encoder(image_size, depth=3, dim=48, heads=4):

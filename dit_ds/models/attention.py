@@ -2,26 +2,31 @@
 
 Words are keys and values only. They have no place in the picture, so their relative-position term is zero.
 
+The positions are folded into the head dimension, exactly: with q' = [q, sqrt(d) rel_h, sqrt(d) rel_w] and
+k' = [k, onehot(row), onehot(column)], q'.k' / sqrt(d) is SAM's logit. So no bias of the size of the map exists, and
+memory-efficient kernels apply. The folded operands are made for a few samples at a time and again in the backward pass:
+what waits for it is q, k, v, the small position tables, the output and one number a row.
+
 Backends:
     eager: SAM's own arithmetic; materialises the (B, heads, N, T+N) map. The reference.
-    sdpa, xformers: the positions are folded into the head dimension, exactly: with q' = [q, sqrt(d) rel_h,
-        sqrt(d) rel_w, pad] and k' = [k, onehot(row), onehot(column), -inf at padding], q'.k' / sqrt(d) is SAM's logit,
-        so no bias of the size of the map is ever needed and memory-efficient kernels apply.
-    chunked: the folded form for CPUs: a few heads at a time, so that the map stays in the processor's cache, and
-        recomputed in the backward pass, so that it is never stored.
-    auto: xformers where its kernel runs, else sdpa, on CUDA; chunked on a CPU.
+    chunked, sdpa, xformers (and sdpa_flash, sdpa_efficient, sdpa_cudnn, to compare): see `attention_kernels`.
+    auto: see `best_backend`.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "eager", "sdpa", "xformers", "chunked")
-_MASKED = -1e4  # a folded logit that no other can rival, and that bf16 and fp16 can hold
+from dit_ds.errors import UserError
+from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
+
+BACKENDS = ("auto", "eager", *KERNELS)
+# Query rows (samples x heads x N) folded at once: on a GPU enough to fill it, on a CPU few enough to stay in its cache.
+_ROWS = {"cuda": 1 << 17, "cpu": 1 << 14}
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:
@@ -31,156 +36,222 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     return table[_offsets(size, table.device)]
 
 
-@functools.lru_cache(maxsize=64)
 def _offsets(size: int, device: torch.device) -> Tensor:
     i = torch.arange(size, device=device)
     return i[:, None] - i[None, :] + size - 1
 
 
-@functools.lru_cache(maxsize=16)
-def _one_hot_places(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(H*W, H+W): each place's row and column, one-hot."""
-    h, w = grid
-    place = torch.arange(h * w, device=device)
-    return torch.cat([F.one_hot(place // w, h), F.one_hot(place % w, w)], dim=1).to(dtype)
-
-
 def relative_position_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     table_h: Tensor,
     table_w: Tensor,
     grid: tuple[int, int],
-    words: tuple[Tensor, Tensor] | None = None,
+    words: Tensor | None = None,
     word_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(q [k_words; k]^T / sqrt(d) + [0; rel_h + rel_w]) [v_words; v].
 
     Args:
-        q, k, v: (B, heads, N, d) of the visual tokens, N = H*W.
+        qkv: (B, N, 3, heads, d): query, key and value of the visual tokens, N = H*W. One tensor, so that its gradient
+            is written in place and not gathered from three.
         table_h, table_w: (2H-1, d) and (2W-1, d), SAM's `rel_pos_h` and `rel_pos_w`.
         grid: (H, W).
-        words: k and v of the words, (B, heads, T, d) each.
+        words: (B, T, 2, heads, d): key and value of the words.
         word_mask: (B, T) bool, False at padding, which is then not attended to; None attends to all.
         backend: one of `BACKENDS`.
     Returns:
-        (B, heads, N, d)
+        (B, N, heads, d)
+    Raises:
+        UserError: a backend that can't run here, and why.
     """
-    b, heads, n, d = q.shape
-    on_grid = q.view(b, heads, *grid, d)
-    # SAM multiplies the positions with the unscaled query
-    rel_h = torch.einsum("bnhwc,hkc->bnhwk", on_grid, relative_table(table_h, grid[0]))  # (B, heads, H, W, H)
-    rel_w = torch.einsum("bnhwc,wkc->bnhwk", on_grid, relative_table(table_w, grid[1]))  # (B, heads, H, W, W)
+    b, n, _, heads, d = qkv.shape
     if backend == "auto":
-        backend = _best_backend(q)
-    attend = _eager if backend == "eager" else functools.partial(_folded, kernel=backend)
-    return attend(q, k, v, rel_h, rel_w, words, word_mask)
+        backend = best_backend(qkv.device.type, qkv.dtype, n)
+    rel_h, rel_w = relative_table(table_h, grid[0]), relative_table(table_w, grid[1])
+    if words is not None and words.shape[1] == 0:
+        words = None
+    if words is None:
+        word_mask = None
+    if backend == "eager":
+        return _eager(qkv, rel_h, rel_w, words, word_mask)
+    require(backend, qkv.device.type, qkv.dtype)
+    return torch.ops.dit_ds.attention(qkv, rel_h, rel_w, words, word_mask, backend)[0]
 
 
-def _eager(q, k, v, rel_h, rel_w, words, word_mask) -> Tensor:
+def require(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Raise a `UserError` where a backend can't run, saying why."""
+    reason = why_not(backend, device, dtype) if backend in KERNELS else None
+    if reason:
+        raise UserError(f"model.attention {backend} can't run here: {reason}: set model.attention auto")
+
+
+def best_backend(device: str, dtype: torch.dtype, n: int) -> str:
+    """The fastest backend for N visual tokens of a type on a device.
+
+    CPU, forward and backward in ms a sample and layer on two cores (`benchmarks/attention.py`):
+
+        heads x d, N      fp32: eager    sdpa  chunked    bf16: eager    sdpa  chunked
+        4 x 32, 64               0.18    0.33     0.26           0.20    0.48     0.27
+        12 x 64, 256             6.3     8.7      6.8            4.3     5.7      7.0
+        12 x 64, 1024          151     112       82            106      53       81
+        12 x 64, 4096         2823    2016     1081           1332     809     1063
+        16 x 80, 1024          159     158      125            145      80      128
+
+    Below 256 places the map is smaller than the layer's other activations.
+    CUDA: not measured. The order is that xformers' cutlass kernel takes Q and K of another width than V in every type
+    but fp64, and then SDPA's.
+    """
+    if device == "cuda" and dtype != torch.float64:
+        return next((k for k in ("xformers", "sdpa") if why_not(k, device, dtype) is None), "chunked")
+    if n < 256:
+        return "eager"
+    return "sdpa" if device == "cpu" and dtype == torch.bfloat16 else "chunked"
+
+
+def _eager(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
     b, heads, n, d = q.shape
-    _, _, h, w, _ = rel_h.shape
+    h, w = rel_h.shape[0], rel_w.shape[0]
+    on_grid = q.reshape(b, heads, h, w, d)
+    # SAM multiplies the positions with the unscaled query
+    of_rows = torch.einsum("bnhwc,hkc->bnhwk", on_grid, rel_h)[..., :, None]
+    of_columns = torch.einsum("bnhwc,wkc->bnhwk", on_grid, rel_w)[..., None, :]
     logits = ((q * d**-0.5) @ k.transpose(-2, -1)).view(b, heads, h, w, h, w)
-    logits = (logits + rel_h[..., :, None] + rel_w[..., None, :]).view(b, heads, n, n)
+    logits = (logits + of_rows + of_columns).view(b, heads, n, n)
     if words is not None:
-        word_logits = (q * d**-0.5) @ words[0].transpose(-2, -1)  # (B, heads, N, T)
+        word_k, word_v = words.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+        word_logits = (q * d**-0.5) @ word_k.transpose(-2, -1)  # (B, heads, N, T)
         if word_mask is not None:
             word_logits = word_logits.masked_fill(~word_mask[:, None, None, :], float("-inf"))
         logits = torch.cat([word_logits, logits], dim=-1)  # (B, heads, N, T+N)
-        v = torch.cat([words[1], v], dim=2)
-    return logits.softmax(dim=-1) @ v
+        v = torch.cat([word_v, v], dim=2)
+    return (logits.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-def _folded(q, k, v, rel_h, rel_w, words, word_mask, kernel: str) -> Tensor:
-    b, heads, n, d = q.shape
-    _, _, h, w, _ = rel_h.shape
-    places = _one_hot_places((h, w), q.device, q.dtype).expand(b, heads, n, h + w)
-    queries = [q, rel_h.reshape(b, heads, n, h) * d**0.5, rel_w.reshape(b, heads, n, w) * d**0.5]
-    keys = torch.cat([k, places], dim=-1)  # (B, heads, N, d+H+W)
+def _pieces(batch: int, rows: int, device: str) -> list[slice]:
+    """The batch in slices of about `_ROWS` query rows, of even size; `rows` is those of a sample."""
+    count = math.ceil(batch / max(1, _ROWS.get(device, _ROWS["cuda"]) // rows))
+    size = math.ceil(batch / count)
+    return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
+
+
+def _operands(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Operands:
+    """q with what it adds to the logits of each row and column; k and v behind the words'."""
+    q, k, v = qkv.unbind(2)
+    on_grid = q.unflatten(1, (rel_h.shape[0], rel_w.shape[0]))
+    # SAM multiplies the positions with the unscaled query
+    of_rows = torch.einsum("bhwnc,hkc->bhwnk", on_grid, rel_h).flatten(1, 2)  # (B, N, heads, H)
+    of_columns = torch.einsum("bhwnc,wkc->bhwnk", on_grid, rel_w).flatten(1, 2)  # (B, N, heads, W)
     if words is not None:
-        word_keys = F.pad(words[0], (0, h + w))  # words have no place
-        if word_mask is not None:  # one more dimension masks the padding; kernels want multiples of 8
-            queries.append(F.pad(q.new_ones(b, heads, n, 1), (0, 7)))
-            at_padding = (~word_mask).to(q.dtype)[:, None, :, None].expand(-1, heads, -1, 1) * (_MASKED * d**0.5)
-            word_keys = torch.cat([word_keys, F.pad(at_padding, (0, 7))], dim=-1)
-            keys = F.pad(keys, (0, 8))
-        keys = torch.cat([word_keys, keys], dim=2)  # (B, heads, T+N, d+H+W[+8])
-        v = torch.cat([words[1], v], dim=2)
-    q = torch.cat(queries, dim=-1)
-    if kernel == "xformers":
-        from xformers.ops import memory_efficient_attention
-
-        q, keys, v = (x.transpose(1, 2) for x in (q, keys, v))  # xformers wants (B, N, heads, d)
-        return memory_efficient_attention(q, keys, v, scale=d**-0.5).transpose(1, 2)
-    if kernel == "chunked":
-        q, keys, v = (x.flatten(0, 1) for x in (q, keys, v))
-        return _ChunkedAttention.apply(q, keys, v, d**-0.5).view(b, heads, n, d)
-    return F.scaled_dot_product_attention(q, keys, v, scale=d**-0.5)
+        k, v = torch.cat([words[:, :, 0], k], dim=1), torch.cat([words[:, :, 1], v], dim=1)
+    return Operands(q, k, v, of_rows, of_columns, word_mask)
 
 
-class _ChunkedAttention(torch.autograd.Function):
-    """softmax(q k^T scale) v for (G, N, a), (G, M, a), (G, M, d), by pieces of at most `PIECE` logits.
-
-    Saves q, k, v, the output and the log-sum-exp of each row.
-    """
-
-    PIECE = 1 << 18  # logits: 1 MiB of fp32, within a core's second-level cache
-
-    @staticmethod
-    def _pieces(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
-        """Which groups and which query rows go together."""
-        groups, n, m = q.shape[0], q.shape[1], k.shape[1]
-        rows = max(1, min(n, _ChunkedAttention.PIECE // m))
-        together = max(1, _ChunkedAttention.PIECE // (n * m))
-        return [
-            (slice(g, g + together), slice(r, r + rows)) for g in range(0, groups, together) for r in range(0, n, rows)
-        ]
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q = q * scale
-        out = v.new_empty(*q.shape[:2], v.shape[2])
-        lse = q.new_empty(*q.shape[:2], 1)
-        for g, r in _ChunkedAttention._pieces(q, k):
-            p = torch.bmm(q[g, r], k[g].transpose(1, 2))
-            top = p.amax(-1, keepdim=True)
-            total = p.sub_(top).exp_().sum(-1, keepdim=True)
-            out[g, r] = torch.bmm(p, v[g]).div_(total)
-            lse[g, r] = top + total.log()
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        inner = (grad * out).sum(-1, keepdim=True)  # what softmax's backward subtracts from each row
-        for g, r in _ChunkedAttention._pieces(q, k):
-            p = torch.bmm(q[g, r], k[g].transpose(1, 2)).sub_(lse[g, r]).exp_()
-            grad_v[g].baddbmm_(p.transpose(1, 2), grad[g, r])
-            p.mul_(torch.bmm(grad[g, r], v[g].transpose(1, 2)).sub_(inner[g, r]))
-            grad_q[g, r] = torch.bmm(p, k[g])
-            grad_k[g].baddbmm_(p.transpose(1, 2), q[g, r])
-        return grad_q.mul_(ctx.scale), grad_k, grad_v, None
+def _at(x: Tensor | None, s: slice) -> Tensor | None:
+    return None if x is None else x[s]
 
 
-def _best_backend(q: Tensor) -> str:
-    if q.device.type != "cuda":
-        return "chunked"
-    return "xformers" if _xformers_runs(q.dtype) else "sdpa"
+def attention_forward(
+    qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, word_mask: Tensor | None, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Output (B, N, heads, d) and log-sum-exp (B, heads, N), a few samples at a time."""
+    b, n, _, heads, d = qkv.shape
+    device = qkv.device.type
+    out = qkv.new_empty(b, n, heads, d)
+    lse = qkv.new_empty(b, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    for s in _pieces(b, heads * n, device):
+        x = _operands(qkv[s], rel_h, rel_w, _at(words, s), _at(word_mask, s))
+        out[s], lse[s] = KERNELS[kernel](device).forward(x)
+    return out, lse
 
 
-@functools.lru_cache(maxsize=8)
-def _xformers_runs(dtype: torch.dtype) -> bool:
-    """Whether xformers' kernel runs here, found out by running it: what it lists as available need not be."""
-    try:
-        from xformers.ops import memory_efficient_attention
+def attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    words: Tensor | None,
+    word_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel: str,
+    of_image: bool,
+    of_tables: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, rel_h, rel_w and words; those that nobody needs are empty."""
+    b, n, _, heads, _ = qkv.shape
+    h, w, t = rel_h.shape[0], rel_w.shape[0], 0 if words is None else words.shape[1]
+    device = qkv.device.type
+    of_qkv = qkv.new_empty(qkv.shape if of_image else 0)
+    of_words = qkv.new_empty(0 if words is None else words.shape)
+    # summed over the batch in fp32 at least
+    of_rel_h, of_rel_w = (x.new_zeros(x.shape if of_tables else 0, dtype=lse.dtype) for x in (rel_h, rel_w))
+    for s in _pieces(b, heads * n, device):
+        x = _operands(qkv[s], rel_h, rel_w, _at(words, s), _at(word_mask, s))
+        of = KERNELS[kernel](device).backward(x, grad[s], out[s], lse[s])
+        of_rows, of_columns = (
+            y.unflatten(1, (h, w)).to(qkv.dtype) for y in (of.rel_h, of.rel_w)
+        )  # (B, H, W, heads, ..)
+        if words is not None:
+            of_words[s, :, 0], of_words[s, :, 1] = of.k[:, :t], of.v[:, :t]
+        if of_image:
+            of_qkv[s, :, 1], of_qkv[s, :, 2] = of.k[:, t:], of.v[:, t:]
+            of_q = of_qkv[s, :, 0].unflatten(1, (h, w))
+            of_q.copy_(of.q.unflatten(1, (h, w)))
+            of_q += torch.einsum("bhwnk,hkc->bhwnc", of_rows, rel_h)
+            of_q += torch.einsum("bhwnk,wkc->bhwnc", of_columns, rel_w)
+        if of_tables:
+            on_grid = x.q.unflatten(1, (h, w))
+            of_rel_h += torch.einsum("bhwnk,bhwnc->hkc", of_rows, on_grid)
+            of_rel_w += torch.einsum("bhwnk,bhwnc->wkc", of_columns, on_grid)
+    return of_qkv, of_rel_h.to(qkv.dtype), of_rel_w.to(qkv.dtype), of_words
 
-        x = torch.zeros(1, 8, 1, 16, device="cuda", dtype=dtype)
-        memory_efficient_attention(x, x, x[..., :8])
-        return True
-    except (ImportError, NotImplementedError, ValueError, RuntimeError):
-        return False
+
+# Operators of torch, so that torch.compile passes over them, selective checkpointing can keep their output, and
+# fake tensors know their shapes.
+_SIGNATURE = (
+    "(Tensor qkv, Tensor rel_h, Tensor rel_w, Tensor? words, Tensor? word_mask, str kernel) -> (Tensor, Tensor)"
+)
+torch.library.define("dit_ds::attention", _SIGNATURE)
+torch.library.define(
+    "dit_ds::attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor rel_h, Tensor rel_w, Tensor? words, Tensor? word_mask, Tensor out, Tensor lse, "
+    "str kernel, bool of_image, bool of_tables) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("dit_ds::attention", "default", attention_forward)
+torch.library.impl("dit_ds::attention_backward", "default", attention_backward)
+
+
+@torch.library.register_fake("dit_ds::attention")
+def _(qkv, rel_h, rel_w, words, word_mask, kernel):
+    b, n, _, heads, d = qkv.shape
+    lse_type = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty(b, n, heads, d), qkv.new_empty(b, heads, n, dtype=lse_type)
+
+
+@torch.library.register_fake("dit_ds::attention_backward")
+def _(grad, qkv, rel_h, rel_w, words, word_mask, out, lse, kernel, of_image, of_tables):
+    tables = [x.new_empty(x.shape if of_tables else 0) for x in (rel_h, rel_w)]
+    of_words = qkv.new_empty(0) if words is None else words.new_empty(words.shape)
+    return qkv.new_empty(qkv.shape if of_image else 0), *tables, of_words
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.kernel = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, grad, grad_lse):
+    del grad_lse  # a by-product: nothing is computed from it
+    qkv, rel_h, rel_w, words, word_mask, out, lse = ctx.saved_tensors
+    of_image, of_tables, of_words = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[3]
+    *of_rest, of_words_ = torch.ops.dit_ds.attention_backward(
+        grad.contiguous(), qkv, rel_h, rel_w, words, word_mask, out, lse, ctx.kernel, of_image, of_tables
+    )
+    needed = (of_image, of_tables, of_tables)
+    grads = [g if need else None for g, need in zip(of_rest, needed)]
+    return *grads, of_words_ if of_words else None, None, None
+
+
+torch.library.register_autograd("dit_ds::attention", _differentiate, setup_context=_save)

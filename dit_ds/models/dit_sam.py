@@ -34,6 +34,8 @@ class DITSAM(nn.Module):
         freeze_image_encoder: train nothing of SAM's ViT; the words' projections into it still train.
         mask_padding: don't attend to padding words in the image encoder.
         attention: one of `attention.BACKENDS`.
+        window_size: of the ViT's attention; 0 attends globally in every layer, 14 as SAM in all but four.
+        word_dropout: of the words that enter the image encoder.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class DITSAM(nn.Module):
         freeze_image_encoder: bool = False,
         mask_padding: bool = True,
         attention: str = "auto",
+        window_size: int = 0,
+        word_dropout: float = 0.0,
     ):
         super().__init__()
         s = SIZES[size]
@@ -61,6 +65,9 @@ class DITSAM(nn.Module):
             scheme,
             text_encoder.dim,
             attention,
+            window_size,
+            s.global_layers,
+            word_dropout,
         )
         self.prompt_encoder = WordPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)

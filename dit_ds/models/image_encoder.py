@@ -1,20 +1,36 @@
 """SAM's image encoder, every layer of which can read words.
 
-Without words it computes what `segment_anything`'s `ImageEncoderViT` computes with global attention, from parameters of
-the same names.
+Without words it computes what `segment_anything`'s `ImageEncoderViT` computes, from parameters of the same names.
 """
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import Attention, Block, ImageEncoderViT
+from segment_anything.modeling.image_encoder import (
+    Attention,
+    Block,
+    ImageEncoderViT,
+    window_partition,
+    window_unpartition,
+)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dit_ds.models.attention import relative_position_attention
 from dit_ds.models.instruction import make_instruction
+
+# Activation checkpointing: what is computed again in the backward pass instead of being kept
+#   none       nothing
+#   block      each layer, from its input
+#   every_K    K layers at a time, from the input of the first
+#   selective  each layer but its attention, whose output and log-sum-exp are kept: they take no more room than the
+#              layer's input, and would take longest to compute again
+CHECKPOINTING = r"none|block|selective|every_[1-9][0-9]*"
 
 
 def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
@@ -48,35 +64,45 @@ class WordAttention(Attention):
         """(B, H, W, D) to (B, H, W, D)."""
         b, h, w, dim = x.shape
         qkv, of_words = self.qkv(x.view(b, h * w, dim), words)
-        q, k, v = qkv.view(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        qkv = qkv.view(b, h * w, 3, self.num_heads, -1)
         if of_words is not None:
-            of_words = of_words.view(b, -1, 2, self.num_heads, q.shape[-1]).permute(2, 0, 3, 1, 4).unbind(0)
+            of_words = of_words.view(b, -1, 2, self.num_heads, qkv.shape[-1])
         out = relative_position_attention(
-            q, k, v, self.rel_pos_h, self.rel_pos_w, (h, w), of_words, word_mask, self.backend
-        )
-        return self.proj(out.transpose(1, 2).reshape(b, h, w, dim))
+            qkv, self.rel_pos_h, self.rel_pos_w, (h, w), of_words, word_mask, self.backend
+        )  # (B, N, heads, d)
+        return self.proj(out.reshape(b, h, w, dim))
 
 
 class WordBlock(Block):
     """SAM's `Block` over [words; visual] of which only the visual rows go on (equation 8).
 
     The words a layer gets are replaced before the next, so their own outputs would be thrown away: they are not
-    computed.
+    computed. In a block with windows each window attends to itself and to all words.
     """
 
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], backend: str):
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], backend: str, window_size: int = 0):
         norm = partial(nn.LayerNorm, eps=1e-6)
-        super().__init__(dim, num_heads, norm_layer=norm, use_rel_pos=True, window_size=0, input_size=grid)
-        self.attn = WordAttention(dim, num_heads, grid, backend)
+        super().__init__(dim, num_heads, norm_layer=norm, use_rel_pos=True, window_size=window_size, input_size=grid)
+        self.attn = WordAttention(dim, num_heads, (window_size, window_size) if window_size else grid, backend)
 
     def forward(self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
         """(B, H, W, D) to (B, H, W, D)."""
-        x = x + self.attn(self.norm1(x), None if words is None else self.norm1(words), word_mask)
+        words = None if words is None else self.norm1(words)
+        x = x + self._attend(self.norm1(x), words, word_mask)
         return x + self.mlp(self.norm2(x))
+
+    def _attend(self, x: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
+        if not self.window_size:
+            return self.attn(x, words, word_mask)
+        size = x.shape[1:3]
+        windows, padded_size = window_partition(x, self.window_size)  # (B*windows, window, window, D)
+        each = windows.shape[0] // x.shape[0]
+        words, word_mask = (y if y is None else y.repeat_interleave(each, 0) for y in (words, word_mask))
+        return window_unpartition(self.attn(windows, words, word_mask), self.window_size, padded_size, size)
 
 
 class ImageEncoder(ImageEncoderViT):
-    """SAM's ViT with global attention in every layer and a scheme by which words enter them.
+    """SAM's ViT with a scheme by which words enter its layers.
 
     Args:
         image_size: side of the square input in pixels.
@@ -84,6 +110,9 @@ class ImageEncoder(ImageEncoderViT):
         scheme: one of `instruction.SCHEMES`.
         text_dim: width of the words.
         backend: one of `attention.BACKENDS`.
+        window_size: of the layers that don't attend globally; 0 for global attention in all, as in the paper's code.
+        global_layers: those that do where there are windows.
+        word_dropout: of the words that enter.
     """
 
     def __init__(
@@ -97,6 +126,9 @@ class ImageEncoder(ImageEncoderViT):
         scheme: str,
         text_dim: int,
         backend: str = "auto",
+        window_size: int = 0,
+        global_layers: tuple[int, ...] = (),
+        word_dropout: float = 0.0,
     ):
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(
@@ -109,11 +141,30 @@ class ImageEncoder(ImageEncoderViT):
             norm_layer=norm,
         )
         grid = (image_size // patch_size, image_size // patch_size)
-        self.blocks = nn.ModuleList(WordBlock(embed_dim, num_heads, grid, backend) for _ in range(depth))
-        self.instruction = make_instruction(scheme, text_dim, embed_dim, depth)
+        self.blocks = nn.ModuleList(
+            WordBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)
+            for i in range(depth)
+        )
+        self.instruction = make_instruction(scheme, text_dim, embed_dim, depth, word_dropout)
+        self.checkpoint_activations("none")
         # SAM leaves these at zero and loads them; from scratch a place must be told from another to be learned
         with torch.no_grad():
             self.pos_embed.copy_(sine_positions(grid, embed_dim))
+
+    def checkpoint_activations(self, policy: str) -> None:
+        """Choose what the backward pass computes again, see `CHECKPOINTING`.
+
+        Raises:
+            ValueError: no such policy.
+        """
+        if not re.fullmatch(CHECKPOINTING, policy):
+            raise ValueError(f"{policy!r} is not none, block, every_K or selective")
+        self._policy = policy
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make the kernels of the blocks, at their first use."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)
 
     def forward(self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
         """Encode.
@@ -126,9 +177,25 @@ class ImageEncoder(ImageEncoderViT):
             (B, out_chans, S/patch, S/patch)
         """
         x = self.patch_embed(x) + self.pos_embed  # (B, H, W, D)
-        for i, block in enumerate(self.blocks):
-            if self.instruction is None or words is None:
-                x = block(x)
+        if self.instruction is None:
+            words = None
+        again = self._policy != "none" and torch.is_grad_enabled()
+        together = int(self._policy[6:]) if self._policy.startswith("every_") else 1
+        for i in range(0, len(self.blocks), together):
+            layers = range(i, min(i + together, len(self.blocks)))
+            if again:
+                x = checkpoint(self._layers, layers, x, words, word_mask, use_reentrant=False, **self._kept())
             else:
-                x = block(x, self.instruction(words, i), word_mask)
+                x = self._layers(layers, x, words, word_mask)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def _layers(self, layers: range, x: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
+        for i in layers:
+            x = self.blocks[i](x) if words is None else self.blocks[i](x, self.instruction(words, i), word_mask)
+        return x
+
+    def _kept(self) -> dict[str, Any]:
+        """What `selective` keeps within a layer."""
+        if self._policy != "selective":
+            return {}
+        return {"context_fn": partial(create_selective_checkpoint_contexts, [torch.ops.dit_ds.attention.default])}

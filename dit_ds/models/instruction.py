@@ -14,17 +14,19 @@ class LayerWise(nn.Module):
         text_dim: width of the text encoder's output.
         embed_dim: width of the image encoder.
         depth: layers of the image encoder.
+        dropout: of the projected words; 0.1 in the paper's released code, not in its text.
     """
 
-    def __init__(self, text_dim: int, embed_dim: int, depth: int):
+    def __init__(self, text_dim: int, embed_dim: int, depth: int, dropout: float = 0.0):
         super().__init__()
         self.projections = nn.ModuleList(nn.Linear(text_dim, embed_dim) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, words: Tensor, layer: int) -> Tensor:
         """(B, T, text_dim) to the tokens that layer reads, (B, T, embed_dim)."""
-        return self.projections[layer](words)
+        return self.dropout(self.projections[layer](words))
 
 
-def make_instruction(scheme: str, text_dim: int, embed_dim: int, depth: int) -> nn.Module | None:
+def make_instruction(scheme: str, text_dim: int, embed_dim: int, depth: int, dropout: float) -> nn.Module | None:
     """The scheme's module; None for `default`, whose words meet the image in the mask decoder only."""
-    return LayerWise(text_dim, embed_dim, depth) if scheme == "layer_wise" else None
+    return LayerWise(text_dim, embed_dim, depth, dropout) if scheme == "layer_wise" else None

@@ -27,6 +27,11 @@ class Size:
     prompt_dim: int = 256
     decoder_mlp_dim: int = 2048
 
+    @property
+    def global_layers(self) -> tuple[int, ...]:
+        """The layers that attend globally where SAM has windows in the others: the last of each quarter."""
+        return tuple(range(self.depth // 4 - 1, self.depth, self.depth // 4))
+
 
 SIZES = {
     "vit_t": Size(embed_dim=128, depth=4, num_heads=4, prompt_dim=64, decoder_mlp_dim=256),

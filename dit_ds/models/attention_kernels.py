@@ -1,0 +1,284 @@
+"""Kernels for relative-position attention that keep no map, behind one interface.
+
+    forward(x: Operands) -> output (B, N, heads, d), log-sum-exp of each row (B, heads, N)
+    backward(x, grad, out, lse) -> gradients as `Operands` without a mask
+
+    chunked: matrix products over a few heads and queries at a time, so that the map stays in the processor's cache,
+        and again in the backward pass. Any device and type; made for CPUs.
+    sdpa: on a CPU torch's flash attention, on CUDA its memory-efficient one (as sdpa_efficient).
+    sdpa_flash, sdpa_cudnn: torch's other CUDA kernels, which want v as wide as q: it is padded with zeros.
+    xformers: xformers' cutlass kernels; v may be narrower.
+
+All but chunked take the positions folded into the head dimension, see `_fold`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+PIECE = 1 << 20  # logits that `chunked` has at once: 4 MiB of fp32
+_MASKED = -1e4  # a folded logit that no other can rival, and that bf16 and fp16 can hold
+
+
+class Operands(NamedTuple):
+    """What attention is computed from: T words come before N = H*W places among the keys."""
+
+    q: Tensor  # (B, N, heads, d)
+    k: Tensor  # (B, T+N, heads, d)
+    v: Tensor  # (B, T+N, heads, d)
+    rel_h: Tensor  # (B, N, heads, H): what a query adds to the logits of each row of the grid
+    rel_w: Tensor  # (B, N, heads, W): ... of each column
+    word_mask: Tensor | None  # (B, T) bool, False at padding
+
+
+class Kernel(NamedTuple):
+    """The two directions; see the module's text."""
+
+    forward: Callable[[Operands], tuple[Tensor, Tensor]]
+    backward: Callable[[Operands, Tensor, Tensor, Tensor], Operands]
+
+
+# ---- chunked
+
+
+def _chunks(groups: int, n: int, m: int) -> list[tuple[slice, slice]]:
+    """Which groups (sample and head) and which query rows go together."""
+    rows, together = max(1, min(n, PIECE // m)), max(1, PIECE // (n * m))
+    return [(slice(g, g + together), slice(r, r + rows)) for g in range(0, groups, together) for r in range(0, n, rows)]
+
+
+def _by_group(x: Tensor) -> Tensor:
+    """(B, rows, heads, c) to (B*heads, rows, c)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+class _Logits:
+    """Pieces of the map of logits."""
+
+    def __init__(self, x: Operands):
+        self.q, self.k, self.rel_h, self.rel_w = (_by_group(y) for y in (x.q, x.k, x.rel_h, x.rel_w))
+        self.grid = (x.rel_h.shape[-1], x.rel_w.shape[-1])
+        self.words = x.k.shape[1] - x.q.shape[1]
+        self.of_words = x.q.new_zeros(x.q.shape[0], 1, 1, self.words)
+        if x.word_mask is not None:
+            self.of_words.masked_fill_(~x.word_mask[:, None, None], float("-inf"))
+        self.of_words = self.of_words.expand(-1, x.q.shape[2], 1, -1).flatten(0, 1)  # (B*heads, 1, T)
+        self.scale = x.q.shape[-1] ** -0.5
+
+    def piece(self, g: slice, r: slice, less: Tensor | None = None) -> Tensor:
+        """(groups, queries, T+N); `less` (B*heads, N, 1) is subtracted."""
+        q, rel_h, of_words = self.q[g, r], self.rel_h[g, r], self.of_words[g]
+        if less is not None:
+            rel_h, of_words = rel_h - less[g, r], of_words - less[g, r]
+        p = q.new_empty(*q.shape[:2], self.k.shape[1])
+        p[..., : self.words] = of_words
+        places = self.of_places(p)
+        torch.add(rel_h[..., :, None], self.rel_w[g, r][..., None, :], out=places)
+        return p.baddbmm_(q, self.k[g].transpose(1, 2), alpha=self.scale)
+
+    def of_places(self, p: Tensor) -> Tensor:
+        """(groups, queries, T+N) to (groups, queries, H, W)."""
+        return p[..., self.words :].unflatten(-1, self.grid)
+
+
+def _exactly(x: Operands) -> Operands:
+    """In fp32 at least: a logit rounded to bf16 is off by up to a hundredth."""
+    return Operands(*(y.to(torch.promote_types(y.dtype, torch.float32)) for y in x[:-1]), x.word_mask)
+
+
+def _chunked_forward(x: Operands) -> tuple[Tensor, Tensor]:
+    x = _exactly(x)
+    b, n, heads, d = x.q.shape
+    logits, v = _Logits(x), _by_group(x.v)
+    out, lse = v.new_empty(b * heads, n, d), v.new_empty(b * heads, n, 1)
+    for g, r in _chunks(b * heads, n, v.shape[1]):
+        p = logits.piece(g, r)
+        top = p.amax(-1, keepdim=True)
+        total = p.sub_(top).exp_().sum(-1, keepdim=True)
+        out[g, r] = torch.bmm(p, v[g]).div_(total)
+        lse[g, r] = top + total.log_()
+    return out.unflatten(0, (b, heads)).transpose(1, 2), lse.view(b, heads, n)
+
+
+def _chunked_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> Operands:
+    x = _exactly(x)
+    b, n, heads, _ = x.q.shape
+    logits, v, lse = _Logits(x), _by_group(x.v), lse.view(b * heads, n, 1)
+    grad = grad.to(v.dtype)
+    inner = _by_group((grad * out).sum(-1, keepdim=True))  # what softmax's backward subtracts
+    grad = _by_group(grad)
+    of_q, of_rel_h, of_rel_w = (torch.empty_like(y) for y in (logits.q, logits.rel_h, logits.rel_w))
+    of_k, of_v = torch.zeros_like(v), torch.zeros_like(v)
+    for g, r in _chunks(b * heads, n, v.shape[1]):
+        p = logits.piece(g, r, less=lse).exp_()
+        of_v[g].baddbmm_(p.transpose(1, 2), grad[g, r])
+        p.mul_(torch.bmm(grad[g, r], v[g].transpose(1, 2)).sub_(inner[g, r]))
+        of_places = logits.of_places(p)
+        of_rel_h[g, r], of_rel_w[g, r] = of_places.sum(-1), of_places.sum(-2)
+        of_q[g, r] = torch.bmm(p, logits.k[g])
+        of_k[g].baddbmm_(p.transpose(1, 2), logits.q[g, r])
+    of_q *= logits.scale
+    of_k *= logits.scale
+    ungroup = (y.unflatten(0, (b, heads)).transpose(1, 2) for y in (of_q, of_k, of_v, of_rel_h, of_rel_w))
+    return Operands(*ungroup, None)
+
+
+# ---- folded
+
+
+def _fold(x: Operands) -> tuple[Tensor, Tensor]:
+    """q' = [q, sqrt(d) rel_h, sqrt(d) rel_w, 1] and k' = [k, onehot(row), onehot(column), -inf at padding].
+
+    (B, N, heads, a) and (B, T+N, heads, a): a is d+H+W, one more where words are masked, rounded up to the multiple of
+    8 that kernels want. Then q'.k' / sqrt(d) is the logit.
+    """
+    b, n, heads, d = x.q.shape
+    h, w, t = x.rel_h.shape[-1], x.rel_w.shape[-1], x.k.shape[1] - n
+    places = d + h + w
+    width = -(-(places + (x.word_mask is not None)) // 8) * 8
+    q, k = x.q.new_zeros(b, n, heads, width), x.q.new_zeros(b, t + n, heads, width)
+    q[..., :d], k[..., :d] = x.q, x.k
+    torch.mul(x.rel_h, d**0.5, out=q[..., d : d + h])
+    torch.mul(x.rel_w, d**0.5, out=q[..., d + h : places])
+    rows, columns = (torch.eye(size, device=q.device, dtype=q.dtype) for size in (h, w))
+    k[:, t:, :, d : d + h] = rows.repeat_interleave(w, 0)[:, None]
+    k[:, t:, :, d + h : places] = columns.repeat(h, 1)[:, None]
+    if x.word_mask is not None:
+        q[..., places] = 1
+        k[:, :t, :, places] = (~x.word_mask[..., None]).to(q.dtype) * (_MASKED * d**0.5)
+    return q, k
+
+
+def _unfold(of_q: Tensor, of_k: Tensor, of_v: Tensor, x: Operands) -> Operands:
+    """Gradients of the folded operands to those of the operands; the one-hot part has none."""
+    d, h, w = x.q.shape[-1], x.rel_h.shape[-1], x.rel_w.shape[-1]
+    of_rel_h, of_rel_w = (of_q[..., d : d + h + w] * d**0.5).split([h, w], dim=-1)
+    return Operands(of_q[..., :d], of_k[..., :d], of_v, of_rel_h, of_rel_w, None)
+
+
+def _sdpa(forward: Callable, backward: Callable, padded: bool) -> Kernel:
+    """From a pair of torch's operators, which want (B, heads, rows, c)."""
+
+    def widen(y: Tensor, width: int) -> Tensor:
+        return F.pad(y, (0, width - y.shape[-1])) if padded else y
+
+    def run_forward(x: Operands) -> tuple[Tensor, Tensor]:
+        q, k = _fold(x)
+        out, lse = forward(*(y.transpose(1, 2) for y in (q, k, widen(x.v, q.shape[-1]))), x.q.shape[-1] ** -0.5)
+        return out.transpose(1, 2)[..., : x.v.shape[-1]], lse[..., : q.shape[1]]
+
+    def run_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> Operands:
+        q, k = _fold(x)
+        grad, v, out = (widen(y, q.shape[-1]) for y in (grad, x.v, out))
+        grads = backward(*(y.transpose(1, 2) for y in (grad, q, k, v, out)), lse, x.q.shape[-1] ** -0.5)
+        of_q, of_k, of_v = (y.transpose(1, 2) for y in grads)
+        return _unfold(of_q, of_k, of_v[..., : x.v.shape[-1]], x)
+
+    return Kernel(run_forward, run_backward)
+
+
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A seed and an offset, which the backward operators ask for and without dropout never read."""
+    return torch.empty((), dtype=torch.long, device=device), torch.empty((), dtype=torch.long, device=device)
+
+
+def _cpu_forward(q, k, v, scale):
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+
+
+def _cpu_backward(grad, q, k, v, out, lse, scale):
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False, scale=scale)
+
+
+def _efficient_forward(q, k, v, scale):
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+
+
+def _efficient_backward(grad, q, k, v, out, lse, scale):
+    lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # as the forward operator pads it
+    seeds, wanted = _no_dropout(q.device), [True, True, True, False]
+    backward = _aten._scaled_dot_product_efficient_attention_backward
+    return backward(grad, q, k, v, None, out, lse, *seeds, 0.0, wanted, False, scale=scale)[:3]
+
+
+def _flash_forward(q, k, v, scale):
+    return _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+
+
+def _flash_backward(grad, q, k, v, out, lse, scale):
+    lengths = (None, None, q.shape[2], k.shape[2])
+    backward = _aten._scaled_dot_product_flash_attention_backward
+    return backward(grad, q, k, v, out, lse, *lengths, 0.0, False, *_no_dropout(q.device), scale=scale)
+
+
+def _cudnn_forward(q, k, v, scale):
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+    return out, lse.view(lse.shape[:3])
+
+
+def _cudnn_backward(grad, q, k, v, out, lse, scale):
+    lengths = (None, None, q.shape[2], k.shape[2])
+    backward = _aten._scaled_dot_product_cudnn_attention_backward
+    seeds = _no_dropout(q.device)
+    return backward(grad, q, k, v, out, lse[..., None], *seeds, None, *lengths, 0.0, False, scale=scale)
+
+
+def _xformers_forward(x: Operands) -> tuple[Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    q, k = _fold(x)
+    forward, scale = fmha.memory_efficient_attention_forward_requires_grad, x.q.shape[-1] ** -0.5
+    out, lse = forward(q, k, x.v, scale=scale, op=fmha.cutlass.FwOp)
+    return out, lse[..., : q.shape[1]]
+
+
+def _xformers_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> Operands:
+    from xformers.ops import fmha
+
+    q, k = _fold(x)
+    backward, scale = fmha.memory_efficient_attention_backward, x.q.shape[-1] ** -0.5
+    return _unfold(*backward(grad, out, lse, q, k, x.v, scale=scale, op=fmha.cutlass.BwOp), x)
+
+
+_CHUNKED = Kernel(_chunked_forward, _chunked_backward)
+_CPU = _sdpa(_cpu_forward, _cpu_backward, padded=True)
+_EFFICIENT = _sdpa(_efficient_forward, _efficient_backward, padded=False)
+_FLASH = _sdpa(_flash_forward, _flash_backward, padded=True)
+_CUDNN = _sdpa(_cudnn_forward, _cudnn_backward, padded=True)
+_XFORMERS = Kernel(_xformers_forward, _xformers_backward)
+KERNELS: dict[str, Callable[[str], Kernel]] = {  # by the device's type
+    "chunked": lambda device: _CHUNKED,
+    "sdpa": lambda device: _CPU if device == "cpu" else _EFFICIENT,
+    "sdpa_efficient": lambda device: _EFFICIENT,
+    "sdpa_flash": lambda device: _FLASH,
+    "sdpa_cudnn": lambda device: _CUDNN,
+    "xformers": lambda device: _XFORMERS,
+}
+
+
+_PROBE = ((16, 2, 16), (19, 2, 16), (16, 2, 4))  # three words and a grid of 4 x 4, two heads 16 wide
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=64)
+def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel can't run here, None if it can: found out by running it, as what is listed as available need not be."""
+    if name not in ("chunked", "sdpa") and device != "cuda":
+        return f"its kernels run on CUDA GPUs, and the model is on '{device}'"
+    try:
+        kernel = KERNELS[name](device)
+        of_places, of_keys, of_sides = (torch.zeros(1, *s, device=device, dtype=dtype) for s in _PROBE)
+        x = Operands(of_places, of_keys, of_keys, of_sides, of_sides, None)
+        kernel.backward(x, of_places, *kernel.forward(x))
+        return None
+    except ImportError:
+        return f"{name} is not installed"
+    except (NotImplementedError, ValueError, RuntimeError) as e:
+        return " ".join(str(e).split("\n", 1)[0].split())[:200] or type(e).__name__
