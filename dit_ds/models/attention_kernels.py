@@ -267,11 +267,15 @@ _PROBE = ((16, 2, 16), (19, 2, 16), (16, 2, 4))  # three words and a grid of 4 x
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
 def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a kernel can't run here, None if it can: found out by running it, as what is listed as available need not be."""
     if name not in ("chunked", "sdpa") and device != "cuda":
         return f"its kernels run on CUDA GPUs, and the model is on '{device}'"
+    return _failure(name, device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _failure(name: str, device: str, dtype: torch.dtype) -> str | None:
     try:
         kernel = KERNELS[name](device)
         of_places, of_keys, of_sides = (torch.zeros(1, *s, device=device, dtype=dtype) for s in _PROBE)

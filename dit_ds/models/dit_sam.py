@@ -17,7 +17,7 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # SA
 
 
 @functools.lru_cache(maxsize=16)
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1) each; no buffers of the model, which bf16 would round."""
     return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
 
@@ -110,7 +110,7 @@ class DITSAM(nn.Module):
         Returns:
             (B, 3, S, S) in the model's dtype.
         """
-        mean, std = _pixel_statistics(image.device)
+        mean, std = pixel_statistics(image.device)
         x = (image.float() - mean) / std
         side = torch.arange(self.image_size, device=image.device)
         inside = (side[:, None] < size[:, 0, None, None]) & (side[None, :] < size[:, 1, None, None])  # (B, S, S)

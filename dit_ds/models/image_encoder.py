@@ -73,6 +73,41 @@ class WordAttention(Attention):
         return self.proj(out.reshape(b, h, w, dim))
 
 
+class _LinearOfGELU(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x alone: gelu(x), as large, is cheap to compute again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            torch.ops.aten.gelu_backward(grad @ weight, x) if of_x else None,
+            rows.t() @ F.gelu(x).flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+class LinearOfGELU(nn.Linear):
+    """The second linear layer of SAM's MLP together with the activation before it."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> LinearOfGELU:
+        """With the parameters of a plain one."""
+        new = cls(linear.in_features, linear.out_features, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., in_features) before the activation to (.., out_features)."""
+        return _LinearOfGELU.apply(x, self.weight, self.bias)
+
+
 class WordBlock(Block):
     """SAM's `Block` over [words; visual] of which only the visual rows go on (equation 8).
 
@@ -84,6 +119,8 @@ class WordBlock(Block):
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(dim, num_heads, norm_layer=norm, use_rel_pos=True, window_size=window_size, input_size=grid)
         self.attn = WordAttention(dim, num_heads, (window_size, window_size) if window_size else grid, backend)
+        self.mlp.act = nn.Identity()
+        self.mlp.lin2 = LinearOfGELU.of(self.mlp.lin2)
 
     def forward(self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
         """(B, H, W, D) to (B, H, W, D)."""

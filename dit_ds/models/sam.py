@@ -30,7 +30,8 @@ class Size:
     @property
     def global_layers(self) -> tuple[int, ...]:
         """The layers that attend globally where SAM has windows in the others: the last of each quarter."""
-        return tuple(range(self.depth // 4 - 1, self.depth, self.depth // 4))
+        quarter = max(1, self.depth // 4)
+        return tuple(range(quarter - 1, self.depth, quarter))
 
 
 SIZES = {

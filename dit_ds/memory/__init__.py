@@ -1,0 +1,1 @@
+"""What training takes of a device's memory."""
