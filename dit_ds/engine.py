@@ -86,8 +86,9 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils.logging import logger
 
     logger.setLevel(logging.WARNING)
-    for handler in logger.handlers:  # stdout is for results
-        handler.setStream(sys.stderr)
+    for handler in logger.handlers:
+        if getattr(handler, "stream", None) is sys.stdout:  # which is for results
+            handler.setStream(sys.stderr)
     # the shared-memory collectives for CPUs are compiled at start-up, which hangs for ever on a lock that a killed
     # process left; gloo serves
     for name in ("shm_comm", "deepspeed_shm_comm"):

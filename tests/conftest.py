@@ -52,6 +52,15 @@ def refused(done: subprocess.CompletedProcess) -> str:
 
 
 @pytest.fixture(scope="session")
+def world():
+    """A world of one rank in this process; one for all tests, as DeepSpeed keeps its process groups for good."""
+    from dit_ds.distributed import connect, disconnect
+
+    yield connect()
+    disconnect()
+
+
+@pytest.fixture(scope="session")
 def refer_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 images of the sample set as a REFER tree."""
     from dit_ds.data.sample_set import write_sample_set

@@ -9,12 +9,11 @@ from conftest import ROOT
 from dit_ds import engine as ds
 from dit_ds.checkpoint import build_model
 from dit_ds.config import validate
-from dit_ds.distributed import connect, disconnect
 from dit_ds.models.dit_sam import segmentation_loss
 
 
 @pytest.mark.timeout(400)
-def test_vit_b_with_bert_base_learns_one_batch():
+def test_vit_b_with_bert_base_learns_one_batch(world):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     config = validate(
@@ -28,7 +27,6 @@ def test_vit_b_with_bert_base_learns_one_batch():
             },
         }
     )
-    world = connect()
     try:
         engine = ds.initialize(build_model(config), config, world)
         trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
@@ -51,5 +49,4 @@ def test_vit_b_with_bert_base_learns_one_batch():
             losses.append(loss.item())
         assert all(map(math.isfinite, losses)) and losses[2] < losses[1] < losses[0], losses
     finally:
-        disconnect()
         torch.set_num_threads(threads)

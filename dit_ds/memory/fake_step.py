@@ -8,6 +8,8 @@ CUDA context, workspaces inside kernels, NCCL's buffers, fragmentation.
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -54,9 +56,10 @@ class LiveTensors(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _some_number(args[0].dtype)
         out = func(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._add(x.untyped_storage())
+        if not _aliases(func):
+            for x in tree_leaves(out):
+                if isinstance(x, Tensor):
+                    self._add(x.untyped_storage())
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -70,6 +73,13 @@ class LiveTensors(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)[1]
+
+
+@functools.cache
+def _aliases(func: torch._ops.OpOverload) -> bool:
+    """Whether it returns views of its arguments, or them themselves: nothing new, even where they are older."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None for r in returns)
 
 
 def _some_number(dtype: torch.dtype) -> bool | float | int:
@@ -102,7 +112,9 @@ def fake_tensors() -> Iterator[LiveTensors]:
     nn.Module._apply, attention.require = apply, lambda *_: None
     pixel_statistics.cache_clear()  # no fake tensor may stay behind in it, and no real one get in
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
+            # DeepSpeed looks at the alignment of its buffers
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield live
     finally:
         nn.Module._apply, attention.require = real_apply, real_require
