@@ -62,8 +62,7 @@ def row(width: str, image_size: int, batch: int, device: str, dtype: torch.dtype
 
     steps = {name: partial(step, f) for name, f in forwards.items()}
     seconds = common.alternate(steps, rounds, device)
-    parameters = list(block.parameters())
-    saved = {name: common.saved_bytes(forwards[name], parameters) for name in ("naive", chosen)}
+    saved = {name: common.saved_bytes(forwards[name]) for name in ("naive", chosen)}
     peaks = {name: common.peak_bytes(steps[name], device) for name in ("naive", chosen)}
     return {
         "width": width, "size": image_size, "device": device, "dtype": str(dtype)[6:], "batch": batch, "words": WORDS,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
+from dit_ds.memory.fake_step import LiveTensors
 from dit_ds.models.image_encoder import WordBlock
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,21 +110,13 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def saved_bytes(forward: Callable[[], object], parameters: list[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward pass of a call, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that wait for the backward pass after a forward: all storages made in it that are still alive."""
+    with LiveTensors() as live:
         result = forward()
-    total = sum(x.untyped_storage().nbytes() for x in kept.values())
+        kept = live.now
     del result
-    return total
+    return kept
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:

@@ -14,26 +14,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+STEP = "benchmarks/train_step.py --mode"
 PARTS = {
-    "tests": ["-m", "pytest", "tests/test_attention.py", "-k", "cuda", "--timeout", "240"],
-    "attention": ["benchmarks/attention.py"],
-    "train_step": ["benchmarks/train_step.py", "--compile", "--size", "512", "--mode", "frozen", "tuned"],
-    "train_step_1024": [
-        "benchmarks/train_step.py",
-        "--size",
-        "1024",
-        "--mode",
-        "tuned",
-        "--no-memory",
-        "--rounds",
-        "5",
-    ],
+    "tests": "-m pytest tests/test_attention.py -k cuda --timeout 240",
+    "attention": "benchmarks/attention.py",
+    "train_step": f"{STEP} frozen tuned --compile --size 512",
+    "train_step_1024": f"{STEP} tuned --size 1024 --no-memory --rounds 5 --name train_step_1024_cuda",
 }
 SMALL = {
-    "tests": [],
-    "attention": ["--width", "vit_t", "--size", "64", "--rounds", "1"],
-    "train_step": ["--width", "vit_t", "--size", "64", "--rounds", "1", "--no-memory"],
-    "train_step_1024": ["--width", "vit_t", "--size", "128", "--rounds", "1"],
+    "tests": "",
+    "attention": "--width vit_t --size 64 --rounds 1",
+    "train_step": "--width vit_t --size 64 --rounds 1 --no-memory",
+    "train_step_1024": "--width vit_t --size 128 --rounds 1",
 }
 
 
@@ -46,7 +38,7 @@ def main() -> None:
     failed = []
     with tempfile.TemporaryDirectory() as nowhere:
         for part in args.only:
-            command = [sys.executable, *PARTS[part], *(SMALL[part] if args.small else [])]
+            command = [sys.executable, *PARTS[part].split(), *(SMALL[part].split() if args.small else [])]
             if part != "tests":
                 out = Path(nowhere) if args.small else args.out
                 command += ["--out", str(out)]

@@ -134,7 +134,7 @@ def compare(width: str, size: int, mode: str, batch: int, variant: str, args, wo
             "batch": batch,
             "seconds": seconds,
             "peak_bytes": {n: common.peak_bytes(step, device) for n, step in steps.items()},
-            "saved_bytes": {n: common.saved_bytes(s.forward, list(s.model.parameters())) for n, s in steps.items()},
+            "saved_bytes": {n: common.saved_bytes(s.forward) for n, s in steps.items() if n != "compiled"},
         }
     except torch.OutOfMemoryError:
         if batch == 1:
@@ -171,7 +171,7 @@ def timed_row(width: str, size: int, mode: str, batch: int, args, world, flop_ra
             v: {
                 "batch": p["batch"],
                 "relative_seconds": p["seconds"][v] / p["seconds"]["ours"],
-                "saved_bytes": p["saved_bytes"][v],
+                "saved_bytes": p["saved_bytes"].get(v),  # compiled code's tensors are not seen
                 "peak_bytes": p["peak_bytes"][v],
             }
             for v, p in pairs.items() if v != "naive"
@@ -244,7 +244,8 @@ TIMED = {
     "peak GiB": lambda r: f"{r['peak_bytes'] / common.GIB:.2f}",
     "naive peak": lambda r: f"{r['naive_peak_bytes'] / common.GIB:.2f}",
     "variants: time, kept": lambda r: ", ".join(
-        f"{n} {v['relative_seconds']:.2f}x, {v['saved_bytes'] / common.GIB:.2f} GiB" for n, v in r["variants"].items()
+        f"{n} {v['relative_seconds']:.2f}x" + (f", {v['saved_bytes'] / common.GIB:.2f} GiB" if v["saved_bytes"] else "")
+        for n, v in r["variants"].items()
     ),
 }
 COUNTED = {

@@ -2,14 +2,11 @@
 
 Words are keys and values only. They have no place in the picture, so their relative-position term is zero.
 
-The positions are folded into the head dimension, exactly: with q' = [q, sqrt(d) rel_h, sqrt(d) rel_w] and
-k' = [k, onehot(row), onehot(column)], q'.k' / sqrt(d) is SAM's logit. So no bias of the size of the map exists, and
-memory-efficient kernels apply. The folded operands are made for a few samples at a time and again in the backward pass:
-what waits for it is q, k, v, the small position tables, the output and one number a row.
-
 Backends:
     eager: SAM's own arithmetic; materialises the (B, heads, N, T+N) map. The reference.
-    chunked, sdpa, xformers (and sdpa_flash, sdpa_efficient, sdpa_cudnn, to compare): see `attention_kernels`.
+    chunked, sdpa, xformers (and sdpa_flash, sdpa_efficient, sdpa_cudnn, to compare): kernels that keep no map, see
+        `attention_kernels`. They run on a few samples at a time, and the backward pass makes their operands again:
+        what waits for it is q, k, v, the small position tables, the output and the log-sum-exp of each row.
     auto: see `best_backend`.
 """
 
@@ -25,7 +22,7 @@ from dit_ds.errors import UserError
 from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
 
 BACKENDS = ("auto", "eager", *KERNELS)
-# Query rows (samples x heads x N) folded at once: on a GPU enough to fill it, on a CPU few enough to stay in its cache.
+# Query rows (samples x heads x N) given to a kernel at once: on a GPU enough to fill it, on a CPU few enough to stay in its cache.
 _ROWS = {"cuda": 1 << 17, "cpu": 1 << 14}
 
 
@@ -190,9 +187,8 @@ def attention_backward(
     for s in _pieces(b, heads * n, device):
         x = _operands(qkv[s], rel_h, rel_w, _at(words, s), _at(word_mask, s))
         of = KERNELS[kernel](device).backward(x, grad[s], out[s], lse[s])
-        of_rows, of_columns = (
-            y.unflatten(1, (h, w)).to(qkv.dtype) for y in (of.rel_h, of.rel_w)
-        )  # (B, H, W, heads, ..)
+        # (B, H, W, heads, H) and (B, H, W, heads, W)
+        of_rows, of_columns = (y.unflatten(1, (h, w)).to(qkv.dtype) for y in (of.rel_h, of.rel_w))
         if words is not None:
             of_words[s, :, 0], of_words[s, :, 1] = of.k[:, :t], of.v[:, :t]
         if of_image:
@@ -210,17 +206,9 @@ def attention_backward(
 
 # Operators of torch, so that torch.compile passes over them, selective checkpointing can keep their output, and
 # fake tensors know their shapes.
-_SIGNATURE = (
-    "(Tensor qkv, Tensor rel_h, Tensor rel_w, Tensor? words, Tensor? word_mask, str kernel) -> (Tensor, Tensor)"
-)
-torch.library.define("dit_ds::attention", _SIGNATURE)
-torch.library.define(
-    "dit_ds::attention_backward",
-    "(Tensor grad, Tensor qkv, Tensor rel_h, Tensor rel_w, Tensor? words, Tensor? word_mask, Tensor out, Tensor lse, "
-    "str kernel, bool of_image, bool of_tables) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("dit_ds::attention", "default", attention_forward)
-torch.library.impl("dit_ds::attention_backward", "default", attention_backward)
+for _name, _function in {"attention": attention_forward, "attention_backward": attention_backward}.items():
+    torch.library.define(f"dit_ds::{_name}", torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(f"dit_ds::{_name}", "default", _function)
 
 
 @torch.library.register_fake("dit_ds::attention")
@@ -244,14 +232,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, grad_lse):
     del grad_lse  # a by-product: nothing is computed from it
-    qkv, rel_h, rel_w, words, word_mask, out, lse = ctx.saved_tensors
-    of_image, of_tables, of_words = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[3]
-    *of_rest, of_words_ = torch.ops.dit_ds.attention_backward(
-        grad.contiguous(), qkv, rel_h, rel_w, words, word_mask, out, lse, ctx.kernel, of_image, of_tables
+    of_qkv, of_rel_h, of_rel_w, of_words = ctx.needs_input_grad[:4]
+    grads = torch.ops.dit_ds.attention_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.kernel, of_qkv, of_rel_h or of_rel_w
     )
-    needed = (of_image, of_tables, of_tables)
-    grads = [g if need else None for g, need in zip(of_rest, needed)]
-    return *grads, of_words_ if of_words else None, None, None
+    needed = (of_qkv, of_rel_h, of_rel_w, of_words)
+    return *(g if need else None for g, need in zip(grads, needed)), None, None
 
 
 torch.library.register_autograd("dit_ds::attention", _differentiate, setup_context=_save)
