@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
+from dit_ds.config import ModelConfig
 from dit_ds.errors import UserError
 from dit_ds.models import attention, attention_kernels
 from dit_ds.models.attention import BACKENDS, relative_position_attention
@@ -113,6 +116,21 @@ def test_no_more_is_kept_than_inputs_output_and_log_sum_exp(backend, words):
     allowed += b * heads * n * (h + w)  # rel_h and rel_w; the tables they come from are smaller
     assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= 4 * allowed
     assert 4 * b * heads * n * n > 4 * allowed / 2  # a map would have been noticed
+
+
+@pytest.mark.parametrize("words", [None, 3])
+def test_the_operator_is_one_of_torchs(words):
+    """Its schema, its shapes on fake tensors and its gradients under compilation, by torch's own check."""
+    torch.manual_seed(0)
+    qkv, rel = torch.randn(2, 12, 3, 2, 8, requires_grad=True), torch.randn(3, 3, 8, requires_grad=True)
+    kv = words and torch.randn(2, words, 2, 2, 8, requires_grad=True)
+    mask = words and torch.arange(words).expand(2, -1) < 2
+    arguments = (qkv, rel, torch.randn(4, 4, 8, requires_grad=True), kv, mask, "chunked")
+    torch.library.opcheck(torch.ops.dit_ds.attention.default, arguments)
+
+
+def test_the_configuration_knows_every_backend():
+    assert get_args(ModelConfig.model_fields["attention"].annotation) == BACKENDS
 
 
 @pytest.mark.parametrize("backend", ["xformers", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"])

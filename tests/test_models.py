@@ -14,25 +14,28 @@ from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
 
 
-def sam_encoder(image_size, depth=3, dim=48, heads=4):
-    """segment_anything's encoder with global attention in every block, and random positions."""
+def sam_encoder(image_size, depth=3, dim=48, heads=4, **windows):
+    """segment_anything's encoder, by default with global attention in every block, and random positions."""
     from functools import partial
 
     from segment_anything.modeling.image_encoder import ImageEncoderViT
 
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
-    sam = ImageEncoderViT(image_size, 16, 3, dim, depth, heads, out_chans=32, use_rel_pos=True, norm_layer=norm)
+    sam = ImageEncoderViT(
+        image_size, 16, 3, dim, depth, heads, out_chans=32, use_rel_pos=True, norm_layer=norm, **windows
+    )
     for name, p in sam.named_parameters():
         if "pos" in name:
             torch.nn.init.normal_(p, std=0.3)
     return sam
 
 
+@pytest.mark.parametrize("window", [0, 3])  # five places a side: windows of three are padded
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "chunked"])
-def test_without_words_the_encoder_is_segment_anythings(backend):
+def test_without_words_the_encoder_is_segment_anythings(backend, window):
     torch.manual_seed(0)
-    sam = sam_encoder(80)
-    ours = ImageEncoder(80, 16, 48, 3, 4, 32, "layer_wise", text_dim=24, backend=backend)
+    sam = sam_encoder(80, window_size=window, global_attn_indexes=(1,))
+    ours = ImageEncoder(80, 16, 48, 3, 4, 32, "layer_wise", 24, backend, window, global_layers=(1,))
     missing, unexpected = ours.load_state_dict(sam.state_dict(), strict=False)
     assert not unexpected and all(n.startswith("instruction.") for n in missing)
     x = torch.randn(2, 3, 80, 80)
@@ -42,6 +45,24 @@ def test_without_words_the_encoder_is_segment_anythings(backend):
     b.square().sum().backward()
     for name, p in sam.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_attend_to_themselves_and_to_the_words():
+    """A windowed block over one image is a block over each window, of its words; on every backend."""
+    torch.manual_seed(0)
+    block = WordBlock(48, 4, (6, 6), "eager", window_size=3).double()
+    for p in (block.attn.rel_pos_h, block.attn.rel_pos_w):
+        torch.nn.init.normal_(p)
+    x, words = torch.randn(2, 6, 6, 48).double(), torch.randn(2, 5, 48).double()
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    small = WordBlock(48, 4, (3, 3), "eager").double()
+    small.load_state_dict(block.state_dict())
+    for backend in ("eager", "sdpa", "chunked"):
+        block.attn.backend = backend
+        whole = block(x, words, mask)
+        for i, j in ((0, 0), (0, 3), (3, 0), (3, 3)):
+            window = small(x[:, i : i + 3, j : j + 3], words, mask)
+            torch.testing.assert_close(whole[:, i : i + 3, j : j + 3], window, rtol=1e-12, atol=1e-12)
 
 
 def test_a_block_is_sams_over_the_concatenation_of_equation_8():

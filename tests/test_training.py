@@ -153,6 +153,15 @@ def test_bf16_trains(config_file, tmp_path, stage):
     assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+def test_a_compiled_run_trains_evaluates_and_saves(config_file, tmp_path):
+    """Compiled blocks in windows, selectively checkpointed, in bf16; evaluation reads them without gradients."""
+    dit_ds("train", "--config", config_file, "--deepspeed.override.bf16.enabled", "true", "--train.max_steps", "2",
+           "--train.compile", "true", "--train.activation_checkpointing", "selective", "--model.window_size", "3",
+           "--model.word_dropout", "0.1", "--model.attention", "chunked")  # fmt: skip
+    assert len(metrics_of(tmp_path / "run")) == 2 and len(metrics_of(tmp_path / "run", "eval")) == 1
+    dit_ds("eval", tmp_path / "run")  # not compiled
+
+
 def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_path):
     one, two, three = (
         json.loads(dit_ds("eval", trained / "run", "--json", ranks=n).stdout.splitlines()[-1]) for n in (1, 2, 3)
@@ -206,6 +215,8 @@ def test_requests_that_cannot_be_met(trained, config_file, tmp_path):
     assert "no DeepSpeed configuration" in line("--deepspeed.config", "none.json")
     assert "the run owns" in line("--deepspeed.override.train_batch_size", "8")
     assert "no SAM checkpoint" in line("--model.checkpoint", "none.pth")
+    assert "xformers can't run here" in line("--model.attention", "xformers")
+    assert "train.activation_checkpointing = 'every_0'" in line("--train.activation_checkpointing", "every_0")
     assert "cannot read the configuration" in refused(dit_ds("train", "--config", "none.yaml", check=None))
     # nothing above left a run behind that would stop the next
     assert not list((tmp_path / "run").glob("checkpoints/*"))

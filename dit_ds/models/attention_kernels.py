@@ -24,7 +24,7 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 PIECE = 1 << 20  # logits that `chunked` has at once: 4 MiB of fp32
-_MASKED = -1e4  # a folded logit that no other can rival, and that bf16 and fp16 can hold
+_MASKED = -5e3  # a logit that no other can rival; times sqrt(d) fp16 can still hold it
 
 
 class Operands(NamedTuple):
