@@ -232,7 +232,7 @@ def counted(args, world) -> list[dict]:
 
 
 TIMED = {
-    "ViT": lambda r: f"{r['width']}, {r['layers']} layers",
+    "ViT": lambda r: f"{r['width']}, {r['layers']} layer" + "s" * (r["layers"] > 1),
     "px": lambda r: r["size"],
     "mode": lambda r: r["mode"],
     "batch": lambda r: r["batch"],

@@ -38,8 +38,9 @@ def dit_ds(
 
 
 def environment() -> dict[str, str]:
-    """The environment for child processes: the package importable from anywhere."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    """The environment for child processes: the package importable from anywhere, and no world that this one is in."""
+    world = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in world} | {"PYTHONPATH": str(ROOT)}
 
 
 def refused(done: subprocess.CompletedProcess) -> str:
