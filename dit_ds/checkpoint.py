@@ -6,13 +6,16 @@ text encoder's, which is recorded by name and digest) and `deepspeed/` (optimize
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +25,7 @@ from dit_ds.engine import gathered_state
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, read_json, write_json
 from dit_ds.models.dit_sam import DITSAM
+from dit_ds.models.sam import DensePositions
 from dit_ds.models.text_encoder import TextEncoder
 
 _TEXT = "text_encoder."
@@ -100,9 +104,9 @@ def save(engine: Any, config: RunConfig, world: World, meta: dict[str, Any]) -> 
     return final
 
 
-def _save_tensors(state: dict[str, Any], path: Path) -> None:
+def _save_tensors(state: dict[str, Any], path: Path, header: dict[str, str] | None = None) -> None:
     try:
-        save_file(state, path)
+        save_file(state, path, header)
     except SafetensorError as e:  # wraps the operating system's error as text
         if "No space left" in str(e) or "os error 28" in str(e):
             raise OSError(28, "No space left on device") from e
@@ -132,17 +136,19 @@ def all_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find(path: str | Path) -> Path:
-    """A checkpoint from its own folder, or from a run's: its best, else its newest.
+    """A checkpoint from its own folder, or from a run's: its best, else its newest. An exported file is one itself.
 
     Raises:
         UserError: there is none.
     """
     path = Path(path)
-    if (path / "meta.json").exists():
+    if (path / "meta.json").exists() or path.is_file():
         return path
     checkpoints = all_checkpoints(path)
     if not checkpoints:
-        raise UserError(f"no checkpoint in {path}: give a run's folder or one of its checkpoints/step_*")
+        raise UserError(
+            f"no checkpoint in {path}: give a run's folder, one of its checkpoints/step_*, or an exported file"
+        )
     best = path / "best.json"
     if best.exists():
         chosen = path / "checkpoints" / f"step_{read_json(best, 'best score')['step']:08d}"
@@ -152,8 +158,14 @@ def find(path: str | Path) -> Path:
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:
+    with _damage_is_user_error(path):
+        return load_file(path if path.is_file() else path / "model.safetensors")
+
+
+@contextlib.contextmanager
+def _damage_is_user_error(path: Path) -> Iterator[None]:
     try:
-        return load_file(path / "model.safetensors")
+        yield
     except (SafetensorError, OSError) as e:
         raise UserError(f"checkpoint {path} is damaged ({e}): use another of the run's") from None
 
@@ -188,15 +200,58 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> tup
     meta = read_meta(path)
     here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
     config = validate(merge(merge(meta["config"], here), overrides or {}))
-    trained_text = not config.text.freeze or config.text.random_init
-    model = build_model(config, text_weights=not trained_text)
+    holds_text = path.is_file() or not config.text.freeze or config.text.random_init
+    model = build_model(config, text_weights=not holds_text)
     _load_into(model, path, meta)
     return model.eval(), config, meta
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
-    return read_json(path / "meta.json", "checkpoint")
+    """What a checkpoint says of itself; an exported file, in its header."""
+    if not path.is_file():
+        return read_json(path / "meta.json", "checkpoint")
+    with _damage_is_user_error(path), safe_open(path, "pt") as f:
+        meta = (f.metadata() or {}).get("dit_ds")
+    if meta is None:
+        raise UserError(
+            f"{path} was not written by dit-ds export: give a run's folder or one of its checkpoints/step_*"
+        )
+    return json.loads(meta)
+
+
+def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Write a checkpoint's model as one safetensors file: every tensor by its name, the text encoder's, too.
+
+    SAM's parts keep SAM's names. The header holds the configuration, so that `load_model` needs nothing else but the
+    text encoder's architecture and tokenizer. The file is read back and compared before it takes its name.
+
+    Args:
+        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them.
+    Returns:
+        `file`, `tensors`, `parameters`, `bytes`, `step`.
+    """
+    model, config, meta = load_model(path)
+    exact = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    state = {
+        name: (x.to(dtype) if x.is_floating_point() and name.rpartition(".")[0] not in exact else x).contiguous()
+        for name, x in ({**dict(model.named_parameters()), **model.state_dict()}).items()
+    }
+    header = {"config": config.model_dump(mode="json"), **{k: meta[k] for k in ("step", "epoch", "text_digest")}}
+    out = Path(out)
+    with full_disk_is_user_error(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.tmp")
+        try:
+            _save_tensors(state, temporary, {"dit_ds": json.dumps(header), "format": "pt"})
+            back = _load_tensors(temporary)
+            if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
+                raise UserError(f"{out} could not be read back as written: check the disk")
+            temporary.rename(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    size = out.stat().st_size
+    return {"file": str(out), "tensors": len(state), "parameters": parameters, "bytes": size, "step": meta["step"]}
 
 
 def resume(engine: Any, path: Path) -> None:

@@ -159,6 +159,15 @@ def _sheet(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    import torch
+
+    from dit_ds.checkpoint import export
+
+    _report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed."
@@ -240,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--text", required=True, help="the words, as 'the left star'")
     p.add_argument("--out", required=True, help="PNG to write: the picture beside the prediction")
     p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
+
+    p = command(commands, "export", _export, "write a checkpoint's model as one safetensors file")
+    p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument("--out", required=True, help="file to write, as model.safetensors")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
 
     p = command(commands, "sheet", _sheet, "a contact sheet: image, words, ground truth, prediction")
     p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT, dit_ds, environment, metrics_of, refused, tiny_config
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 MICRO = "--deepspeed.override.train_micro_batch_size_per_gpu"
 
@@ -175,6 +175,29 @@ def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_pa
     masks = list(written.iterdir())
     assert len(masks) == json.loads(dit_ds("eval", trained / "run", "--split", "testA", "--json").stdout)["n"]
     assert set(np.unique(np.asarray(Image.open(masks[0])))) <= {0, 255}
+
+
+def test_an_exported_file_is_the_model(trained, shards, tmp_path):
+    """One file evaluates to the same digits, starts a fine-tuning, and has SAM's names; bf16 halves it."""
+    out = tmp_path / "out/model.safetensors"
+    said = json.loads(dit_ds("export", trained / "run", "--out", out, "--json").stdout)
+    tensors = load_file(out)
+    assert said["tensors"] == len(tensors) and said["bytes"] == out.stat().st_size and said["step"] == 10
+    assert {"image_encoder.blocks.0.attn.qkv.weight", "mask_decoder.iou_token.weight"} <= tensors.keys()
+    assert any(n.startswith("text_encoder.") for n in tensors)  # frozen, yet the file needs no other
+    assert dit_ds("eval", out, "--json").stdout == dit_ds("eval", trained / "run", "--json").stdout
+    tune = [*batches_of_ten(trained, "10"), "--run_dir", tmp_path / "tuned", "--model.checkpoint", out]
+    dit_ds(*tune, "--train.max_steps", "1", "--train.lr", "1e-12")
+    assert_close(weights(tmp_path / "tuned", 1), {n: tensors[n] for n in weights(tmp_path / "tuned", 1)}, 1e-6)
+    half = tmp_path / "half.safetensors"
+    dit_ds("export", trained / "run", "--out", half, "--dtype", "bf16")
+    assert half.stat().st_size < 0.51 * out.stat().st_size
+    assert 0 <= json.loads(dit_ds("eval", half, "--json").stdout)["miou"] <= 1
+    half.write_bytes(half.read_bytes()[:5000])
+    assert "is damaged" in refused(dit_ds("eval", half, check=None))
+    stranger = tmp_path / "stranger.safetensors"
+    save_file({"a": next(iter(tensors.values())).clone()}, stranger)
+    assert "not written by dit-ds export" in refused(dit_ds("eval", stranger, check=None))
 
 
 def test_pictures(trained, refer_tree, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ SIZES = {
 }
 
 
-class _DensePositions(PositionEmbeddingRandom):
+class DensePositions(PositionEmbeddingRandom):
     """Keeps its frequencies in fp32 when the model goes to bf16: rounding them would move every pixel's phase."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -58,7 +59,7 @@ class WordPromptEncoder(PromptEncoder):
     def __init__(self, size: Size, image_size: int):
         grid = (image_size // size.patch_size, image_size // size.patch_size)
         super().__init__(size.prompt_dim, grid, (image_size, image_size), mask_in_chans=16)
-        self.pe_layer = _DensePositions(size.prompt_dim // 2)
+        self.pe_layer = DensePositions(size.prompt_dim // 2)
 
     def forward(self, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Words to the mask decoder's prompts.
@@ -124,7 +125,7 @@ def resize_positions(state: dict[str, Tensor], target: dict[str, Tensor]) -> dic
 
 
 def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
-    """Load an official `sam_vit_*.pth` into a model by name, positions resized.
+    """Load an official `sam_vit_*.pth`, or what `dit-ds export` wrote, into a model by name, positions resized.
 
     Returns:
         `loaded`, `missing` (in the model only) and `unexpected` (in the file only) tensor names.
@@ -132,7 +133,10 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[st
         UserError: no such file, not a checkpoint of tensors, or one of another size.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            state: dict[str, Any] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no SAM checkpoint at {path}: download sam_vit_b_01ec64.pth or its larger kin") from None
     except Exception as e:  # torch.load raises many kinds for a damaged file
