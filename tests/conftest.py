@@ -43,6 +43,17 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in world} | {"PYTHONPATH": str(ROOT)}
 
 
+def on_ranks(ranks: int, *settings: dict) -> list[dict]:
+    """What `zero_worker.py` makes of the settings on so many ranks."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+         str(ROOT / "tests/zero_worker.py"), json.dumps(settings)],
+        capture_output=True, text=True, timeout=280, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def refused(done: subprocess.CompletedProcess) -> str:
     """The one line that says what is wrong: exit status 2, and no traceback."""
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import on_ranks
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.models.image_encoder import ImageEncoder
@@ -17,21 +13,10 @@ POLICIES = ("none", "block", "every_3", "selective")
 DEPTH = 4  # of vit_t
 
 
-def on_two_ranks(*settings: dict) -> list[dict]:
-    """What `zero_worker.py` makes of the settings."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(ROOT / "tests/zero_worker.py"), json.dumps(settings)],
-        capture_output=True, text=True, timeout=280, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def by_stage_and_policy() -> dict[tuple[int, str], dict]:
     settings = [{"stage": s, "policy": p} for s in range(4) for p in POLICIES]
-    return {(s["stage"], s["policy"]): r for s, r in zip(settings, on_two_ranks(*settings))}
+    return {(s["stage"], s["policy"]): r for s, r in zip(settings, on_ranks(2, *settings))}
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:])
@@ -51,7 +36,7 @@ def test_selective_keeps_the_attention_and_the_others_compute_it_again(by_stage_
 
 def test_compiled_blocks_compute_the_same_under_deepspeed(by_stage_and_policy):
     settings = [{"stage": s, "policy": p, "compile": True} for s, p in ((2, "none"), (2, "selective"), (3, "block"))]
-    for setting, compiled in zip(settings, on_two_ranks(*settings)):
+    for setting, compiled in zip(settings, on_ranks(2, *settings)):
         plain = by_stage_and_policy[setting["stage"], setting["policy"]]
         # dropout draws other numbers when compiled, in the words alone
         assert compiled["losses"] == pytest.approx(plain["losses"], abs=0.02)

@@ -17,7 +17,7 @@ from conftest import MINILM, ROOT
 from dit_ds import engine as ds
 from dit_ds.checkpoint import build_model
 from dit_ds.config import validate
-from dit_ds.distributed import connect, disconnect
+from dit_ds.distributed import connect, disconnect, mean_over_ranks
 from dit_ds.models import attention
 from dit_ds.models.dit_sam import segmentation_loss
 
@@ -36,42 +36,85 @@ def count_attention() -> list[int]:
     return calls
 
 
-def run(world, calls, stage: int, policy: str, compile: bool = False, bf16: bool = False, steps: int = 2) -> dict:
-    """Losses, gradient norms and final weights' sum, with dropout in BERT and of the words."""
-    config = validate(
+def configuration(world, stage: int, policy: str, dropout: bool):
+    """A tiny model; with dropout in a trained BERT and of the words, or with none anywhere."""
+    return validate(
         {
-            "model": {"size": "vit_t", "word_dropout": 0.2, "attention": "chunked"},
+            "model": {"size": "vit_t", "word_dropout": 0.2 * dropout, "attention": "chunked"},
             "data": {"image_size": 64},
-            "text": {"name": MINILM, "layers": 1, "freeze": False},
-            "train": {"batch_size": 4, "lr": 1e-3, "gradient_clipping": 1.0, "activation_checkpointing": policy},
+            "text": {"name": MINILM, "layers": 1, "freeze": not dropout},
+            "train": {"batch_size": 4, "lr": 1e-3, "activation_checkpointing": policy},
             "deepspeed": {
                 "config": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
-                "override": {"bf16": {"enabled": bf16}, "train_micro_batch_size_per_gpu": 2},
+                "override": {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": 4 // world.world_size},
             },
         }
     )
+
+
+def batch_of(step: int, samples: slice) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """A step's inputs and masks, those samples of the four."""
+    g = torch.Generator().manual_seed(step)
+    image = torch.randint(0, 256, (4, 3, 64, 64), generator=g, dtype=torch.uint8)
+    tokens = torch.randint(1000, 3000, (4, 20), generator=g)
+    mask = torch.rand(4, 64, 64, generator=g) > 0.5
+    size = torch.tensor([[64, 64], [48, 64], [64, 40], [64, 64]])
+    token_mask = torch.arange(20) < torch.tensor([[6], [12], [3], [20]])
+    return tuple(x[samples] for x in (image, size, tokens, token_mask)), mask[samples]
+
+
+def run(world, calls, stage: int, policy: str = "none", compile: bool = False, dropout: bool = True, plain: bool = False,
+        steps: int = 3) -> dict:  # fmt: skip
+    """Losses of this rank, final weights' norms, attention's forwards a step.
+
+    Args:
+        plain: compare with plain PyTorch's Adam on the whole batch: `loss_error` and `weight_error`, the largest.
+    """
+    config = configuration(world, stage, policy, dropout)
     model = build_model(config)
     model.image_encoder.checkpoint_activations(policy)
     if compile:
         model.image_encoder.compile_blocks()
     engine = ds.initialize(model, config, world)
     engine.train()
-    g = torch.Generator().manual_seed(world.rank)
-    size, token_mask = torch.tensor([[64, 64], [48, 64]]), torch.arange(20) < torch.tensor([[6], [12]])
     calls[0], losses = 0, []
+    each = 4 // world.world_size
     for step in range(steps):
         torch.manual_seed(100 * step + world.rank)
-        image = torch.randint(0, 256, (2, 3, 64, 64), generator=g, dtype=torch.uint8)
-        tokens = torch.randint(1000, 3000, (2, 20), generator=g)
-        mask = torch.rand(2, 64, 64, generator=g) > 0.5
-        loss = segmentation_loss(engine(image, size, tokens, token_mask), mask, torch.ones(2))
+        inputs, mask = batch_of(step, slice(world.rank * each, (world.rank + 1) * each))
+        loss = segmentation_loss(engine(*inputs), mask, torch.ones(each))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     state = ds.gathered_state(engine, names, main=True)
-    weights = {n: state[n].double().norm().item() for n in sorted(names)}
-    return {"losses": losses, "weights": weights, "attention_calls": calls[0] / steps}
+    result = {
+        "losses": losses,
+        "weights": {n: state[n].double().norm().item() for n in sorted(names)},
+        "attention_calls": calls[0] / steps,
+    }
+    if plain:
+        want_losses, want = plain_adam(build_model(config), config, steps)
+        mean_losses = mean_over_ranks(losses, world.device)
+        result["loss_error"] = max(abs(a - b) / b for a, b in zip(mean_losses, want_losses))
+        result["weight_error"] = max((state[n] - want[n]).abs().max().item() for n in names)
+    return result
+
+
+def plain_adam(model, config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of PyTorch's own Adam in one process, no DeepSpeed."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    t = config.train
+    optimizer = torch.optim.Adam(list(trained.values()), lr=t.lr, betas=t.betas, eps=t.eps)
+    losses = []
+    for step in range(steps):
+        inputs, mask = batch_of(step, slice(0, 4))
+        loss = segmentation_loss(model.train()(*inputs), mask, torch.ones(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {n: p.detach() for n, p in trained.items()}
 
 
 if __name__ == "__main__":
