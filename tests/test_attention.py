@@ -66,7 +66,6 @@ def test_backends_agree_with_the_formulas_in_fp64(backend, case, dtype, device):
     reference = outputs_and_gradients("eager", case, torch.float64, rounded_to=dtype)
     for name, got in outputs_and_gradients(backend, case, dtype, device).items():
         error = (got.double().cpu() - reference[name]).norm() / reference[name].norm()
-        print(name, float(error))
         assert error <= TOLERANCE[dtype], name
 
 

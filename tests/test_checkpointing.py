@@ -38,8 +38,7 @@ def test_compiled_blocks_compute_the_same_under_deepspeed(by_stage_and_policy):
     settings = [{"stage": s, "policy": p, "compile": True} for s, p in ((2, "none"), (2, "selective"), (3, "block"))]
     for setting, compiled in zip(settings, on_ranks(2, *settings)):
         plain = by_stage_and_policy[setting["stage"], setting["policy"]]
-        # dropout draws other numbers when compiled, in the words alone
-        assert compiled["losses"] == pytest.approx(plain["losses"], abs=0.02)
+        assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
         assert compiled["attention_calls"] == plain["attention_calls"]
 
 

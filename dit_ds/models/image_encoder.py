@@ -29,7 +29,7 @@ from dit_ds.models.instruction import make_instruction
 #   block      each layer, from its input
 #   every_K    K layers at a time, from the input of the first
 #   selective  each layer but its attention, whose output and log-sum-exp are kept: they take no more room than the
-#              layer's input, and would take longest to compute again
+#              layer's input, and for their size would take longest to compute again
 CHECKPOINTING = r"none|block|selective|every_[1-9][0-9]*"
 
 
