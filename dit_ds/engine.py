@@ -75,7 +75,7 @@ def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """Import DeepSpeed, quiet on stdout and without compiling anything."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -102,7 +102,7 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     Frozen parameters never reach the optimizer.
     """
     ds_config = deepspeed_config(config, world.world_size)
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     t = config.train
     trainable = [p for p in model.parameters() if p.requires_grad]
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
@@ -115,7 +115,7 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
 
 def gathered_state(engine: Any, names: set[str], main: bool) -> dict[str, Tensor]:
     """The named parameters and buffers, whole, on the CPU; empty where not `main`. Collective under ZeRO-3."""
-    gather = _import_deepspeed().zero.GatheredParameters
+    gather = import_deepspeed().zero.GatheredParameters
     state = {}
     for name, value in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
         if name not in names:
