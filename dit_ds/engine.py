@@ -157,7 +157,7 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def counters(engine: Any) -> dict[str, Any]:
     """DeepSpeed's own counters and fp16's loss scale, for a checkpoint."""
     counts = {k: getattr(engine, k) for k in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
-    scaler = _loss_scaler(engine)
+    scaler = _loss_scaler(engine) if engine.fp16_enabled() else None
     return counts | {"loss_scale": {k: getattr(scaler, k) for k in _LOSS_SCALE if hasattr(scaler, k)}}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Progress:
     seconds: float = 0.0  # of training; evaluation and saving not counted
     best_miou: float = -1.0
     best_step: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
@@ -156,7 +157,6 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """Epoch by epoch: train, evaluate, save."""
         progress, config = self.progress, self.config
-        metrics: dict[str, Any] = {}
         self.bar = tqdm(
             desc="train",
             total=self.total_steps,
@@ -173,18 +173,17 @@ class _Run:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
                 over = progress.step == self.total_steps
                 if over or progress.epoch % config.eval.every_epochs == 0:
-                    metrics = self.evaluate()
+                    self.evaluate()
                 if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
                     self.save()
             self.bar.close()
-            metrics = metrics or self.evaluate()  # a finished run that was resumed has none yet
             if self.saver.pending:
                 self.commit()
         finally:
             self.watch.close()
             self.record.close()
         seconds = round(progress.seconds, 1)
-        return metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds}
+        return progress.metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds}
 
     def train_epoch(self) -> None:
         """Take optimizer steps to the end of the epoch or of the run."""
@@ -288,7 +287,7 @@ class _Run:
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
         return Window(self.world, self.rates)
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> None:
         """Evaluate on the validation split, and note whether it is the best so far."""
         config, progress = self.config, self.progress
         self.watch.at(progress.step, 3, "evaluating")
@@ -302,12 +301,11 @@ class _Run:
                 config.data.workers,
                 self.world,
             )
-        metrics = {"split": config.data.val_split} | metrics
+        progress.metrics = metrics = {"split": config.data.val_split} | metrics
         self.record.metrics("eval", {"step": progress.step, "epoch": progress.epoch} | metrics)
         self.record.log(f"step {progress.step}: mIoU {metrics['miou']:.4f}, oIoU {metrics['oiou']:.4f}")
         if metrics["miou"] > progress.best_miou:
             progress.best_miou, progress.best_step = metrics["miou"], progress.step
-        return metrics
 
     def save(self) -> None:
         """Begin a checkpoint of this step; in the foreground, finish it, too."""
