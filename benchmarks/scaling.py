@@ -44,7 +44,8 @@ def described(setting: dict) -> str:
     zero |= zero.pop("zero_optimization", {})
     words = [f"{k.removeprefix('stage3_')} {v}" for k, v in zero.items()]
     words += ["text encoder tuned"] * (not setting.get("freeze_text", True)) + ["bf16"] * setting.get("bf16", False)
-    return ", ".join(words + [f"recompute {setting['policy']}"] * ("policy" in setting))
+    words += ["each layer recomputed"] * (setting.get("policy") == "block")
+    return ", ".join(words)
 
 
 def counted_rows() -> list[dict]:
