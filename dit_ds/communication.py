@@ -6,8 +6,8 @@
     stage 3   gradients reduce-scattered once a micro-batch; weights all-gathered when a module needs them, those below
               the persistence threshold once a step
 
-Stages 1 and 2 all-reduce though each rank keeps a part only: `use_multi_rank_bucket_allreduce`, DeepSpeed's default, joins
-the parts of all ranks into one call. Set to false, each part is reduced to its rank alone, at half of the bytes.
+Stages 1 and 2 all-reduce though each rank keeps a part only: `use_multi_rank_bucket_allreduce`, DeepSpeed's default,
+joins the parts of all ranks into one call. Set to false, each part is reduced to its rank alone, at half of the bytes.
 
 Not in the formula: the gradient norm, its overflow flag and the log's means (a few numbers a step), and what happens
 once (weights broadcast at the start, module orders compared).

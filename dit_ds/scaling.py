@@ -1,7 +1,7 @@
 """A training step's time on more nodes, predicted: from FLOPs, bytes and rates. Nothing here is measured.
 
-A step takes its computation and the communication that does not hide under it. Computation: what is really computed (see
-`flops.hardware_flops`) at a share of the GPU's peak. Communication (see `communication`): each collective first within
+A step takes its computation and the communication that does not hide under it. Computation: what is really computed
+(see `flops.hardware_flops`) at a share of the GPU's peak. Communication (see `communication`): each collective first within
 the nodes, then between them over the node's link, which its GPUs share; and a latency for each step of the ring. The
 gathers of a forward pass hide under a share of that pass, reductions and gathers of a backward pass under a share of
 that; what comes after the last backward pass doesn't hide. Not in it: the optimizer's update, loading data, evaluation,
@@ -159,9 +159,10 @@ def _exposed(
 def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, Any]:
     """Predict a run on several numbers of nodes, two ways.
 
-    `fixed`: the run's own global batch, as the run would do it: fewer micro-batches, then smaller ones. `grown`: each GPU
-    keeps what it has on one node, and the batch grows with the nodes. Efficiency is samples a second and GPU against
-    one node's. A row whose ranks don't divide the batch has None for `fixed`.
+    `fixed`: the run's own global batch, in fewer micro-batches, then in smaller ones (which a run must be told, by
+    `train_micro_batch_size_per_gpu`). `grown`: each GPU keeps what it has on one node, and the batch grows with the
+    nodes. Efficiency is samples a second and GPU against one node's. A row whose ranks don't divide the batch has None
+    for `fixed`.
 
     Raises:
         UserError: impossible inputs, an unknown GPU.

@@ -28,7 +28,6 @@ TWO_RANKS = [
     {"stage": 3, "freeze_text": False, "policy": "block", "override": {"zero_optimization": TIGHT}},
 ]
 FOUR_RANKS = [
-    {"stage": 1},
     {"stage": 2, "accumulation": 2},
     {"stage": 3, "freeze_text": False, "freeze_image": True, "policy": "block",
      "override": {"zero_optimization": TIGHT}},
