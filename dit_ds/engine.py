@@ -31,11 +31,11 @@ _OWNED = {
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The JSON that the run names with its overrides, completed by what the run owns.
+def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
+    """The JSON that the run names with its overrides; the micro-batch is in it.
 
     Raises:
-        UserError: a missing or malformed file, a key that the run owns, a batch that doesn't divide.
+        UserError: a missing or malformed file, a key that the run owns.
     """
     path = config.deepspeed.config
     ds = merge(read_json(path, "DeepSpeed configuration"), config.deepspeed.override)
@@ -45,10 +45,21 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     micro = ds.get("train_micro_batch_size_per_gpu", 1)
     if not isinstance(micro, int) or micro < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is {micro!r}, it must be a whole number from 1")
+    ds["train_micro_batch_size_per_gpu"] = micro
+    return ds
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The JSON that the run names with its overrides, completed by what the run owns.
+
+    Raises:
+        UserError: a missing or malformed file, a key that the run owns, a batch that doesn't divide.
+    """
+    ds = read_deepspeed_json(config)
+    micro = ds["train_micro_batch_size_per_gpu"]
     batch = config.train.batch_size
     if batch % (micro * world_size):
         raise UserError(_what_divides(batch, micro, world_size))
-    ds["train_micro_batch_size_per_gpu"] = micro
     ds["train_batch_size"] = batch
     ds["gradient_accumulation_steps"] = batch // (micro * world_size)
     ds["gradient_clipping"] = config.train.gradient_clipping
