@@ -32,7 +32,7 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
-    """The JSON that the run names with its overrides; the micro-batch is in it.
+    """The JSON that the run names with its overrides; micro-batch and types are in it.
 
     Raises:
         UserError: a missing or malformed file, a key that the run owns.
@@ -46,6 +46,13 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
     if not isinstance(micro, int) or micro < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is {micro!r}, it must be a whole number from 1")
     ds["train_micro_batch_size_per_gpu"] = micro
+    if config.deepspeed.precision:
+        ds |= {kind: ds.get(kind, {}) | {"enabled": kind == config.deepspeed.precision} for kind in ("bf16", "fp16")}
+    # said, where the JSON leaves it open: in what type gradients are added up, between micro-batches and between ranks
+    name = next(k for k, v in _PRECISIONS.items() if v == dtype(ds))
+    ds.setdefault("communication_data_type", name)
+    ds["data_types"] = {"grad_accum_dtype": name} | ds.get("data_types", {})
+    ds.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused Adam runs on CPUs, and compiles nothing
     return ds
 
 
@@ -64,13 +71,6 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     ds["gradient_accumulation_steps"] = batch // (micro * world_size)
     ds["gradient_clipping"] = config.train.gradient_clipping
     ds["steps_per_print"] = sys.maxsize  # train.py reports
-    if config.deepspeed.precision:
-        ds |= {kind: ds.get(kind, {}) | {"enabled": kind == config.deepspeed.precision} for kind in ("bf16", "fp16")}
-    # said, where the JSON leaves it open: in what type gradients are added up, between micro-batches and between ranks
-    name = next(k for k, v in _PRECISIONS.items() if v == dtype(ds))
-    ds.setdefault("communication_data_type", name)
-    ds["data_types"] = {"grad_accum_dtype": name} | ds.get("data_types", {})
-    ds.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused Adam runs on CPUs, and compiles nothing
     return ds
 
 

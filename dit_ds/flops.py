@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_ds.checkpoint import build_model
 from dit_ds.config import RunConfig
 from dit_ds.errors import UserError
 from dit_ds.memory.fake_step import fake_batch, fake_tensors
 from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.weights import build_model
 
 
 class Passes(NamedTuple):

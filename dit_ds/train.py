@@ -23,6 +23,7 @@ from dit_ds.data.transforms import Augmentation
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
 from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.evaluate import INPUTS, evaluate
+from dit_ds.flops import peak_flops, step_flops
 from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
 from dit_ds.models.dit_sam import DITSAM, segmentation_loss
@@ -90,6 +91,13 @@ class _Data:
         self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize)
 
 
+def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
+    """For rank 0's report; FLOPs are counted where there is a peak to compare them with."""
+    peak = peak_flops(torch.cuda.get_device_name(), dtype) if world.device.type == "cuda" else None
+    flops = step_flops(config) if peak and world.main else None
+    return Rates((config.data.image_size // 16) ** 2 + config.data.tokens, flops, peak)
+
+
 class _Run:
     """The parts of a run, made once, and the loop over them."""
 
@@ -139,7 +147,7 @@ class _Run:
         )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
-        self.rates = Rates((config.data.image_size // 16) ** 2 + config.data.tokens)
+        self.rates = _rates(config, world, ds.dtype(ds_config))
         self.skipped_in_a_row = 0
 
     def store_frozen(self, model: DITSAM) -> Path | None:
