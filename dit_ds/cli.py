@@ -134,6 +134,8 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.overrides and not args.config:
         raise UserError(f"{args.overrides[0]} overrides a configuration: name one with --config")
     config = load_config(args.config, args.overrides) if args.config else None
+    # before torch is imported: its traces of failed connections, of which the checks say the same in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from dit_ds import doctor
 
     return doctor.examine(config, args.timeout, lambda result: _report(args, result, lambda: doctor.lines(result)))

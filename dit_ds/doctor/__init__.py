@@ -80,7 +80,7 @@ def _join_world(c: Context) -> list[Check]:
 
 def _alone(c: Context, found: list[Check], report: Report) -> bool:
     """This rank's findings, where it did not meet the others: on stderr, as stdout is rank 0's."""
-    result = merge({c.rank: found}, c.world_size)
+    result = merge({c.rank: found}, 1 if c.rank else c.world_size)
     report(result)
     if c.rank:
         for line in lines(result)[:-1]:

@@ -11,13 +11,14 @@ import datetime
 import json
 import os
 import socket
+import threading
 import time
 from typing import Any
 
 import torch.distributed as dist
 
 from dit_ds.distributed import free_port
-from dit_ds.doctor.check import Check
+from dit_ds.doctor.check import THREAD, Check
 from dit_ds.errors import UserError
 
 _POLL = 0.05  # seconds
@@ -40,21 +41,7 @@ class Meeting:
             _check_free(port)
         else:
             _reach(address, port, self.deadline)
-        try:
-            store = dist.TCPStore(
-                address,
-                port,
-                None,
-                serve,
-                datetime.timedelta(seconds=timeout),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except RuntimeError as e:
-            raise UserError(
-                f"{address}:{port} answers, but not as the store of rank 0 ({str(e).splitlines()[0][:120]}): "
-                f"another program may hold the port, export MASTER_PORT={free_port()}"
-            ) from None
+        store = _open_store(address, port, serve, timeout)
         self._store = dist.PrefixStore("dit_ds_doctor", store)
         self.say(f"here/{rank}", True)
 
@@ -128,6 +115,30 @@ def ranks_text(ranks: list[int]) -> str:
             parts.append([r])
     text = ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
     return f"rank{'s' * (len(ranks) > 1)} {text}"
+
+
+def _open_store(address: str, port: int, serve: bool, timeout: float) -> dist.Store:
+    """In a thread: a client ignores its own time-out while a stranger on the port keeps silent."""
+    opened: list[dist.Store] = []
+    error = "no answer"
+
+    def work() -> None:
+        nonlocal error
+        limit = datetime.timedelta(seconds=timeout)
+        try:
+            opened.append(dist.TCPStore(address, port, None, serve, limit, wait_for_workers=False, multi_tenant=True))
+        except RuntimeError as e:
+            error = str(e).splitlines()[0][:120]
+
+    thread = threading.Thread(target=work, name=THREAD, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not opened:
+        raise UserError(
+            f"{address}:{port} answers, but not as the store of rank 0 ({error}): "
+            f"another program may hold the port, export MASTER_PORT={free_port()}"
+        )
+    return opened[0]
 
 
 def _check_free(port: int) -> None:
