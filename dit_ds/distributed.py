@@ -44,7 +44,8 @@ def set_environment() -> tuple[int, int, int]:
             env["SLURM_NTASKS"],
             env["SLURM_LOCALID"],
         )
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", ""))))
+        if "MASTER_ADDR" not in env:  # else scontrol is not needed, which some containers lack
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "")))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")

@@ -287,8 +287,16 @@ def test_a_damaged_shard_and_a_damaged_checkpoint(config, shards, tmp_path):
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half of a download")
     c = Context(config=validate(config))
     assert [f.status for f in run_checks([configured.shards], c, 60)] == ["ok"]
-    tar = sorted(copy.rglob("train-*.tar"))[0]
-    tar.write_bytes(tar.read_bytes()[:-512])
+    tars, whole = sorted(copy.rglob("train-*.tar")), {}
+    for tar in tars:
+        whole[tar] = tar.read_bytes()
+        tar.write_bytes(whole[tar].replace(b"\xff\xd8\xff", b"\0\0\0"))  # where each JPEG begins
+    (check,) = run_checks([configured.shards], c, 60)
+    assert check.status == "fail" and "its JPEG" in check.found and "damaged" in check.found
+    tar = tars[0]
+    for other in tars:
+        other.write_bytes(whole[other])
+    tar.write_bytes(whole[tar][:-512])
     checks = run_checks([configured.shards, configured.sam_checkpoint], c, 60)
     assert [f.status for f in checks] == ["fail", "fail"]
     assert tar.name in checks[0].found and "half.pth" in checks[1].found

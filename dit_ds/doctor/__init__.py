@@ -70,6 +70,7 @@ def _join_world(c: Context) -> list[Check]:
         if 0 < int(os.environ["MASTER_PORT"]) < 65536:
             return []
     except UserError as e:
+        c.rank = int(os.environ.get("RANK", "0"))
         return [from_error("launch", e, remedy)]
     except ValueError:
         pass
