@@ -163,30 +163,29 @@ def jit_locks(c: Context) -> Iterator[Check]:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     locks = sorted(p for depth in ("lock", "*/lock", "*/*/lock") for p in root.glob(depth))
-    compiles = _compiler_runs() if locks else None
     for path in locks:
         try:
             age = time.time() - path.stat().st_mtime
         except FileNotFoundError:  # its build just ended
             continue
         text = f"{path} is {age / 60:.0f} minutes old"
-        if compiles:
-            yield Check(
-                "jit lock", "warn", f"{text}; {compiles} is compiling here", f"wait for it; if it is not its: rm {path}"
-            )
+        if compiler := _compiler_in(path.parent):
+            yield Check("jit lock", "warn", f"{text}; {compiler} is building there", "wait until it is done")
         else:
             status = "fail" if age > _LOCK_IS_OLD else "warn"  # a young one can belong to another node
-            yield Check(
-                "jit lock", status, f"{text} and no compiler runs here: a job waits for it for ever", f"rm {path}"
-            )
+            found = f"{text}, and no process of yours builds there: a job waits for it for ever"
+            yield Check("jit lock", status, found, f"rm {path}")
     if not locks:
         yield Check("jit lock", "ok", f"none in {root}")
 
 
-def _compiler_runs() -> str | None:
-    for comm in Path("/proc").glob("[0-9]*/comm"):
+def _compiler_in(folder: Path) -> str | None:
+    """A compiler of this user that runs in the folder, as torch's builds do; other builds say nothing of this lock."""
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if comm.stat().st_uid == os.getuid() and (name := comm.read_text().strip()) in _COMPILERS:
+            name = (process / "comm").read_text().strip()
+            mine = name in _COMPILERS and process.stat().st_uid == os.getuid()
+            if mine and (process / "cwd").samefile(folder):
                 return name
         except OSError:  # it ended
             continue
