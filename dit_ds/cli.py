@@ -131,6 +131,19 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from dit_ds.config import load_config
+
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]} overrides a configuration: name one with --config")
+    config = load_config(args.config, args.overrides) if args.config else None
+    # before torch is imported: its traces of failed connections, of which the checks say the same in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from dit_ds import doctor
+
+    return doctor.examine(config, args.timeout, lambda result: _report(args, result, lambda: doctor.lines(result)))
+
+
 def _eval(args: argparse.Namespace) -> int:
     from dit_ds.predict import evaluate_checkpoint
 
@@ -189,6 +202,12 @@ def _node_counts(text: str) -> list[int]:
     if not all(part.isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,2,4")
     return [int(part) for part in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    if not text.replace(".", "", 1).isdigit() or not 0 < float(text) <= 3600:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from 0 to 3600")
+    return float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     p.set_defaults(run=_train, takes_overrides=True)
+
+    p = command(commands, "doctor", _doctor, "check this machine, or all ranks under srun or torchrun, before a run")
+    p.add_argument("--config", help="check what this configuration needs too; --section.key value overrides it")
+    p.add_argument("--timeout", type=_seconds, default=60, help="seconds to wait for the other ranks (default 60)")
+    p.set_defaults(takes_overrides=True)
 
     p = command(commands, "eval", _eval, "evaluate a run's best checkpoint, or a given one, on one split")
     p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
