@@ -148,6 +148,15 @@ def test_one_rank_gets_a_signal_and_all_save_and_end_with_75(config, whole, tmp_
     np.testing.assert_allclose(*losses, rtol=2e-5)  # one rank there, two here
 
 
+def test_a_save_is_due_by_the_clock_too(config, tmp_path):
+    run = tmp_path / "run"
+    often = ["--checkpoint.every_steps", "null", "--checkpoint.every_minutes", "0.001", "--checkpoint.keep", "1"]
+    dit_ds("train", "--config", config, "--run_dir", run, *often, "--train.max_steps", "6")
+    steps = [m["step"] for m in metrics_of(run, "save")]
+    assert len(steps) >= 2 and steps[-1] == 6
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000006"]
+
+
 def test_a_stalled_rank_is_named(config, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--config", config, "--run_dir", run, "--log.stall_seconds", "2", "--train.epochs", "40"]
@@ -178,8 +187,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_where_it_must(config, tmp_p
     assert 1 <= counted == len((tmp_path / "skip/nonfinite.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("policy", ["stop", "go_on"])
-def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy):
+@pytest.mark.parametrize(("policy", "asynchronous"), [("stop", "false"), ("go_on", "true")])
+def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy, asynchronous):
     """Room for one checkpoint and a half."""
     small = tmp_path / "small"
     small.mkdir()
@@ -189,7 +198,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy
         pytest.skip("mounting a small file system needs root")
     try:
         arguments = ["train", "--config", config, "--run_dir", small / "run", "--checkpoint.frozen", "leave_out",
-                     "--checkpoint.on_full_disk", policy]  # fmt: skip
+                     "--checkpoint.on_full_disk", policy, "--checkpoint.asynchronous", asynchronous]  # fmt: skip
         done = dit_ds(*arguments, ranks=1, check=None)
         if policy == "stop":
             assert "checkpoint of step 8 not saved: no space left" in refused(done)
