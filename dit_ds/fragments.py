@@ -7,14 +7,17 @@ written and read by parameter name and range, and resumes on another world size 
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dit_ds.errors import UserError
 
 MASTER, MOMENTS, AVERAGE = "master", ("exp_avg", "exp_avg_sq"), "ema"
 
@@ -28,6 +31,7 @@ class Fragment:
         start, numel: the range of the flattened parameter.
         flat: the master tensor that holds it, by which the optimizer finds its states.
         at: where in `flat` it begins.
+        group: of ZeRO-3's sub-groups, which NVMe offload swaps out as a whole.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Fragment:
     numel: int
     flat: Tensor
     at: int
+    group: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """(numel,): this range of a tensor that is laid out as `flat`; a view."""
@@ -43,7 +48,7 @@ class Fragment:
     def part(self, index: int, parts: int) -> Fragment:
         """The index-th of so many nearly equal parts, perhaps empty."""
         low, high = (self.numel * i // parts for i in (index, index + 1))
-        return Fragment(self.name, self.start + low, high - low, self.flat, self.at + low)
+        return replace(self, start=self.start + low, numel=high - low, at=self.at + low)
 
 
 class TrainingState:
@@ -52,6 +57,8 @@ class TrainingState:
     Args:
         engine: DeepSpeed's.
         decay: of an exponential moving average of the weights (EMA), kept as fp32 fragments; 0 keeps none.
+    Raises:
+        UserError: a moving average beside an optimizer on NVMe.
     """
 
     def __init__(self, engine: Any, decay: float = 0.0):
@@ -62,6 +69,12 @@ class TrainingState:
         }
         self.fragments = list(_fragments(engine))
         self.replicated = engine.zero_optimization_stage() == 0  # every rank holds all of it: each saves a part
+        swappable = getattr(engine.optimizer, "_swappable_optimizer_subgroup", lambda group: False)
+        self.swapped = any(swappable(f.group) for f in self.fragments)
+        if self.swapped and decay:
+            raise UserError(
+                "train.ema keeps a moving average in memory, which an optimizer on NVMe is to spare: drop one"
+            )
         flats = {id(f.flat): f.flat.detach() for f in self.fragments}
         self._masters = list(flats.values())
         self._average = {i: x.clone() for i, x in flats.items()} if decay else {}
@@ -90,7 +103,8 @@ class TrainingState:
     @property
     def adam_step(self) -> float:
         """Updates that Adam has made, the same for all parameters."""
-        return float(self._moments(self.fragments[0].flat)["step"]) if self.fragments else 0.0
+        counts = [float(self._moments(f.flat)["step"]) for f in self.resident(self.fragments[:1])]
+        return counts[0] if counts else 0.0
 
     def saved(self) -> Iterator[Fragment]:
         """The fragments that this rank saves: over all ranks every element once."""
@@ -100,6 +114,24 @@ class TrainingState:
             if part.numel:
                 yield part
 
+    def resident(self, fragments: Iterable[Fragment], write: bool = False) -> Iterator[Fragment]:
+        """The fragments, each while its tensors are in memory.
+
+        Args:
+            write: what was changed meanwhile goes back to NVMe.
+        """
+        if not self.swapped:
+            yield from fragments
+            return
+        optimizer = self.engine.optimizer
+        for group, members in itertools.groupby(fragments, key=lambda f: f.group):
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+            yield from members
+            if write:
+                optimizer._optimizer_states_and_gradient_swap_out(group)
+            else:
+                optimizer._release_swap_buffers(group)
+
     def fill(self, read: Callable[[str, str, int, int], Tensor], kinds: set[str], adam_step: float) -> None:
         """Load every fragment.
 
@@ -107,7 +139,7 @@ class TrainingState:
             read: (kind, name, start, numel) -> (numel,).
             kinds: what there is to read; a moving average that was not kept yet starts from the master weights.
         """
-        for f in self.fragments:
+        for f in self.resident(self.fragments, write=True):
             for kind in self.kinds:
                 there = kind if kind in kinds else MASTER
                 self.tensor(kind, f).copy_(read(there, f.name, f.start, f.numel))
@@ -121,10 +153,9 @@ class TrainingState:
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A parameter's tensor of one kind, whole, fp32, on the device. Collective."""
-        here = [f for f in self.fragments if f.name == name]
         device = self.engine.device
-        full = torch.zeros(_numel(self.shapes[name]), device=device)
-        for f in here:
+        full = torch.zeros(torch.Size(self.shapes[name]).numel(), device=device)
+        for f in self.resident(f for f in self.fragments if f.name == name):
             full[f.start : f.start + f.numel] = self.tensor(kind, f).to(device)
         if not self.replicated:
             dist.all_reduce(full)  # each element is 0 on all ranks but its owner's
@@ -169,10 +200,6 @@ class _Averaged:
                 p.data.copy_(full)
 
 
-def _numel(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
 def _fragments(engine: Any) -> Iterator[Fragment]:
     optimizer = engine.optimizer
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
@@ -182,7 +209,7 @@ def _fragments(engine: Any) -> Iterator[Fragment]:
             start = numel * optimizer._get_param_partition_rank(p)
             numel = min(numel, p.ds_numel - start)  # the last partition is padded
             if numel > 0:
-                yield Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], at)
+                yield Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], at, group)
     elif trained and hasattr(trained[0][1], "_hp_mapping"):  # stages 1 and 2: a range of all parameters laid end to end
         flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
         for name, p in trained:

@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,16 +67,21 @@ class Saver:
         """Begin a checkpoint, where none is pending; return the seconds for which training waited."""
         start = time.perf_counter()
         self._meta = meta | {"shapes": self.state.shapes, "adam_step": self.state.adam_step}
-        parts = [(kind, f) for kind in self.state.kinds for f in self.state.saved()]
-        if self.config.checkpoint.asynchronous:
-            copies = [(kind, f, self._copy(kind, f)) for kind, f in parts]
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint")
+        background = self.config.checkpoint.asynchronous
+        # what NVMe offload swaps in is copied before it goes out again
+        tensor = self._copy if background or self.state.swapped else self.state.tensor
+        parts = [
+            (kind, f, tensor(kind, f)) for f in self.state.resident(self.state.saved()) for kind in self.state.kinds
+        ]
+        parts.sort(key=lambda part: self.state.kinds.index(part[0]))
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if background:
+            self._thread = threading.Thread(target=self._write, args=(parts,), name="checkpoint")
             self._thread.start()
         else:
             self._thread = None
-            self._write((kind, f, self.state.tensor(kind, f)) for kind, f in parts)
+            self._write(parts)
         return time.perf_counter() - start
 
     def _copy(self, kind: str, f: Fragment) -> Tensor:
@@ -88,14 +92,14 @@ class Saver:
             self._copies[key] = torch.empty(f.numel, dtype=live.dtype, pin_memory=live.is_cuda)
         return self._copies[key].copy_(live, non_blocking=True)
 
-    def _write(self, parts: Iterable[tuple[str, Fragment, Tensor]]) -> None:
+    def _write(self, parts: list[tuple[str, Fragment, Tensor]]) -> None:
         """This rank's file; its manifest entry, or the error, in `self._entry`."""
         start = time.perf_counter()
         try:
             name = f"rank_{self.world.rank:05d}.safetensors"
             with full_disk_is_user_error(self._temporary):
                 self._temporary.mkdir(parents=True, exist_ok=True)
-                entry = _write_ranges(self._temporary / name, list(parts))
+                entry = _write_ranges(self._temporary / name, parts)
             self._entry = entry | {"name": name, "seconds": time.perf_counter() - start}
         except Exception as e:  # whatever it is, the other ranks must hear of it
             self._entry = {"error": str(e)}
@@ -232,8 +236,9 @@ def restore(engine: Any, state: TrainingState, path: Path) -> None:
             raise UserError(f"{path} trained other parameters ({', '.join(other)}): freeze the same as then")
         state.fill(reader.read, reader.kinds, reader.meta["adam_step"])
         set_counters(engine, reader.meta["engine"])
-        for kind in reader.kinds & set(state.kinds):
-            mine[kind] = sum(digest(f.name, f.start, state.tensor(kind, f)) for f in state.saved())
+        for f in state.resident(state.saved()):
+            for kind in reader.kinds & set(state.kinds):
+                mine[kind] = mine.get(kind, 0) + digest(f.name, f.start, state.tensor(kind, f))
     except UserError as e:
         error = e
     all_or_none(error)
