@@ -84,6 +84,7 @@ class StallWatch:
         store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False) if world.main else None
         port = gather_objects(store.port if store else None)[0]
         self._store = store or dist.TCPStore(address, port, None, False, timeout)
+        gather_objects(None)  # rank 0 may have nothing to do: its store stays until all have come
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
         self._thread.start()
 
