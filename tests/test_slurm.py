@@ -1,0 +1,240 @@
+"""The job scripts on a real cluster of two nodes: they train, evaluate and shard, and interrupted jobs come back."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import metrics_of, tiny_config
+from slurm_cluster import NODES, Cluster, start_cluster
+
+pytestmark = pytest.mark.slurm
+STEPS = 48  # of two ranks: long enough to be hit in the middle
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    yield from start_cluster(tmp_path_factory.mktemp("slurm"))
+
+
+class Site:
+    """A test's own settings, configuration and logs; what it submits has two nodes."""
+
+    def __init__(self, cluster: Cluster, folder: Path, data_root: Path, **settings: str):
+        self.cluster, self.folder = cluster, folder
+        self.run_dir, self.logs = folder / "run", folder / "logs"
+        self.config, self.settings = folder / "tiny.yaml", folder / "site.env"
+        config = tiny_config(data_root, self.run_dir)
+        never = 1000  # what is saved and evaluated is said by each test, or is the end
+        config["train"] |= {"epochs": 100, "max_steps": STEPS}
+        config |= {"eval": {"every_epochs": never}, "checkpoint": {"every_epochs": never}}
+        self.config.write_text(yaml.safe_dump(config))
+        lines = ["source slurm/cluster.env", f"LOG_DIR={self.logs}", 'export SBATCH_OUTPUT="$LOG_DIR/%x-%j.log"']
+        values = {"PYTHON": sys.executable, "DOCTOR": 0} | settings
+        self.logs.mkdir()
+        self.settings.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in values.items())]) + "\n")
+
+    def submit(self, script: str, *args: str | Path, nodes: int = 2, **env: str) -> str:
+        options = [] if script == "shard" else [f"--nodes={nodes}"]
+        return self.cluster.submit(self.settings, *options, f"slurm/{script}.sbatch", *args, env=env)
+
+    def train(self, *args: str) -> str:
+        return self.submit("train", "--config", self.config, *args)
+
+    def log(self, job: str, script: str = "train") -> Path:
+        return self.logs / f"{script}-{job}.log"
+
+    def rank_log(self, job: str, rank: int, script: str = "train", name: str = "train") -> str:
+        return (self.logs / f"{script}-{job}/{name}.rank{rank}.log").read_text()
+
+    def finished(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
+        return self.cluster.finished(job, self.log(job, script), timeout)
+
+    def completed(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
+        info = self.finished(job, script, timeout)
+        assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), f"{info}" + self.log(job, script).read_text()[-3000:]
+        return info
+
+    def reach(self, job: str, step: int) -> None:
+        """Wait until the training has taken so many steps."""
+
+        def there() -> bool:
+            return (self.run_dir / "metrics.jsonl").exists() and len(metrics_of(self.run_dir)) >= step
+
+        self.cluster.wait_for(there, f"step {step}", self.log(job))
+
+
+@pytest.fixture
+def site(cluster: Cluster, shards: Path, tmp_path: Path) -> Site:
+    return Site(cluster, tmp_path, shards)
+
+
+def digits(run_dir: Path) -> tuple[list, list]:
+    """What a run computed: loss, gradient norm and learning rate of each step, and the last evaluation."""
+    train = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics_of(run_dir)]
+    return train, metrics_of(run_dir, "eval")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, str]:
+    """A two-node training that nothing happened to, and its job."""
+    site = Site(cluster, tmp_path_factory.mktemp("undisturbed"), shards, STAGE_DIR=tmp_path_factory.mktemp("scratch"))
+    job = site.train()
+    assert "Restarts" not in site.completed(job) or site.cluster.job(job)["Restarts"] == "0"
+    return site, job
+
+
+def test_a_training_on_two_nodes_finishes(undisturbed):
+    site, job = undisturbed
+    train, evaluation = digits(site.run_dir)
+    assert [line[0] for line in train] == list(range(1, STEPS + 1)) and evaluation[-1]["n"] == 48
+    assert json.loads((site.run_dir / "environment.json").read_text())["world_size"] == 2
+    log = site.log(job).read_text()
+    assert "first node 127.0.0.1" in log and "ended with status 0" in log
+    assert f"step {STEPS}: mIoU" in site.rank_log(job, 0) and f"step {STEPS}: mIoU" in log  # rank 0's lines in both
+    assert (site.logs / f"train-{job}/train.rank1.log").exists()
+
+
+def test_shards_are_staged_once_on_each_node(undisturbed, shards):
+    """Both nodes are this machine here, so that one copies all there is and the other may find it there."""
+    site, job = undisturbed
+    scratch = Path(yaml.safe_load((site.run_dir / "config.yaml").read_text())["data"]["root"])
+    names = sorted(f.name for f in (shards / "refcoco/unc").iterdir())
+    assert scratch != shards and sorted(f.name for f in (scratch / "refcoco/unc").iterdir()) == names
+    for name in names:
+        assert (scratch / "refcoco/unc" / name).read_bytes() == (shards / "refcoco/unc" / name).read_bytes()
+    assert site.log(job).read_text().count(f"copied to {scratch}") == len(NODES)
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_a_signalled_training_saves_comes_back_and_computes_the_same(undisturbed, site, name):
+    """Nothing but the signal makes it save, so what it goes on from is what the signal saved."""
+    job = site.train()
+    site.reach(job, 8)
+    site.cluster.run("scancel", f"--signal={name}", job)
+    assert site.completed(job)["Restarts"] == "1"
+    assert "ended with status 75: requeued (1 of 20)" in site.log(job).read_text()
+    resumed = [line for line in site.rank_log(job, 0).splitlines() if "resumed from" in line]
+    assert len(resumed) == 1 and int(resumed[0].split()[-1]) >= 8
+    assert digits(site.run_dir) == digits(undisturbed[0].run_dir)
+
+
+def test_a_training_survives_the_loss_of_a_node(undisturbed, site):
+    job = site.train("--checkpoint.every_steps", "5")
+    site.reach(job, 12)
+    site.cluster.kill_node(NODES[1])
+    site.cluster.wait_for(
+        lambda: site.cluster.job(job)["JobState"] != "RUNNING" or site.cluster.job(job)["Restarts"] == "1",
+        "reaction to the lost node", site.log(job),
+    )  # fmt: skip
+    site.cluster.start_node(NODES[1])
+    assert site.completed(job)["Restarts"] == "1"
+    assert "resumed from" in site.rank_log(job, 0)
+    assert digits(site.run_dir) == digits(undisturbed[0].run_dir)
+
+
+def test_a_users_error_is_not_tried_again(site):
+    job = site.train("--train.lerning_rate", "1")
+    info = site.finished(job)
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "unknown key" in site.log(job).read_text()
+
+
+def test_evaluation_on_two_nodes_gives_the_trainings_digits(undisturbed, site):
+    run_dir = undisturbed[0].run_dir
+    job = site.submit("eval", run_dir, "--split", "val", "--json")
+    site.completed(job, "eval")
+    result = json.loads([line for line in site.rank_log(job, 0, "eval", "eval").splitlines() if line[:1] == "{"][-1])
+    last = metrics_of(run_dir, "eval")[-1]
+    assert result["n"] == last["n"] and result["oiou"] == last["oiou"] and result["miou"] == last["miou"]
+
+
+def test_an_array_task_shards_one_dataset(site, refer_tree, shards):
+    out = site.folder / "shards"
+    args = [
+        "--refer-root",
+        refer_tree,
+        "--images",
+        refer_tree / "images/train2014",
+        "--out",
+        out,
+        "--shards",
+        "train=4",
+    ]
+    job = site.cluster.submit(site.settings, "--array=0", "--gpus-per-node=0", "slurm/shard.sbatch", *args)
+    site.cluster.finished(job, site.log(job, "shard"))
+    log = "\n".join(f.read_text() for f in site.logs.glob("shard-*.log"))
+    assert "ok" in log.splitlines(), log
+    for file in (shards / "refcoco/unc").iterdir():
+        assert (out / "refcoco/unc" / file.name).read_bytes() == file.read_bytes()
+
+
+# What a job does with a status needs no training: here each rank is a small script in Python's place.
+
+
+@pytest.fixture
+def pretend(cluster: Cluster, shards: Path, tmp_path: Path):
+    """A site whose ranks run the given shell lines instead."""
+
+    def make(lines: str, **settings: str) -> Site:
+        rank = tmp_path / "rank"
+        rank.write_text(f"#!/bin/bash\n{lines}\n")
+        rank.chmod(0o755)
+        return Site(cluster, tmp_path, shards, PYTHON=rank, **settings)
+
+    return make
+
+
+def test_a_job_is_requeued_only_so_often(pretend):
+    site = pretend("exit 75", MAX_REQUEUES="2")
+    job = site.train()
+    info = site.finished(job)
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "75:0", "2")
+    assert "was requeued 2 times (MAX_REQUEUES=2): not again" in site.log(job).read_text()
+
+
+def test_a_diverged_run_is_not_tried_again(pretend):
+    site = pretend("exit 1")
+    info = site.finished(site.train())
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "1:0", "0")
+
+
+def test_one_killed_rank_ends_the_others_and_the_job_comes_back(pretend):
+    site = pretend(
+        '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\nif [ "$SLURM_PROCID" = 1 ]; then kill -9 $$; fi\nsleep 300'
+    )
+    job = site.train()
+    assert site.completed(job, timeout=60)["Restarts"] == "1"
+    assert re.search(r"ended with status 1(37|43): requeued", site.log(job).read_text())
+
+
+def test_the_batch_shell_outlives_a_signal_to_everything(pretend):
+    """As some sites' preemption sends it; the shell must live to requeue the job."""
+    site = pretend('[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntrap "exit 75" USR2\ntouch "$READY"; sleep 300 & wait')
+    ready = site.folder / "ready"
+    with open(site.settings, "a") as f:
+        f.write(f"export READY={ready}\n")
+    job = site.train()
+    site.cluster.wait_for(ready.exists, "rank", site.log(job))
+    site.cluster.run("scancel", "--full", "--signal=USR2", job)
+    assert site.completed(job, timeout=60)["Restarts"] == "1"
+
+
+def test_a_cancelled_job_stays_cancelled(pretend):
+    site = pretend('trap "exit 75" TERM\ntouch "$READY"; sleep 300 & wait')
+    ready = site.folder / "ready"
+    with open(site.settings, "a") as f:
+        f.write(f"export READY={ready}\n")
+    job = site.train()
+    site.cluster.wait_for(ready.exists, "rank", site.log(job))
+    site.cluster.run("scancel", job)
+    info = site.finished(job, timeout=60)
+    assert (info["JobState"], info["Restarts"]) == ("CANCELLED", "0")
+    site.cluster.wait_idle()
+    assert "was cancelled: not requeued" in site.log(job).read_text()
+    assert site.cluster.job(job)["JobState"] == "CANCELLED"
