@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 from dit_ds import engine as ds  # noqa: E402
-from dit_ds.checkpoint import build_model  # noqa: E402
 from dit_ds.config import RunConfig, validate  # noqa: E402
 from dit_ds.distributed import connect, disconnect  # noqa: E402
 from dit_ds.memory.fake_step import fake_batch, fake_tensors, training_step_memory  # noqa: E402
 from dit_ds.models.dit_sam import segmentation_loss  # noqa: E402
 from dit_ds.models.sam import SIZES  # noqa: E402
+from dit_ds.weights import build_model  # noqa: E402
 
 MODES = {  # frozen image encoder, frozen text encoder
     "frozen": (True, True),

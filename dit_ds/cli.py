@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from dit_ds import __version__
-from dit_ds.errors import RunFailed, UserError
+from dit_ds.errors import Interrupted, RunFailed, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit status: 0 done, 1 ran and failed, 2 the request was wrong."""
+    """Run one command; return its exit status: 0 done, 1 ran and failed, 2 the request was wrong, 75 go on later."""
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(e, 2)
     except RunFailed as e:
         return _fail(e, 1)
+    except Interrupted as e:
+        return _fail(e, 75)  # EX_TEMPFAIL: slurm/train.sbatch requeues the job
     except KeyboardInterrupt:
         print("dit-ds: interrupted", file=sys.stderr)
         return 130
@@ -43,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception, status: int) -> int:
     rank = int(os.environ.get("RANK", 0))
     label = f"dit-ds (rank {rank})" if rank else "dit-ds"
-    print(f"{label}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    kind = "" if isinstance(error, Interrupted) else "error: "
+    print(f"{label}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
@@ -162,7 +165,7 @@ def _sheet(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     import torch
 
-    from dit_ds.checkpoint import export
+    from dit_ds.weights import export
 
     _report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
     return 0

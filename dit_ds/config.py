@@ -92,10 +92,16 @@ class TrainConfig(_Section):
     batch_size: int = Field(64, ge=1, description="global batch; what a rank takes at once is the DeepSpeed JSON's")
     epochs: int = Field(40, ge=1, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; none for all epochs")
-    lr: float = Field(1e-4, gt=0, description="learning rate of Adam")
+    lr: float = Field(1e-4, gt=0, description="learning rate of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="L2 penalty of Adam")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
+    )
+    nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
+    )
     warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="step: times decay at each milestone; cosine: to zero"
@@ -129,17 +135,33 @@ class DeepSpeedConfig(_Section):
     config: str = Field(
         "configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch"
     )
+    precision: Literal["bf16", "fp16", "fp32"] | None = Field(
+        None, description="of weights, gradients and communication, over what that JSON says; none leaves it"
+    )
     override: dict[str, Any] = Field(
-        default_factory=dict, description="keys laid over that JSON, e.g. --deepspeed.override.bf16.enabled false"
+        default_factory=dict,
+        description="keys laid over that JSON, e.g. --deepspeed.override.train_micro_batch_size_per_gpu 4",
     )
 
 
 class CheckpointConfig(_Section):
-    """What is kept."""
+    """What is saved, when, and what is kept."""
 
     every_epochs: int = Field(1, ge=1, description="save after so many epochs, and after the last")
     every_steps: int | None = Field(None, ge=1, description="save after so many steps, too")
+    every_minutes: float | None = Field(None, gt=0, description="save so many minutes after the last save, too")
     keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+    asynchronous: bool = Field(
+        True, description="write in the background, from a copy in host memory; false: training waits for the disk"
+    )
+    frozen: Literal["store", "leave_out"] = Field(
+        "store",
+        description="weights that don't train: one file a run, by its hash, linked into each checkpoint; or left out, to "
+        "be found again in model.checkpoint and text.name",
+    )
+    on_full_disk: Literal["stop", "go_on"] = Field(
+        "stop", description="when a checkpoint can't be written; the former one stays whole either way"
+    )
 
 
 class LogConfig(_Section):
@@ -147,6 +169,10 @@ class LogConfig(_Section):
 
     every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")
+    samples: bool = Field(False, description="write the sample numbers of every step to samples/rank_*.jsonl")
+    stall_seconds: float = Field(
+        300, gt=0, description="name the rank for which all others wait after so many seconds without a step"
+    )
 
 
 class RunConfig(_Section):

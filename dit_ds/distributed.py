@@ -107,11 +107,17 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def gather_values(values: list[float], device: torch.device) -> torch.Tensor:
+    """(world_size, len(values)) fp64 on the CPU: every rank's values. One small all-gather."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows).cpu()
+
+
 def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """The mean of each value over the ranks: one small all-reduce."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).tolist()
+    """The mean of each value over the ranks."""
+    return gather_values(values, device).mean(0).tolist()
 
 
 def all_or_none(error: Exception | None) -> None:

@@ -10,12 +10,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_ds.config import RunConfig, TrainConfig, merge
 from dit_ds.distributed import World
 from dit_ds.errors import UserError
 from dit_ds.files import read_json
+from dit_ds.fragments import TrainingState
 
 # what the run's YAML owns, and the key there
 _OWNED = {
@@ -27,6 +28,7 @@ _OWNED = {
     "steps_per_print": "log.every_steps",
     "tensorboard": "log.tensorboard",
 }
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -51,13 +53,19 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     ds["gradient_accumulation_steps"] = batch // (micro * world_size)
     ds["gradient_clipping"] = config.train.gradient_clipping
     ds["steps_per_print"] = sys.maxsize  # train.py reports
+    if config.deepspeed.precision:
+        ds |= {kind: ds.get(kind, {}) | {"enabled": kind == config.deepspeed.precision} for kind in ("bf16", "fp16")}
+    # said, where the JSON leaves it open: in what type gradients are added up, between micro-batches and between ranks
+    name = next(k for k, v in _PRECISIONS.items() if v == dtype(ds))
+    ds.setdefault("communication_data_type", name)
+    ds["data_types"] = {"grad_accum_dtype": name} | ds.get("data_types", {})
+    ds.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused Adam runs on CPUs, and compiles nothing
     return ds
 
 
 def dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """The type that DeepSpeed turns the model into; fp32 masters are kept beside the shorter ones."""
-    enabled = (kind for kind in ("bf16", "fp16") if ds_config.get(kind, {}).get("enabled"))
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[next(enabled, None)]
+    return _PRECISIONS[next((kind for kind in ("bf16", "fp16") if ds_config.get(kind, {}).get("enabled")), "fp32")]
 
 
 def _what_divides(batch: int, micro: int, world_size: int) -> str:
@@ -97,7 +105,7 @@ def import_deepspeed() -> Any:
 
 
 def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
-    """Wrap the model in a DeepSpeed engine with Adam over its trainable parameters.
+    """Wrap the model in a DeepSpeed engine with AdamW over its trainable parameters.
 
     Frozen parameters never reach the optimizer.
     """
@@ -106,30 +114,67 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     t = config.train
     trainable = [p for p in model.parameters() if p.requires_grad]
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
-    optimizer = torch.optim.Adam(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
     model.to(world.device)
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
+    engine.basic_optimizer.state.clear()
     return engine
 
 
-def gathered_state(engine: Any, names: set[str], main: bool) -> dict[str, Tensor]:
-    """The named parameters and buffers, whole, on the CPU; empty where not `main`. Collective under ZeRO-3."""
-    gather = import_deepspeed().zero.GatheredParameters
-    state = {}
-    for name, value in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
-        if name not in names:
-            continue
-        with gather([value], enabled=hasattr(value, "ds_id")):
-            if main:
-                state[name] = value.detach().to("cpu", copy=True).contiguous()
-    return state
+def step(engine: Any) -> float:
+    """Make the update, if it is due and its gradient is finite: every rank decides alike, by the reduced gradient.
+
+    Returns:
+        The norm of the update's gradient before clipping, not finite where the update was left out (which
+        `engine.skipped_steps` counts); 0 where no update was due.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return 0.0
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):  # DeepSpeed's optimizers look themselves
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained]))
+    if not math.isfinite(norm):
+        engine.skipped_steps += 1
+        for p in trained:
+            p.grad = None  # which Adam passes over
+    engine.step()
+    return norm
 
 
-def gradient_norm(engine: Any) -> float:
-    """The norm of the last update's gradient, before clipping; 0 where DeepSpeed does not compute it."""
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0
+def averaged(state: TrainingState) -> Any:
+    """A context in which the engine's module computes with the moving average of its weights. Collective."""
+    return state.averaged(import_deepspeed().zero.GatheredParameters)
+
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def counters(engine: Any) -> dict[str, Any]:
+    """DeepSpeed's own counters and fp16's loss scale, for a checkpoint."""
+    counts = {k: getattr(engine, k) for k in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
+    scaler = _loss_scaler(engine)
+    return counts | {"loss_scale": {k: getattr(scaler, k) for k in _LOSS_SCALE if hasattr(scaler, k)}}
+
+
+def set_counters(engine: Any, saved: dict[str, Any]) -> None:
+    """Go on counting where a checkpoint was."""
+    for key, value in saved.items():
+        if key == "micro_steps":  # of the micro-batches there are now
+            engine.micro_steps = saved["global_steps"] * engine.gradient_accumulation_steps()
+        elif key != "loss_scale":
+            setattr(engine, key, value)
+    for key, value in saved["loss_scale"].items():
+        setattr(_loss_scaler(engine), key, value)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""The two ways a command can end badly, and nothing else."""
+"""The ways a command can end other than well, and nothing else."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The request was right but the run failed (a check that does not hold, a training that diverged). Exit status 1."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it saved and can go on with --resume. Exit status 75: try again."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dit_ds import checkpoint
 from dit_ds.config import RunConfig
 from dit_ds.data.loader import ExpressionDataset, SplitIndex, checked, make_loader, make_tokenize
 from dit_ds.data.transforms import pad_square, resize_image
@@ -20,6 +19,7 @@ from dit_ds.files import full_disk_is_user_error
 from dit_ds.metrics import intersection_and_union
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize import side_by_side, write_sheet
+from dit_ds.weights import load_model
 
 
 def _dataset(config: RunConfig, split: str, data_root: str | None, sentence_shift: int = 0) -> ExpressionDataset:
@@ -49,7 +49,7 @@ def evaluate_checkpoint(
         shuffle_text: give each image the expressions of another: what remains is what the image alone gives away.
         predictions: folder for the predicted masks, as `IMAGEID_EXPRESSION.png`.
     """
-    model, config, _ = checkpoint.load_model(path)
+    model, config, _ = load_model(path)
     dataset = _dataset(config, split, data_root, sentence_shift=1 if shuffle_text else 0)
     collect = None
     if predictions is not None:
@@ -87,7 +87,7 @@ def predict_image(path: str, image: str, text: str, out: str, threshold: float |
         pixels = np.asarray(Image.open(image).convert("RGB"))
     except OSError as e:
         raise UserError(f"cannot read the picture {image} ({e.strerror or e})") from None
-    model, config, _ = checkpoint.load_model(path)
+    model, config, _ = load_model(path)
     model.to(_device())
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), config.data.tokens)
     mask = segment(model, config, pixels, text.strip().lower(), tokenize, threshold)
@@ -115,7 +115,7 @@ def segment(
 @torch.no_grad()
 def contact_sheet(path: str, out: str, split: str, data_root: str | None = None, rows: int = 8) -> dict[str, Any]:
     """`dit-ds sheet`: expressions spread over a split, each with its image, ground truth and prediction."""
-    model, config, _ = checkpoint.load_model(path)
+    model, config, _ = load_model(path)
     model.to(_device())
     dataset = _dataset(config, split, data_root)
     chosen = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int)

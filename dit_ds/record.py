@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import resource
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_ds.config import RunConfig
-from dit_ds.distributed import World, mean_over_ranks
+from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
@@ -29,22 +27,30 @@ class RunRecord:
 
     Args:
         resumed_at: the step a resumed run goes on from; lines of later steps, which will be taken again, are dropped.
+    Raises:
+        UserError: the folder can't be written.
     """
 
     def __init__(self, config: RunConfig, world: World, resumed_at: int | None):
         self.world, self.folder = world, Path(config.run_dir)
-        self._metrics = self._board = None
-        if not world.main:
-            return
+        self._metrics = self._board = self._samples = None
+        if world.main:
+            self._open(config, world, resumed_at)
+        gather_objects(None)  # the other ranks' sample logs are cut, too, before they go on
+        if config.log.samples:
+            self._samples = open(self.folder / f"samples/rank_{world.rank:05d}.jsonl", "a")
+
+    def _open(self, config: RunConfig, world: World, resumed_at: int | None) -> None:
         with full_disk_is_user_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             config.save(self.folder / "config.yaml")
             write_json(self.folder / "environment.json", environment(world))
             _log.addHandler(logging.FileHandler(self.folder / "log.txt"))
             path = self.folder / "metrics.jsonl"
-            kept = _lines_up_to(path, resumed_at) if resumed_at is not None else []
-            with atomic_write(path) as f:
-                f.write("".join(kept).encode())
+            (self.folder / "samples").mkdir(exist_ok=True)
+            for lines in (path, self.folder / "nonfinite.jsonl", *self.folder.glob("samples/rank_*.jsonl")):
+                if lines.exists() or lines == path:
+                    _cut(lines, resumed_at)
             self._metrics = open(path, "a")
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -61,6 +67,18 @@ class RunRecord:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def samples(self, step: int, epoch: int, samples: list[int]) -> None:
+        """The real samples that this rank took in a step, where `log.samples` asks for them."""
+        if self._samples is not None:
+            self._samples.write(json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
+            self._samples.flush()
+
+    def nonfinite(self, values: dict[str, Any]) -> None:
+        """One line of nonfinite.jsonl: the samples of a step that was left out."""
+        if self.world.main:
+            with open(self.folder / "nonfinite.jsonl", "a") as f:
+                f.write(json.dumps(values) + "\n")
 
     def log(self, message: str) -> None:
         """A line of the log, on stderr too."""
@@ -91,22 +109,22 @@ class RunRecord:
 
     def close(self) -> None:
         """Flush and close."""
-        for f in (self._metrics, self._board):
+        for f in (self._metrics, self._board, self._samples):
             if f is not None:
                 f.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # a line that a kill cut short
-            continue
-    return kept
+def _cut(path: Path, step: int | None) -> None:
+    """Keep a file's lines up to this step; none, where there is none."""
+    with atomic_write(path) as f:
+        if step is not None and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    keep = json.loads(line)["step"] <= step
+                except (ValueError, KeyError):  # a line that a kill cut short
+                    continue
+                if keep:
+                    f.write(line.encode() + b"\n")
 
 
 def environment(world: World) -> dict[str, Any]:
@@ -133,51 +151,3 @@ def _commit() -> str | None:
         return out.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak so far: allocated on the GPU, or this process's resident memory on a CPU. GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Window:
-    """Averages over some steps: loss, samples a second, the share of time spent waiting for data.
-
-    `close` is the only point that synchronises with the device and between ranks.
-    """
-
-    def __init__(self, world: World):
-        self.world = world
-        self.loss: Tensor | float = 0.0
-        self.micro_steps = self.samples = 0
-        self.start = time.perf_counter()
-        self.waited = 0.0
-
-    def waiting(self) -> None:
-        """The loop asks for data."""
-        self._asked = time.perf_counter()
-
-    def got(self) -> None:
-        """The loop got its data."""
-        self.waited += time.perf_counter() - self._asked
-
-    def add(self, loss: Tensor, samples: int) -> None:
-        """One micro-step's loss and real samples."""
-        self.loss = self.loss + loss
-        self.micro_steps += 1
-        self.samples += samples
-
-    def close(self) -> dict[str, float]:
-        """The averages over all ranks, and the `seconds` the window lasted."""
-        local = [float(self.loss) / max(1, self.micro_steps), float(self.samples)]
-        seconds = time.perf_counter() - self.start
-        loss, samples, wait = mean_over_ranks([*local, self.waited / seconds], self.world.device)
-        return {
-            "loss": loss,
-            "samples_per_second": samples * self.world.world_size / seconds,
-            "data_wait": wait,
-            "peak_memory_gib": peak_memory_gib(self.world.device),
-            "seconds": seconds,
-        }

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dit_ds import checkpoint
+from dit_ds import checkpoint, weights
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig
+from dit_ds.control import Control, StallWatch
 from dit_ds.data.loader import ExpressionDataset, SplitIndex, TrainBatches, checked, make_loader, make_tokenize
 from dit_ds.data.transforms import Augmentation
-from dit_ds.distributed import World, connect, disconnect, set_environment
-from dit_ds.errors import RunFailed, UserError
+from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
+from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.evaluate import INPUTS, evaluate
-from dit_ds.files import write_json
+from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
-from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.models.dit_sam import DITSAM, segmentation_loss
 from dit_ds.models.sam import load_sam_checkpoint
 from dit_ds.models.text_encoder import load_tokenizer
-from dit_ds.record import RunRecord, Window
+from dit_ds.record import RunRecord
+from dit_ds.saver import Saver, restore
+from dit_ds.watch import Rates, Window
+
+_MOST_SKIPPED = 50  # steps in a row, after which nothing is to be hoped for
 
 
 @dataclass
@@ -47,25 +54,22 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: a request that can't be met.
-        RunFailed: the loss is no longer finite.
+        RunFailed: the gradient is not finite, and goes on so or must not be.
+        Interrupted: on SIGUSR2 or SIGTERM, once a checkpoint is saved.
     """
-    # what can be refused without the other ranks is refused before any waits for another
-    _, world_size, _ = set_environment()
-    ds.deepspeed_config(config, world_size)
-    data = _Data(config)
-    newest = _newest_checkpoint(config, resume)
-    world = connect()
-    try:
-        return _Run(config, data, world, newest).train()
-    finally:
-        disconnect()
-
-
-def _newest_checkpoint(config: RunConfig, resume: bool) -> Path | None:
-    there = checkpoint.all_checkpoints(config.run_dir)
-    if there and not resume:
-        raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")
-    return there[-1] if there else None
+    with Control() as control:
+        # what can be refused without the other ranks is refused before any waits for another
+        _, world_size, _ = set_environment()
+        ds.deepspeed_config(config, world_size)
+        data = _Data(config)
+        if not resume and checkpoint.all_checkpoints(config.run_dir):
+            raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")
+        world = connect()
+        try:
+            control.connect(world)
+            return _Run(config, data, world, control).train()
+        finally:
+            disconnect()
 
 
 def _seed_of(*position: int) -> int:
@@ -88,38 +92,42 @@ class _Data:
 class _Run:
     """The parts of a run, made once, and the loop over them."""
 
-    def __init__(self, config: RunConfig, data: _Data, world: World, newest: Path | None):
-        self.config, self.data, self.world = config, data, world
+    def __init__(self, config: RunConfig, data: _Data, world: World, control: Control):
+        self.config, self.data, self.world, self.control = config, data, world, control
         ds_config = ds.deepspeed_config(config, world.world_size)
+        require(config.model.attention, world.device.type, ds.dtype(ds_config))
+        newest = checkpoint.newest_whole(config.run_dir, world)
         self.fixed = {  # what must be the same when the run is resumed
-            "world_size": world.world_size,
-            "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
             "seed": config.seed,
             "batch_size": config.train.batch_size,
             "manifest_sha": data.index.manifest_sha,
+            "dtype": str(ds.dtype(ds_config)),
         }
-        require(config.model.attention, world.device.type, ds.dtype(ds_config))
-        model = checkpoint.build_model(config)
-        self.text_digest = checkpoint.text_digest(model)
-        self.progress, loaded = Progress(), None
+        model, self.progress, loaded = weights.build_model(config), Progress(), None
+        if config.model.checkpoint and (newest is None or not (newest / checkpoint.FROZEN).exists()):
+            loaded = load_sam_checkpoint(model, config.model.checkpoint)
         if newest is not None:
             checkpoint.check_resumable(newest, self.fixed)
             self.progress = Progress(**checkpoint.read_meta(newest)["progress"])
-            checkpoint.load_weights(model, newest)
-        elif config.model.checkpoint:
-            loaded = load_sam_checkpoint(model, config.model.checkpoint)
+            weights.load_weights(model, newest)
         # the folder is touched only once nothing can be refused any more
         self.record = RunRecord(config, world, None if newest is None else self.progress.step)
-        if loaded is not None:
+        if loaded is not None and newest is None:
             self.record.describe_checkpoint(loaded)
         self.record.describe_parameters(model)
+        self.frozen = weights.frozen_digest(model) if world.main else ""
+        frozen = self.store_frozen(model)
         model.image_encoder.checkpoint_activations(config.train.activation_checkpointing)
         if config.train.compile:
             model.image_encoder.compile_blocks()
         self.engine = ds.initialize(model, config, world)
+        self.state = TrainingState(self.engine, config.train.ema)
         if newest is not None:
-            checkpoint.resume(self.engine, newest)
-            self.record.log(f"resumed from {newest} at step {self.progress.step}")
+            start = time.perf_counter()
+            restore(self.engine, self.state, newest)
+            took = time.perf_counter() - start
+            self.record.log(f"resumed from {newest} at step {self.progress.step} ({took:.1f} s to load)")
+        self.saver, self.saved_at = Saver(config, world, self.state, frozen), time.monotonic()
 
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         self.batches = TrainBatches(
@@ -130,6 +138,20 @@ class _Run:
         )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
+        self.rates = Rates((config.data.image_size // 16) ** 2 + config.data.tokens)
+        self.skipped_in_a_row = 0
+
+    def store_frozen(self, model: DITSAM) -> Path | None:
+        """Write what doesn't train once for the run. Collective."""
+        path, error = None, None
+        if self.config.checkpoint.frozen == "store":
+            try:
+                if self.world.main:
+                    path = weights.store_frozen(model, self.frozen, self.config.run_dir)
+            except UserError as e:
+                error = e
+            all_or_none(error)
+        return path
 
     def train(self) -> dict[str, Any]:
         """Epoch by epoch: train, evaluate, save."""
@@ -143,18 +165,24 @@ class _Run:
             disable=not self.world.main,
             mininterval=2,
         )
-        while progress.step < self.total_steps:
-            self.train_epoch()
-            if progress.batch == self.batches.batches_per_epoch:
-                progress.epoch, progress.batch = progress.epoch + 1, 0
-            over = progress.step == self.total_steps
-            if over or progress.epoch % config.eval.every_epochs == 0:
-                metrics = self.evaluate()
-            if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
-                self.save()
-        self.bar.close()
-        metrics = metrics or self.evaluate()  # a finished run that was resumed has none yet
-        self.record.close()
+        self.watch = StallWatch(self.world, config.log.stall_seconds)
+        try:
+            while progress.step < self.total_steps:
+                self.train_epoch()
+                if progress.batch == self.batches.batches_per_epoch:
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+                over = progress.step == self.total_steps
+                if over or progress.epoch % config.eval.every_epochs == 0:
+                    metrics = self.evaluate()
+                if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
+                    self.save()
+            self.bar.close()
+            metrics = metrics or self.evaluate()  # a finished run that was resumed has none yet
+            if self.saver.pending:
+                self.commit()
+        finally:
+            self.watch.close()
+            self.record.close()
         seconds = round(progress.seconds, 1)
         return metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds}
 
@@ -164,10 +192,13 @@ class _Run:
         self.batches.start_at(progress.epoch, progress.batch)
         engine.train()
         accumulation = engine.gradient_accumulation_steps()
-        window = Window(self.world)
+        window = Window(self.world, self.rates)
+        taken: list[tuple[Tensor, list[int]]] = []  # this step's micro-batches: loss, real samples
         window.waiting()
+        self.watch.at(progress.step, 0, "loading data")
         for i, batch in enumerate(checked(self.loader)):
             window.got()
+            self.watch.at(progress.step, 1, "forward and backward")
             lr = ds.learning_rate(progress.step, self.batches.batches_per_epoch, config.train)
             ds.set_learning_rate(engine, lr)
             # dropout draws from the step and the rank, so that a resumed run draws the same
@@ -175,49 +206,102 @@ class _Run:
             inputs = (batch[k].to(device, non_blocking=True) for k in INPUTS)
             mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))
             loss = segmentation_loss(engine(*inputs), mask, weight, config.train.dice_weight)
-            window.add(loss.detach(), int((batch["weight"] > 0).sum()))
+            taken.append((loss.detach(), batch["sample"][batch["weight"] > 0].tolist()))
+            window.add(loss.detach(), len(taken[-1][1]))
             engine.backward(loss)
-            engine.step()
+            norm = ds.step(engine)
             if (i + 1) % accumulation == 0:
                 progress.step += 1
                 progress.batch += 1
+                self.stepped(norm, taken)
+                taken = []
                 self.bar.update()
+                window.stepped()
                 last = progress.step == self.total_steps
                 if progress.step % config.log.every_steps == 0 or last:
-                    window = self.report(window, lr)
+                    window = self.report(window, lr, norm)
                 if last:
                     break
-                if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
-                    progress.seconds += window.close()["seconds"]
-                    self.save()
-                    window = Window(self.world)
+                window = self.boundary(window)
             window.waiting()
+            self.watch.at(progress.step, 0, "loading data")
         progress.seconds += window.close()["seconds"]
 
-    def report(self, window: Window, lr: float) -> Window:
-        """Write the window's averages; return a new one.
+    def stepped(self, norm: float, taken: list[tuple[Tensor, list[int]]]) -> None:
+        """After an optimizer step: the moving average, the sample log, and what was left out.
 
         Raises:
-            RunFailed: the loss is not finite, on every rank alike.
+            RunFailed: the gradient was not finite and must be, or was not for too long.
         """
+        progress, config = self.progress, self.config.train
+        samples = [s for _, micro_batch in taken for s in micro_batch]
+        self.record.samples(progress.step, progress.epoch, samples)
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            self.state.update_average()
+            return
+        self.skipped_in_a_row += 1
+        losses = [float(loss) for loss, _ in taken]
+        ranks = gather_objects({"rank": self.world.rank, "losses": losses, "samples": samples})
+        self.record.nonfinite({"step": progress.step, "epoch": progress.epoch, "ranks": ranks})
+        finite_losses = all(math.isfinite(x) for r in ranks for x in r["losses"])
+        if self.engine.fp16_enabled() and finite_losses:  # its loss scale was too high: part of how fp16 works
+            return
+        culprits = [str(r["rank"]) for r in ranks if not all(map(math.isfinite, r["losses"]))]
+        where = f"the loss of rank {', '.join(culprits)}" if culprits else "the gradient"
+        what = (
+            f"{where} is not finite at step {progress.step} (its samples are in {self.record.folder}/nonfinite.jsonl)"
+        )
+        if config.nonfinite == "stop" or self.skipped_in_a_row == _MOST_SKIPPED:
+            raise RunFailed(f"{what}: lower train.lr, or clip the gradient (train.gradient_clipping)")
+        self.record.log(f"warning: {what}: this step is left out")
+
+    def boundary(self, window: Window) -> Window:
+        """Between two steps: commit what is written, save what is due, stop if asked to.
+
+        Raises:
+            Interrupted: a signal came, and the run is saved.
+        """
+        c, progress = self.config.checkpoint, self.progress
+        self.watch.at(progress.step, 2, "waiting for the other ranks")
+        late = bool(c.every_minutes) and time.monotonic() - self.saved_at > 60 * c.every_minutes
+        agreed = self.control.agree(save_due=self.world.main and late, written=self.saver.written)
+        if self.saver.pending and agreed.written:
+            self.commit()
+        due = agreed.save or bool(c.every_steps and progress.step % c.every_steps == 0)
+        if not (due or agreed.stop):
+            return window
+        progress.seconds += window.close()["seconds"]
+        self.save()
+        if agreed.stop:
+            self.commit()
+            name = next(n for n in gather_objects(self.control.signal) if n)
+            raise Interrupted(f"stopped by {name} at step {progress.step} and saved: go on with --resume")
+        return Window(self.world, self.rates)
+
+    def report(self, window: Window, lr: float, norm: float) -> Window:
+        """Write the window's averages; return a new one."""
         line = window.close()
         self.progress.seconds += line.pop("seconds")
-        line |= {"lr": lr, "grad_norm": ds.gradient_norm(self.engine)}
+        line |= {"lr": lr, "grad_norm": norm, "skipped_steps": self.engine.skipped_steps}
         self.record.metrics("train", {"step": self.progress.step, "epoch": self.progress.epoch} | line)
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
-        if not math.isfinite(line["loss"]):
-            raise RunFailed(
-                f"the loss is {line['loss']} at step {self.progress.step}: lower train.lr, or clip the gradient"
-            )
-        return Window(self.world)
+        return Window(self.world, self.rates)
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate on the validation split, and note whether it is the best so far."""
         config, progress = self.config, self.progress
+        self.watch.at(progress.step, 3, "evaluating")
         self.engine.eval()
-        metrics = evaluate(
-            self.engine, self.data.val, config.eval.batch_size, config.eval.threshold, config.data.workers, self.world
-        )
+        with ds.averaged(self.state):
+            metrics = evaluate(
+                self.engine,
+                self.data.val,
+                config.eval.batch_size,
+                config.eval.threshold,
+                config.data.workers,
+                self.world,
+            )
         metrics = {"split": config.data.val_split} | metrics
         self.record.metrics("eval", {"step": progress.step, "epoch": progress.epoch} | metrics)
         self.record.log(f"step {progress.step}: mIoU {metrics['miou']:.4f}, oIoU {metrics['oiou']:.4f}")
@@ -226,13 +310,33 @@ class _Run:
         return metrics
 
     def save(self) -> None:
-        """Save a checkpoint; point `best.json` to it if it is the best; remove what need not be kept."""
+        """Begin a checkpoint of this step; in the foreground, finish it, too."""
         progress, config = self.progress, self.config
+        if self.saver.pending:
+            self.commit()
+        self.watch.at(progress.step, 4, "saving")
         seen = min(progress.batch * config.train.batch_size, len(self.data.train))
         meta = self.fixed | {"step": progress.step, "epoch": progress.epoch, "samples_seen": seen}
-        meta |= {"progress": vars(progress), "config": config.model_dump(mode="json"), "text_digest": self.text_digest}
-        checkpoint.save(self.engine, config, self.world, meta)
-        if self.world.main:
-            if progress.best_step == progress.step:
-                write_json(Path(config.run_dir) / "best.json", {"step": progress.step, "miou": progress.best_miou})
-            checkpoint.prune(config, progress.best_step)
+        meta |= {"progress": dict(vars(progress)), "config": config.model_dump(mode="json"), "frozen": self.frozen}
+        meta |= {"engine": ds.counters(self.engine), "world_size": self.world.world_size}
+        meta |= {"zero_stage": self.engine.zero_optimization_stage()}
+        self.blocked, self.saved_at = self.saver.begin(meta), time.monotonic()
+        if not config.checkpoint.asynchronous:
+            self.commit()
+
+    def commit(self) -> None:
+        """Publish the checkpoint that was begun.
+
+        Raises:
+            UserError: it could not be written, and the run is to stop then.
+        """
+        start, step = time.perf_counter(), self.saver.step
+        try:
+            line = self.saver.commit()
+        except UserError as e:
+            if self.config.checkpoint.on_full_disk == "stop":
+                raise
+            self.record.log(f"warning: {e}: going on, the former checkpoint is whole")
+            return
+        line |= {"blocked_seconds": self.blocked + time.perf_counter() - start}
+        self.record.metrics("save", {"step": step} | line)

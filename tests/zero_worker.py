@@ -15,11 +15,12 @@ import torch
 from conftest import MINILM, ROOT
 
 from dit_ds import engine as ds
-from dit_ds.checkpoint import build_model
 from dit_ds.config import validate
 from dit_ds.distributed import connect, disconnect, mean_over_ranks
+from dit_ds.fragments import TrainingState
 from dit_ds.models import attention
 from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.weights import build_model
 
 
 def count_attention() -> list[int]:
@@ -68,7 +69,7 @@ def run(world, calls, stage: int, policy: str = "none", compile: bool = False, d
     """Losses of this rank, final weights' norms, attention's forwards a step.
 
     Args:
-        plain: compare with plain PyTorch's Adam on the whole batch: `loss_error` and `weight_error`, the largest.
+        plain: compare with plain PyTorch's AdamW on the whole batch: `loss_error` and `weight_error`, the largest.
     """
     config = configuration(world, stage, policy, dropout)
     model = build_model(config)
@@ -87,25 +88,28 @@ def run(world, calls, stage: int, policy: str = "none", compile: bool = False, d
         engine.step()
         losses.append(loss.item())
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    state = ds.gathered_state(engine, names, main=True)
+    trained = TrainingState(engine)
+    state = {n: trained.whole("master", n) for n in sorted(names)}
     result = {
         "losses": losses,
         "weights": {n: state[n].double().norm().item() for n in sorted(names)},
         "attention_calls": calls[0] / steps,
     }
     if plain:
-        want_losses, want = plain_adam(build_model(config), config, steps)
+        want_losses, want = plain_adamw(build_model(config), config, steps)
         mean_losses = mean_over_ranks(losses, world.device)
         result["loss_error"] = max(abs(a - b) / b for a, b in zip(mean_losses, want_losses))
         result["weight_error"] = max((state[n] - want[n]).abs().max().item() for n in names)
     return result
 
 
-def plain_adam(model, config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of PyTorch's own Adam in one process, no DeepSpeed."""
+def plain_adamw(model, config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of PyTorch's own AdamW in one process, no DeepSpeed."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     t = config.train
-    optimizer = torch.optim.Adam(list(trained.values()), lr=t.lr, betas=t.betas, eps=t.eps)
+    optimizer = torch.optim.AdamW(
+        list(trained.values()), lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay
+    )
     losses = []
     for step in range(steps):
         inputs, mask = batch_of(step, slice(0, 4))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +290,9 @@ def make_loader(dataset: ExpressionDataset, batches: TrainBatches | EvalBatches,
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # SLURM signals all processes of a task; the training process acts on these and ends its workers itself
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def checked(loader: DataLoader) -> Iterator[dict[str, Any]]:

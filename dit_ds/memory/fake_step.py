@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_ds import engine as ds
-from dit_ds.checkpoint import build_model
 from dit_ds.config import RunConfig
 from dit_ds.distributed import World
 from dit_ds.models import attention
 from dit_ds.models.dit_sam import pixel_statistics, segmentation_loss
+from dit_ds.weights import build_model
 
 # operators of ours whose temporaries count: what they are made of is run in their place
 _MADE_OF = {

@@ -1,0 +1,128 @@
+"""What the ranks of a run tell each other at each step: that one was asked to stop, that a save is due, that a part of a
+checkpoint is written; and which of them the others wait for."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dit_ds.distributed import World, gather_objects
+
+_log = logging.getLogger("dit_ds")
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM before a time limit, and on preemption; NCCL takes USR1
+
+
+class Agreement(NamedTuple):
+    """What holds for all ranks alike."""
+
+    stop: bool  # some rank got a signal
+    save: bool  # rank 0's clock says that a save is due
+    written: bool  # every rank has written its part of the pending checkpoint
+
+
+class Control:
+    """Signals set a flag; flags are agreed on at step boundaries, where all ranks can act together.
+
+    Use as a context: the handlers before it come back at its end.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._group: Any = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Control:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.signal = signal.Signals(number).name
+
+    def connect(self, world: World) -> None:
+        """Before the first `agree`: on GPUs flags go over gloo, so that no kernel is waited for. Collective."""
+        self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
+
+    def agree(self, save_due: bool, written: bool) -> Agreement:
+        """One small all-reduce."""
+        flags = torch.tensor([self.signal is not None, save_due, not written], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        stop, save, unwritten = (bool(x) for x in flags.tolist())
+        return Agreement(stop, save, not unwritten)
+
+
+class StallWatch:
+    """Names the rank for which the others wait, in the log, once no rank has taken a step for `seconds`.
+
+    Each rank's thread posts where its loop is to a store on rank 0, whose thread reads them. The rank that is named is
+    the one whose thread no longer posts (the process is stopped, its node is gone), else the one least far in its loop.
+
+    Args:
+        seconds: without a step of any rank, before a rank is named; and before it is named again.
+    """
+
+    def __init__(self, world: World, seconds: float):
+        self.world, self.seconds = world, seconds
+        self._place, self._since = (0, 0, "start"), time.time()
+        self._over = threading.Event()
+        address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=60)
+        store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False) if world.main else None
+        port = gather_objects(store.port if store else None)[0]
+        self._store = store or dist.TCPStore(address, port, None, False, timeout)
+        self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+        self._thread.start()
+
+    def at(self, step: int, order: int, what: str) -> None:
+        """The loop is at `what`, the `order`-th thing of the step."""
+        self._place, self._since = (step, order, what), time.time()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        interval = min(5.0, self.seconds / 4)
+        named = time.time()
+        while not self._over.wait(interval):
+            try:
+                beat = json.dumps([*self._place, self._since, time.time(), socket.gethostname()])
+                self._store.set(f"rank{self.world.rank}", beat)
+                if self.world.main and time.time() - max(named, self._since) > self.seconds:
+                    named = time.time()
+                    self._name()
+            except dist.DistStoreError:  # no answer in time
+                if self.world.rank == 1:
+                    _log.warning("warning: rank 0's process does not answer; the others wait for it")
+            except (RuntimeError, ValueError):  # the store went with rank 0
+                return
+
+    def _name(self) -> None:
+        beats = {}
+        for rank in range(self.world.world_size):
+            if self._store.check([f"rank{rank}"]):
+                beats[rank] = json.loads(self._store.get(f"rank{rank}"))
+        now = time.time()
+        silent = [r for r in range(self.world.world_size) if r not in beats or now - beats[r][4] > self.seconds / 2]
+        rank = silent[0] if silent else min(beats, key=lambda r: beats[r][:2])
+        step, _, what, since, _, host = beats.get(rank, [0, 0, "start", now, now, "unknown host"])
+        how = "its process does not answer" if silent else f"it is in '{what}'"
+        _log.warning(
+            f"warning: no step for {now - self._since:.0f} s: rank {rank} on {host} stalled at step {step} for "
+            f"{now - since:.0f} s, {how}; the others wait for it"
+        )
