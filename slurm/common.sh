@@ -33,12 +33,35 @@ say "job $SLURM_JOB_ID, restart $restarts, $SLURM_JOB_NUM_NODES x $TASKS_PER_NOD
 
 # on_ranks [srun's options] -- COMMAND: one task a GPU; when one fails, none waits for it
 on_ranks() {
+    local said=$rank_logs/srun.log status line
     local options=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$cpus_per_task"
         --kill-on-bad-exit=1 --wait=60)
     [ -z "$CPU_BIND" ] || options+=(--cpu-bind="$CPU_BIND")
     while [ "$1" != -- ]; do options+=("$1") && shift; done
     shift
-    srun "${SRUN_OPTIONS[@]}" "${options[@]}" "${CONTAINER[@]}" "$@"
+    : >"$said"
+    { # what srun itself says goes to the job's log, and with the time to a file
+        srun "${SRUN_OPTIONS[@]}" "${options[@]}" "${CONTAINER[@]}" "$@" 2>&1 >&3 3>&- | while IFS= read -r line; do
+            printf '%s\n' "$line" >&2
+            printf '%(%s)T %s\n' -1 "$line" >>"$said"
+        done
+        status=${PIPESTATUS[0]}
+    } 3>&1
+    if [ "$status" -gt 128 ]; then status=$(own_status "$status" "$said"); fi
+    return "$status"
+}
+
+# own_status STATUS SAID: when a rank fails, SLURM ends the others, with TERM and after KillWait with KILL, and srun's
+# status is that signal. This is what the rank that failed ended with. A rank that died of a signal by itself takes its
+# peers down with status 1 at once, so such a 1 counts for nothing.
+own_status() {
+    local kill_wait
+    kill_wait=$(scontrol show config | awk '$1 == "KillWait" { print $3 }')
+    awk -v status="$1" -v kill_wait="${kill_wait:-30}" '
+        !/^[0-9]+ srun: error: [^ ]+: tasks? [0-9,-]+: / || /: Terminated/ { next }
+        /: Exited with exit code/ { code[$NF] = 1; if (!first) first = $1; next }
+        !first || $1 - first < kill_wait - 1 { died = 1 }
+        END { print 2 in code ? 2 : 75 in code ? 75 : 1 in code && !died ? 1 : status }' "$2"
 }
 
 # logged NAME COMMAND: on_ranks with one log a rank, kept across requeues; rank 0's lines appear in the job's log too

@@ -43,7 +43,7 @@ JobRequeue=1
 ReturnToService=2
 # what takes minutes on a real cluster takes seconds here
 SlurmdTimeout=5
-KillWait=5
+KillWait=4
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -138,20 +138,25 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def finished(self, job: str, log: Path, timeout: float = 120) -> dict[str, str]:
-        """Wait for a job's end; return `scontrol`'s last word. A hang is cancelled and fails the test.
-
-        SLURM holds a requeued job back for two minutes; here it is let go at once.
-        """
+        """Wait for a job's end; return `scontrol`'s last word. A hang is cancelled and fails the test."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             info = self.job(job)
             if info["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"):
                 return info
-            if info["JobState"] == "PENDING" and info["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            self.restart(job)
             time.sleep(0.3)
         self.run("scancel", job)
         raise AssertionError(f"job {job} is {info['JobState']} after {timeout} s:\n{_tail(log)}")
+
+    def restart(self, job: str) -> bool:
+        """If the job was requeued, start it, which SLURM would do in two minutes; tell whether it was."""
+        info = self.job(job)
+        if (info["JobState"], info["Reason"]) != ("PENDING", "BeginTime"):
+            return False
+        time.sleep(2)  # a job that starts in the second in which it was requeued is taken for a revoked one
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        return True
 
     def wait_for(self, condition, what: str, log: Path, timeout: float = 60) -> None:
         """Wait until something is so in a running job; a hang fails the test with the job's log."""

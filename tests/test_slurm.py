@@ -49,6 +49,10 @@ class Site:
     def log(self, job: str, script: str = "train") -> Path:
         return self.logs / f"{script}-{job}.log"
 
+    def read(self, job: str, script: str = "train") -> str:
+        """The job's log."""
+        return self.log(job, script).read_text()
+
     def rank_log(self, job: str, rank: int, script: str = "train", name: str = "train") -> str:
         return (self.logs / f"{script}-{job}/{name}.rank{rank}.log").read_text()
 
@@ -57,7 +61,7 @@ class Site:
 
     def completed(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
         info = self.finished(job, script, timeout)
-        assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), f"{info}" + self.log(job, script).read_text()[-3000:]
+        assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), f"{info}" + self.read(job, script)[-3000:]
         return info
 
     def reach(self, job: str, step: int) -> None:
@@ -94,7 +98,7 @@ def test_a_training_on_two_nodes_finishes(undisturbed):
     train, evaluation = digits(site.run_dir)
     assert [line[0] for line in train] == list(range(1, STEPS + 1)) and evaluation[-1]["n"] == 48
     assert json.loads((site.run_dir / "environment.json").read_text())["world_size"] == 2
-    log = site.log(job).read_text()
+    log = site.read(job)
     assert "first node 127.0.0.1" in log and "ended with status 0" in log
     assert f"step {STEPS}: mIoU" in site.rank_log(job, 0) and f"step {STEPS}: mIoU" in log  # rank 0's lines in both
     assert (site.logs / f"train-{job}/train.rank1.log").exists()
@@ -108,19 +112,20 @@ def test_shards_are_staged_once_on_each_node(undisturbed, shards):
     assert scratch != shards and sorted(f.name for f in (scratch / "refcoco/unc").iterdir()) == names
     for name in names:
         assert (scratch / "refcoco/unc" / name).read_bytes() == (shards / "refcoco/unc" / name).read_bytes()
-    assert site.log(job).read_text().count(f"copied to {scratch}") == len(NODES)
+    assert site.read(job).count(f"copied to {scratch}") == len(NODES)
 
 
-@pytest.mark.parametrize("name", ["USR2", "TERM"])
-def test_a_signalled_training_saves_comes_back_and_computes_the_same(undisturbed, site, name):
-    """Nothing but the signal makes it save, so what it goes on from is what the signal saved."""
+def test_a_signalled_training_saves_comes_back_and_computes_the_same(undisturbed, site):
+    """USR2, as before the time limit, then TERM, as for a preemption. Nothing but a signal makes it save."""
     job = site.train()
-    site.reach(job, 8)
-    site.cluster.run("scancel", f"--signal={name}", job)
-    assert site.completed(job)["Restarts"] == "1"
-    assert "ended with status 75: requeued (1 of 20)" in site.log(job).read_text()
-    resumed = [line for line in site.rank_log(job, 0).splitlines() if "resumed from" in line]
-    assert len(resumed) == 1 and int(resumed[0].split()[-1]) >= 8
+    for name, step in ("USR2", 8), ("TERM", 24):
+        site.reach(job, step)
+        site.cluster.run("scancel", f"--signal={name}", job)
+        site.cluster.wait_for(lambda: site.cluster.restart(job), f"requeued job after {name}", site.log(job))
+    assert site.completed(job)["Restarts"] == "2"
+    assert "ended with status 75: requeued (2 of 20)" in site.read(job)
+    resumed = re.findall(r"resumed from .* at step (\d+)", site.rank_log(job, 0))
+    assert len(resumed) == 2 and int(resumed[0]) >= 8 and int(resumed[1]) >= 24
     assert digits(site.run_dir) == digits(undisturbed[0].run_dir)
 
 
@@ -128,10 +133,7 @@ def test_a_training_survives_the_loss_of_a_node(undisturbed, site):
     job = site.train("--checkpoint.every_steps", "5")
     site.reach(job, 12)
     site.cluster.kill_node(NODES[1])
-    site.cluster.wait_for(
-        lambda: site.cluster.job(job)["JobState"] != "RUNNING" or site.cluster.job(job)["Restarts"] == "1",
-        "reaction to the lost node", site.log(job),
-    )  # fmt: skip
+    site.cluster.wait_for(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "end of the job", site.log(job))
     site.cluster.start_node(NODES[1])
     assert site.completed(job)["Restarts"] == "1"
     assert "resumed from" in site.rank_log(job, 0)
@@ -142,7 +144,7 @@ def test_a_users_error_is_not_tried_again(site):
     job = site.train("--train.lerning_rate", "1")
     info = site.finished(job)
     assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "unknown key" in site.log(job).read_text()
+    assert "unknown key" in site.read(job)
 
 
 def test_evaluation_on_two_nodes_gives_the_trainings_digits(undisturbed, site):
@@ -195,7 +197,7 @@ def test_a_job_is_requeued_only_so_often(pretend):
     job = site.train()
     info = site.finished(job)
     assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "75:0", "2")
-    assert "was requeued 2 times (MAX_REQUEUES=2): not again" in site.log(job).read_text()
+    assert "was requeued 2 times (MAX_REQUEUES=2): not again" in site.read(job)
 
 
 def test_a_diverged_run_is_not_tried_again(pretend):
@@ -204,13 +206,27 @@ def test_a_diverged_run_is_not_tried_again(pretend):
     assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "1:0", "0")
 
 
+@pytest.mark.parametrize(
+    "status,other",
+    [
+        (2, "exec sleep 300"),  # still starting when the first rank refused
+        (1, "trap '' TERM; sleep 20"),  # stuck in a collective: SLURM has to kill it
+    ],
+)
+def test_the_ranks_that_are_ended_do_not_hide_the_error_of_the_first(pretend, status, other):
+    site = pretend(f'if [ "$SLURM_PROCID" = 1 ]; then sleep 0.5; exit {status}; fi\n{other}')
+    job = site.train()
+    info = site.finished(job, timeout=60)
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", f"{status}:0", "0"), site.read(job)
+
+
 def test_one_killed_rank_ends_the_others_and_the_job_comes_back(pretend):
     site = pretend(
-        '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\nif [ "$SLURM_PROCID" = 1 ]; then kill -9 $$; fi\nsleep 300'
+        '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\nif [ "$SLURM_PROCID" = 1 ]; then kill -9 $$; fi\nsleep 0.1; exit 1'
     )
     job = site.train()
     assert site.completed(job, timeout=60)["Restarts"] == "1"
-    assert re.search(r"ended with status 1(37|43): requeued", site.log(job).read_text())
+    assert re.search(r"ended with status 1(37|43): requeued", site.read(job))
 
 
 def test_the_batch_shell_outlives_a_signal_to_everything(pretend):
@@ -236,5 +252,5 @@ def test_a_cancelled_job_stays_cancelled(pretend):
     info = site.finished(job, timeout=60)
     assert (info["JobState"], info["Restarts"]) == ("CANCELLED", "0")
     site.cluster.wait_idle()
-    assert "was cancelled: not requeued" in site.log(job).read_text()
+    assert "was cancelled: not requeued" in site.read(job)
     assert site.cluster.job(job)["JobState"] == "CANCELLED"
