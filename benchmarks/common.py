@@ -22,7 +22,6 @@ from dit_ds.models.image_encoder import WordBlock
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-H200_BF16 = 989e12  # dense FLOP/s on paper
 
 
 def naive_attention(block: WordBlock, tokens: Tensor, words: int, word_mask: Tensor | None) -> Tensor:

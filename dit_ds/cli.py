@@ -131,6 +131,19 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from dit_ds.config import load_config
+
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]} overrides a configuration: name one with --config")
+    config = load_config(args.config, args.overrides) if args.config else None
+    # before torch is imported: its traces of failed connections, of which the checks say the same in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from dit_ds import doctor
+
+    return doctor.examine(config, args.timeout, lambda result: _report(args, result, lambda: doctor.lines(result)))
+
+
 def _eval(args: argparse.Namespace) -> int:
     from dit_ds.predict import evaluate_checkpoint
 
@@ -169,6 +182,32 @@ def _export(args: argparse.Namespace) -> int:
 
     _report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
     return 0
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from dit_ds.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dit_ds import scaling
+
+    machine = scaling.Machine(
+        args.gpu, args.gpus_per_node, args.link, args.intra, args.mfu, args.overlap, args.latency_us
+    )
+    result = scaling.table(config, machine, args.nodes)
+    _report(args, result, lambda: scaling.lines(result))
+    return 0
+
+
+def _node_counts(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,2,4")
+    return [int(part) for part in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    if not text.replace(".", "", 1).isdigit() or not 0 < float(text) <= 3600:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from 0 to 3600")
+    return float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,6 +275,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     p.set_defaults(run=_train, takes_overrides=True)
 
+    p = command(commands, "doctor", _doctor, "check this machine, or all ranks under srun or torchrun, before a run")
+    p.add_argument("--config", help="check what this configuration needs too; --section.key value overrides it")
+    p.add_argument("--timeout", type=_seconds, default=60, help="seconds to wait for the other ranks (default 60)")
+    p.set_defaults(takes_overrides=True)
+
     p = command(commands, "eval", _eval, "evaluate a run's best checkpoint, or a given one, on one split")
     p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
     p.add_argument("--split", default="val", help="val, testA, testB, test, ... (default val)")
@@ -264,6 +308,22 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="val", help="which split (default val)")
     p.add_argument("--data-root", help="where the shards are, if they moved since training")
     p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
+
+    p = command(
+        commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"
+    )
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument("--nodes", type=_node_counts, default=[1, 2, 4, 8, 16, 32, 64], help="default 1,2,4,8,16,32,64")
+    p.add_argument("--gpus-per-node", type=int, default=8, help="and ranks (default 8)")
+    p.add_argument("--gpu", default="H100", help="as A100, H100 PCIe, or a name that CUDA gives (default H100)")
+    p.add_argument("--link", type=float, default=400, help="Gbit/s out of a node, all GPUs together (default 400)")
+    p.add_argument("--intra", type=float, default=300, help="GB/s from a GPU to others of its node (default 300)")
+    p.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak (default 0.4)")
+    p.add_argument(
+        "--overlap", type=float, default=0.5, help="assumed share of a pass that hides communication (default 0.5)"
+    )
+    p.add_argument("--latency-us", type=float, default=5, help="assumed microseconds a ring step (default 5)")
+    p.set_defaults(takes_overrides=True)
     return parser
 
 

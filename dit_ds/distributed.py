@@ -44,8 +44,10 @@ def set_environment() -> tuple[int, int, int]:
             env["SLURM_NTASKS"],
             env["SLURM_LOCALID"],
         )
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", ""))))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        if "MASTER_ADDR" not in env:  # else scontrol is not needed, which some containers lack
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "")))
+        # below the ephemeral range, from which any outgoing connection may take a port
+        env.setdefault("MASTER_PORT", str(10000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
@@ -53,7 +55,7 @@ def set_environment() -> tuple[int, int, int]:
     if "MASTER_PORT" not in env:
         if env["WORLD_SIZE"] != "1":
             raise UserError("WORLD_SIZE is set but MASTER_PORT is not: launch with torchrun or srun, or set both")
-        env["MASTER_PORT"] = str(_free_port())
+        env["MASTER_PORT"] = str(free_port())
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
 
 
@@ -69,28 +71,35 @@ def _first_host(nodelist: str) -> str:
         ) from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing holds at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def connect() -> World:
-    """Join the process group (NCCL with CUDA, else gloo) and pick the device."""
+def pick_device(local_rank: int) -> torch.device:
+    """This process's GPU, made current for the calling thread; the CPU where there is none.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    local_gpu = local_rank if gpus > 1 else 0  # SLURM may show each task its own GPU only
+    if local_gpu >= gpus:
+        raise UserError(f"local rank {local_rank} has no GPU, this node has {gpus}: start at most one process a GPU")
+    torch.cuda.set_device(local_gpu)
+    return torch.device("cuda", local_gpu)
+
+
+def connect(timeout: datetime.timedelta = _TIMEOUT) -> World:
+    """Join the process group (NCCL with CUDA, else gloo) and pick the device; `timeout` is that of each collective."""
     rank, world_size, local_rank = set_environment()
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        local_gpu = local_rank if gpus > 1 else 0  # SLURM may show each task its own GPU only
-        if local_gpu >= gpus:
-            raise UserError(
-                f"local rank {local_rank} has no GPU, this node has {gpus}: start at most one process a GPU"
-            )
-        device = torch.device("cuda", local_gpu)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = pick_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return World(rank, world_size, local_rank, device)
 
 

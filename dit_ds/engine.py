@@ -31,11 +31,11 @@ _OWNED = {
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The JSON that the run names with its overrides, completed by what the run owns.
+def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
+    """The JSON that the run names with its overrides; micro-batch and types are in it.
 
     Raises:
-        UserError: a missing or malformed file, a key that the run owns, a batch that doesn't divide.
+        UserError: a missing or malformed file, a key that the run owns.
     """
     path = config.deepspeed.config
     ds = merge(read_json(path, "DeepSpeed configuration"), config.deepspeed.override)
@@ -45,14 +45,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     micro = ds.get("train_micro_batch_size_per_gpu", 1)
     if not isinstance(micro, int) or micro < 1:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is {micro!r}, it must be a whole number from 1")
-    batch = config.train.batch_size
-    if batch % (micro * world_size):
-        raise UserError(_what_divides(batch, micro, world_size))
     ds["train_micro_batch_size_per_gpu"] = micro
-    ds["train_batch_size"] = batch
-    ds["gradient_accumulation_steps"] = batch // (micro * world_size)
-    ds["gradient_clipping"] = config.train.gradient_clipping
-    ds["steps_per_print"] = sys.maxsize  # train.py reports
     if config.deepspeed.precision:
         ds |= {kind: ds.get(kind, {}) | {"enabled": kind == config.deepspeed.precision} for kind in ("bf16", "fp16")}
     # said, where the JSON leaves it open: in what type gradients are added up, between micro-batches and between ranks
@@ -60,6 +53,24 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     ds.setdefault("communication_data_type", name)
     ds["data_types"] = {"grad_accum_dtype": name} | ds.get("data_types", {})
     ds.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused Adam runs on CPUs, and compiles nothing
+    return ds
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The JSON that the run names with its overrides, completed by what the run owns.
+
+    Raises:
+        UserError: a missing or malformed file, a key that the run owns, a batch that doesn't divide.
+    """
+    ds = read_deepspeed_json(config)
+    micro = ds["train_micro_batch_size_per_gpu"]
+    batch = config.train.batch_size
+    if batch % (micro * world_size):
+        raise UserError(_what_divides(batch, micro, world_size))
+    ds["train_batch_size"] = batch
+    ds["gradient_accumulation_steps"] = batch // (micro * world_size)
+    ds["gradient_clipping"] = config.train.gradient_clipping
+    ds["steps_per_print"] = sys.maxsize  # train.py reports
     return ds
 
 
@@ -157,7 +168,7 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def counters(engine: Any) -> dict[str, Any]:
     """DeepSpeed's own counters and fp16's loss scale, for a checkpoint."""
     counts = {k: getattr(engine, k) for k in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
-    scaler = _loss_scaler(engine)
+    scaler = _loss_scaler(engine) if engine.fp16_enabled() else None
     return counts | {"loss_scale": {k: getattr(scaler, k) for k in _LOSS_SCALE if hasattr(scaler, k)}}
 
 

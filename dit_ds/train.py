@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dit_ds.data.transforms import Augmentation
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
 from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.evaluate import INPUTS, evaluate
+from dit_ds.flops import peak_flops, step_flops
 from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
 from dit_ds.models.dit_sam import DITSAM, segmentation_loss
@@ -45,6 +46,7 @@ class Progress:
     seconds: float = 0.0  # of training; evaluation and saving not counted
     best_miou: float = -1.0
     best_step: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
@@ -87,6 +89,13 @@ class _Data:
         how = Augmentation(d.color, d.blur, d.flip)
         self.train = ExpressionDataset(self.index, d.unit, d.image_size, tokenize, how, config.seed)
         self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize)
+
+
+def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
+    """For rank 0's report; FLOPs are counted where there is a peak to compare them with."""
+    peak = peak_flops(torch.cuda.get_device_name(), dtype) if world.device.type == "cuda" else None
+    flops = step_flops(config) if peak and world.main else None
+    return Rates((config.data.image_size // 16) ** 2 + config.data.tokens, flops, peak)
 
 
 class _Run:
@@ -138,7 +147,7 @@ class _Run:
         )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
-        self.rates = Rates((config.data.image_size // 16) ** 2 + config.data.tokens)
+        self.rates = _rates(config, world, ds.dtype(ds_config))
         self.skipped_in_a_row = 0
 
     def store_frozen(self, model: DITSAM) -> Path | None:
@@ -156,7 +165,6 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """Epoch by epoch: train, evaluate, save."""
         progress, config = self.progress, self.config
-        metrics: dict[str, Any] = {}
         self.bar = tqdm(
             desc="train",
             total=self.total_steps,
@@ -173,18 +181,17 @@ class _Run:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
                 over = progress.step == self.total_steps
                 if over or progress.epoch % config.eval.every_epochs == 0:
-                    metrics = self.evaluate()
+                    self.evaluate()
                 if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
                     self.save()
             self.bar.close()
-            metrics = metrics or self.evaluate()  # a finished run that was resumed has none yet
             if self.saver.pending:
                 self.commit()
         finally:
             self.watch.close()
             self.record.close()
         seconds = round(progress.seconds, 1)
-        return metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds}
+        return progress.metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds}
 
     def train_epoch(self) -> None:
         """Take optimizer steps to the end of the epoch or of the run."""
@@ -288,7 +295,7 @@ class _Run:
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
         return Window(self.world, self.rates)
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> None:
         """Evaluate on the validation split, and note whether it is the best so far."""
         config, progress = self.config, self.progress
         self.watch.at(progress.step, 3, "evaluating")
@@ -302,12 +309,11 @@ class _Run:
                 config.data.workers,
                 self.world,
             )
-        metrics = {"split": config.data.val_split} | metrics
+        progress.metrics = metrics = {"split": config.data.val_split} | metrics
         self.record.metrics("eval", {"step": progress.step, "epoch": progress.epoch} | metrics)
         self.record.log(f"step {progress.step}: mIoU {metrics['miou']:.4f}, oIoU {metrics['oiou']:.4f}")
         if metrics["miou"] > progress.best_miou:
             progress.best_miou, progress.best_step = metrics["miou"], progress.step
-        return metrics
 
     def save(self) -> None:
         """Begin a checkpoint of this step; in the foreground, finish it, too."""

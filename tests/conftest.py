@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,31 @@ def environment() -> dict[str, str]:
     """The environment for child processes: the package importable from anywhere, and no world that this one is in."""
     world = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in world} | {"PYTHONPATH": str(ROOT)}
+
+
+def start_ranks(ranks: int, *args: str) -> list[subprocess.Popen]:
+    """Start `dit-ds ARGS` as so many ranks without a launcher, as srun does; stderr of each in a pipe."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "dit_ds.cli", *map(str, args)],
+            cwd=ROOT, env=environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(ranks)
+    ]  # fmt: skip
+
+
+def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen], timeout: float = 120) -> None:
+    """Wait until a run has reported this step."""
+    deadline = time.monotonic() + timeout
+    while not (run_dir / "metrics.jsonl").exists() or not any(m["step"] >= step for m in metrics_of(run_dir)):
+        assert time.monotonic() < deadline, "it did not come so far"
+        assert all(p.poll() is None for p in processes), [p.stderr.read()[-2000:] for p in processes if p.poll()]
+        time.sleep(0.02)
 
 
 def on_ranks(ranks: int, *settings: dict) -> list[dict]:
@@ -118,5 +145,5 @@ def config_file(shards: Path, tmp_path: Path) -> Path:
 
 def metrics_of(run_dir: Path, kind: str = "train") -> list[dict]:
     """The lines of one kind of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines(True) if x.endswith("\n")]
     return [line for line in lines if line["kind"] == kind]

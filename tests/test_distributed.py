@@ -44,7 +44,14 @@ def test_slurms_variables_are_understood(clean, tmp_path):
         clean.setenv(f"SLURM_{name}", value)
     assert set_environment() == (9, 16, 1)
     assert os.environ["MASTER_ADDR"] == "node07"
-    assert os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
+    assert os.environ["MASTER_PORT"] == str(10000 + 123456 % 20000)
+
+
+def test_a_given_master_needs_no_scontrol(clean, tmp_path):
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "node[07-08]"}
+    for name, value in (slurm | {"MASTER_ADDR": "node07", "PATH": str(tmp_path)}).items():
+        clean.setenv(name, value)
+    assert set_environment() == (1, 2, 1) and os.environ["MASTER_ADDR"] == "node07"
 
 
 def test_half_an_environment_is_refused(clean):

@@ -1,14 +1,54 @@
-"""DeepSpeed computes what plain PyTorch computes, at every ZeRO stage, on any number of ranks."""
+"""DeepSpeed computes what plain PyTorch computes, at every ZeRO stage and offloaded, on any number of ranks."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from conftest import on_ranks
+from conftest import ROOT, dit_ds, on_ranks, refused
+
+from dit_ds import engine
+from dit_ds.config import validate
+
+STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_stage_is_plain_adam_on_one_process(ranks):
-    """fp32, three steps of the same global batch: losses and every trained weight."""
-    for stage, got in enumerate(on_ranks(ranks, *({"stage": s, "dropout": False, "plain": True} for s in range(4)))):
+def test_every_stage_is_plain_adamw_on_one_process(ranks):
+    """fp32, weight decay, a moving average, three steps of the same global batch: losses and every trained weight."""
+    settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema": 0.5}
+    for stage, got in zip(STAGES, on_ranks(ranks, *({"stage": s} | settings for s in STAGES))):
         assert got["loss_error"] <= 1e-5, stage
         assert got["weight_error"] <= 1e-4, stage  # a tenth of one step at lr 1e-3
+        assert got["ema_error"] <= 1e-4 < 1e-3 < got["ema_matters"], stage
+        assert got["back"], stage
+
+
+def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():
+    """Weights, Adam's count and moving average are as if the step had not been."""
+    settings = {"dropout": False, "plain": True, "ema": 0.5, "nan_at": 1}
+    for stage, got in zip(STAGES, on_ranks(2, *({"stage": s} | settings for s in STAGES))):
+        assert got["left_out"] == [1] and got["counted"] == 1 and got["adam_step"] == 2, stage
+        assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["ema_error"] <= 1e-4, stage
+
+
+def test_types_are_said_and_go_by_one_switch():
+    def said(**deepspeed):
+        ds = engine.deepspeed_config(validate({"deepspeed": deepspeed}), 8)
+        return ds.get("bf16", {}).get("enabled", False), ds["communication_data_type"], ds["data_types"]
+
+    for path in sorted((ROOT / "configs/deepspeed").glob("*.json")):
+        config = {"config": str(path)}
+        assert said(**config) == (True, "bf16", {"grad_accum_dtype": "bf16"})
+        assert said(**config, precision="fp32") == (False, "fp32", {"grad_accum_dtype": "fp32"})
+        assert said(**config, precision="fp16") == (False, "fp16", {"grad_accum_dtype": "fp16"})
+        given = {"communication_data_type": "fp32"}
+        assert said(**config, override=given) == (True, "fp32", {"grad_accum_dtype": "bf16"})
+
+
+def test_what_the_run_owns_is_refused_in_the_json(tmp_path):
+    for key in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler", "gradient_clipping"):
+        (tmp_path / "ds.json").write_text(json.dumps({key: 1}))
+        done = dit_ds("train", "--config", ROOT / "configs/base.yaml", "--deepspeed.config", tmp_path / "ds.json",
+                      check=None)  # fmt: skip
+        assert f"sets '{key}', which the run owns" in refused(done)

@@ -1,4 +1,4 @@
-"""A rank of `test_checkpointing`: a few steps under each setting asked for; rank 0 prints one JSON object.
+"""A rank of `test_checkpointing` and `test_zero`: a few steps under each setting asked for; rank 0 prints one JSON object.
 
 torchrun --nproc_per_node 2 tests/zero_worker.py '[{"stage": 2, "policy": "block"}, ..]'
 """
@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 tests/zero_worker.py '[{"stage": 2, "policy": "block
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -37,14 +38,18 @@ def count_attention() -> list[int]:
     return calls
 
 
-def configuration(world, stage: int, policy: str, dropout: bool):
-    """A tiny model; with dropout in a trained BERT and of the words, or with none anywhere."""
+def configuration(world, stage: int | str, policy: str, dropout: bool, **train):
+    """A tiny model; with dropout in a trained BERT and of the words, or with none anywhere.
+
+    Args:
+        stage: names one of configs/deepspeed, as 2 or 2_offload.
+    """
     return validate(
         {
             "model": {"size": "vit_t", "word_dropout": 0.2 * dropout, "attention": "chunked"},
             "data": {"image_size": 64},
             "text": {"name": MINILM, "layers": 1, "freeze": not dropout},
-            "train": {"batch_size": 4, "lr": 1e-3, "activation_checkpointing": policy},
+            "train": {"batch_size": 4, "lr": 1e-3, "activation_checkpointing": policy} | train,
             "deepspeed": {
                 "config": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
                 "override": {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": 4 // world.world_size},
@@ -64,61 +69,92 @@ def batch_of(step: int, samples: slice) -> tuple[tuple[torch.Tensor, ...], torch
     return tuple(x[samples] for x in (image, size, tokens, token_mask)), mask[samples]
 
 
-def run(world, calls, stage: int, policy: str = "none", compile: bool = False, dropout: bool = True, plain: bool = False,
-        steps: int = 3) -> dict:  # fmt: skip
-    """Losses of this rank, final weights' norms, attention's forwards a step.
+def run(world, calls, stage: int | str, policy: str = "none", compile: bool = False, dropout: bool = True,
+        plain: bool = False, steps: int = 3, nan_at: int | None = None, **train) -> dict:  # fmt: skip
+    """Losses of this rank, final weights' norms, attention's forwards a step, updates left out.
 
     Args:
-        plain: compare with plain PyTorch's AdamW on the whole batch: `loss_error` and `weight_error`, the largest.
+        plain: compare with plain PyTorch's AdamW on the whole batch: `loss_error`, `weight_error` and `ema_error`, the
+            largest; and whether the weights are back, to the bit, after the moving average had their place: `back`.
+        nan_at: the step in which the last rank's loss is not a number.
+        train: keys of the configuration's `train`.
     """
-    config = configuration(world, stage, policy, dropout)
+    config = configuration(world, stage, policy, dropout, **train)
     model = build_model(config)
     model.image_encoder.checkpoint_activations(policy)
     if compile:
         model.image_encoder.compile_blocks()
     engine = ds.initialize(model, config, world)
+    trained = TrainingState(engine, config.train.ema)
     engine.train()
-    calls[0], losses = 0, []
+    calls[0], losses, norms = 0, [], []
     each = 4 // world.world_size
     for step in range(steps):
         torch.manual_seed(100 * step + world.rank)
         inputs, mask = batch_of(step, slice(world.rank * each, (world.rank + 1) * each))
-        loss = segmentation_loss(engine(*inputs), mask, torch.ones(each))
+        weight = torch.ones(each)
+        if step == nan_at and world.rank == world.world_size - 1:
+            weight = weight * float("nan")
+        loss = segmentation_loss(engine(*inputs), mask, weight)
         engine.backward(loss)
-        engine.step()
+        norms.append(ds.step(engine))
+        if math.isfinite(norms[-1]):
+            trained.update_average()
         losses.append(loss.item())
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    trained = TrainingState(engine)
-    state = {n: trained.whole("master", n) for n in sorted(names)}
+    attention_calls = calls[0] / steps
+    state = {n: trained.whole("master", n) for n in trained.names}
     result = {
         "losses": losses,
-        "weights": {n: state[n].double().norm().item() for n in sorted(names)},
-        "attention_calls": calls[0] / steps,
+        "weights": {n: state[n].double().norm().item() for n in sorted(state)},
+        "attention_calls": attention_calls,
+        "left_out": [i for i, n in enumerate(norms) if not math.isfinite(n)],
+        "counted": engine.skipped_steps,
+        "adam_step": trained.adam_step,
     }
     if plain:
-        want_losses, want = plain_adamw(build_model(config), config, steps)
+        want_losses, want, want_average = plain_adamw(build_model(config), config, steps, nan_at)
         mean_losses = mean_over_ranks(losses, world.device)
-        result["loss_error"] = max(abs(a - b) / b for a, b in zip(mean_losses, want_losses))
-        result["weight_error"] = max((state[n] - want[n]).abs().max().item() for n in names)
+        result["loss_error"] = max(abs(a - b) / b for a, b in zip(mean_losses, want_losses) if b == b)
+        result["weight_error"] = max((state[n] - want[n]).abs().max().item() for n in want)
+    if plain and config.train.ema:
+        inputs, _ = batch_of(99, slice(world.rank * each, (world.rank + 1) * each))
+        engine.eval()
+        before = engine(*inputs)
+        with ds.averaged(trained):
+            averaged = engine(*inputs)
+        result["back"] = torch.equal(before, engine(*inputs)) and all(
+            torch.equal(state[n], trained.whole("master", n)) for n in state
+        )
+        other = build_model(config).eval()
+        other.load_state_dict(want_average, strict=False)
+        with torch.no_grad():
+            result["ema_error"] = (averaged - other(*inputs)).abs().max().item()
+            result["ema_matters"] = (averaged - before).abs().max().item()
     return result
 
 
-def plain_adamw(model, config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of PyTorch's own AdamW in one process, no DeepSpeed."""
+def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[float], dict, dict]:
+    """Losses, final weights and their moving average of PyTorch's own AdamW in one process, no DeepSpeed."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    average = {n: p.detach().clone() for n, p in trained.items()}
     t = config.train
     optimizer = torch.optim.AdamW(
         list(trained.values()), lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay
     )
     losses = []
     for step in range(steps):
+        if step == nan_at:
+            losses.append(float("nan"))
+            continue
         inputs, mask = batch_of(step, slice(0, 4))
         loss = segmentation_loss(model.train()(*inputs), mask, torch.ones(4))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        for n, p in trained.items():
+            average[n] = t.ema * average[n] + (1 - t.ema) * p.detach()
         losses.append(loss.item())
-    return losses, {n: p.detach() for n, p in trained.items()}
+    return losses, {n: p.detach() for n, p in trained.items()}, average
 
 
 if __name__ == "__main__":

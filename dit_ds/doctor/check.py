@@ -1,0 +1,127 @@
+"""What a check is, what it is given, and how it is run so that it stops nothing else.
+
+A check is a generator of `Check`s. Numbers in `found` stand between spaces: those that differ from rank to rank are
+then printed as a range.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dit_ds import engine
+from dit_ds.config import RunConfig
+from dit_ds.errors import UserError
+
+GIB = 2**30
+THREAD = "dit-ds check"  # the name of the threads that checks run in
+CHECK_SECONDS = 60  # that one check may take: the first import on a cold network file system is slow
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: status is ok, warn or fail; the remedy is for the latter two."""
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+@dataclass
+class Context:
+    """What a check needs to know, and in `facts` what it leaves for comparison between ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    config: RunConfig | None = None
+    timeout: float = 60.0  # seconds to wait for other ranks
+    facts: dict[str, Any] = field(default_factory=lambda: {"host": socket.gethostname()})
+
+    @property
+    def local_ranks(self) -> int:
+        """Processes on this node, as the launcher says."""
+        env = os.environ
+        text = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
+        digits = re.match(r"\d+", text or "")  # SLURM writes 8(x2),4
+        return int(digits[0]) if digits and self.world_size > 1 else 1
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, as the launcher says."""
+        text = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or "1"
+        return int(text) if text.isdigit() and self.world_size > 1 else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model will run in."""
+        try:
+            if self.config:
+                return engine.dtype(engine.deepspeed_config(self.config, self.world_size))
+        except UserError:  # which `configuration` reports
+            pass
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+    @property
+    def offload(self) -> set[str]:
+        """The devices that the DeepSpeed configuration offloads to: cpu, nvme."""
+        try:
+            ds = engine.deepspeed_config(self.config, self.world_size) if self.config else {}
+        except UserError:
+            return set()
+        parts = [ds.get("zero_optimization", {}).get(k) or {} for k in ("offload_optimizer", "offload_param")]
+        return {p["device"] for p in parts if p.get("device", "none") != "none"}
+
+
+def from_error(name: str, error: UserError, remedy: str) -> Check:
+    """A failed check from a message `what is wrong: what to do`; `remedy` where it ends in the system's own words."""
+    text = " ".join(str(error).split())
+    what, _, todo = text.rpartition(": ")
+    if not what or todo in {os.strerror(n) for n in errno.errorcode}:
+        return Check(name, "fail", text, remedy)
+    return Check(name, "fail", what, todo)
+
+
+def run_checks(functions: Iterable[Callable[[Context], Iterator[Check]]], c: Context, seconds: float) -> list[Check]:
+    """What the checks find, one after the other, in so many seconds together."""
+    deadline = time.monotonic() + seconds
+    found: list[Check] = []
+    for function in functions:
+        found += _bounded(function, c, min(CHECK_SECONDS, deadline - time.monotonic()))
+    return found
+
+
+def _bounded(function: Callable[[Context], Iterator[Check]], c: Context, seconds: float) -> list[Check]:
+    """What one check finds; that it raises or hangs is a finding, too. A thread that hangs is left behind."""
+    name = function.__name__.replace("_", " ")
+    if seconds <= 0:
+        return [Check(name, "fail", "not run: the checks before it took all the time", "mend those first")]
+    found: list[Check] = []
+
+    def work() -> None:
+        try:
+            for check in function(c):
+                found.append(check)
+        except UserError as e:
+            found.append(from_error(name, e, "see the message"))
+        except Exception as e:
+            text = (str(e).strip() or "no message").splitlines()[0][:300]
+            found.append(Check(name, "fail", f"{type(e).__name__}: {text}", "mend what the message names"))
+
+    thread = threading.Thread(target=work, name=THREAD, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        remedy = "a file system, device or network does not answer: look at dmesg and the mounts of this host"
+        return [*found, Check(name, "fail", f"did not finish in {seconds:.0f} s", remedy)]
+    return found

@@ -1,0 +1,137 @@
+"""Checks of what a configuration names: batch, shards, weights, the run's folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dit_ds import engine
+from dit_ds.doctor.check import GIB, Check, Context
+from dit_ds.doctor.node import addresses, write_and_remove
+from dit_ds.errors import UserError
+from dit_ds.files import full_disk_is_user_error
+
+
+def configuration(c: Context) -> Iterator[Check]:
+    """Whether the batch divides, and the DeepSpeed JSON is sound."""
+    ds = engine.deepspeed_config(c.config, c.world_size)
+    micro, steps = ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    text = f"batch {c.config.train.batch_size} is micro-batch {micro} x {c.world_size} ranks x {steps} accumulated"
+    yield Check("configuration", "ok", f"{text}, ZeRO stage {stage}")
+
+
+def shards(c: Context) -> Iterator[Check]:
+    """Manifest, sizes, one sample of this rank's own, and the speed of reading."""
+    from dit_ds.data.loader import ExpressionDataset, SplitIndex
+
+    d = c.config.data
+    folder = Path(d.root) / d.dataset / d.split_by
+    index = SplitIndex.load(folder, d.train_split)
+    SplitIndex.load(folder, d.val_split)
+    dataset = ExpressionDataset(index, "ref", d.image_size, lambda text: (np.zeros(1, np.int64), np.ones(1, bool)))
+    sample = dataset[(0, c.rank * len(dataset) // max(1, c.world_size) % len(dataset), 1.0)]
+    if isinstance(sample, UserError):
+        raise sample
+    rate = _read_rate(index.shards[c.rank % len(index.shards)])
+    slow = rate < 20
+    found = f"{folder}: {len(index.images)} images in {len(index.shards)} shards of {d.train_split}, read at {rate:.0f} MB/s"
+    yield Check("shards", "warn" if slow else "ok", found, "copy the shards to a faster file system" if slow else "")
+
+
+def _read_rate(path: Path) -> float:
+    """MB/s of the file's first 32 MiB, not from this machine's page cache if it can be dropped."""
+    with open(path, "rb", buffering=0) as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start, count = time.perf_counter(), 0
+        while count < 32 << 20 and time.perf_counter() - start < 5 and (part := f.read(1 << 20)):
+            count += len(part)
+    return count / 1e6 / (time.perf_counter() - start)
+
+
+def sam_checkpoint(c: Context) -> Iterator[Check]:
+    """The file to start from, its directory of tensors read and not the tensors."""
+    path = c.config.model.checkpoint
+    if path is None:
+        yield Check("sam checkpoint", "ok", "none configured: random weights")
+        return
+    remedy = "download sam_vit_b_01ec64.pth or its larger kin, or set model.checkpoint"
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as f:
+                count = len(list(f.keys()))
+        else:
+            count = len(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+        yield Check("sam checkpoint", "ok", f"{path}, {count} tensors")
+    except FileNotFoundError:
+        yield Check("sam checkpoint", "fail", f"no file {path}", remedy)
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        yield Check("sam checkpoint", "fail", f"{path} can't be read ({type(e).__name__})", remedy)
+
+
+def text_encoder(c: Context) -> Iterator[Check]:
+    """The encoder's files, on this machine: the hub is not asked."""
+    from dit_ds.models.text_encoder import load_tokenizer, resolve_name
+
+    name = resolve_name(c.config.text.name)
+    needed = [("config.json",)] + [("model.safetensors", "pytorch_model.bin")] * (not c.config.text.random_init)
+    absent = [files[0] for files in needed if not any(_on_disk(name, f) for f in files)]
+    if not absent:
+        load_tokenizer(c.config.text.tokenizer or name)
+        yield Check("text encoder", "ok", name)
+        return
+    remedy = f"huggingface-cli download {name} where there is a network, or set text.name to a folder"
+    offline = c.facts.get("offline") or not addresses("huggingface.co")
+    found = f"{name} has no {' and no '.join(absent)} on this machine"
+    if offline or Path(name).is_dir():
+        yield Check(
+            "text encoder", "fail", f"{found}, and the hub can't be asked" * (not Path(name).is_dir()) or found, remedy
+        )
+    else:
+        yield Check("text encoder", "warn", f"{found}: every rank will ask the hub", remedy)
+
+
+def _on_disk(name: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return (Path(name) / file).exists()
+    return isinstance(try_to_load_from_cache(name, file), str)
+
+
+def run_folder(c: Context) -> Iterator[Check]:
+    """Whether this rank can write there, and space for the checkpoints."""
+    run = Path(c.config.run_dir).absolute()
+    folder = next(p for p in [run, *run.parents] if p.exists())
+    with full_disk_is_user_error(folder):
+        write_and_remove(folder, c.rank)
+    free, each = shutil.disk_usage(folder).free / GIB, _checkpoint_bytes(c) / GIB
+    text = f"{run} can be written, {free:.1f} GiB free"
+    count = c.config.checkpoint.keep + 2  # the best, and the one being written
+    if each:
+        text += f" for {count} checkpoints of about {each:.2f}"
+    status = "fail" if free < each else "warn" if free < each * count else "ok"
+    remedy = "" if status == "ok" else "free some, choose another --run_dir, or lower checkpoint.keep"
+    yield Check("run folder", status, text, remedy)
+
+
+def _checkpoint_bytes(c: Context) -> int:
+    """Weights in the model's type; of what trains Adam's two moments and fp32 masters. 0 if it can't be told."""
+    from dit_ds.weights import build_model
+
+    try:
+        with torch.device("meta"):
+            model = build_model(c.config, text_weights=False)
+    except UserError:  # no text encoder, which has its own check
+        return 0
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    states = 8 if c.dtype == torch.float32 else 12
+    return sum(n * c.dtype.itemsize + states * n * trained for n, trained in sizes)

@@ -1,0 +1,189 @@
+"""FLOPs of a training step, counted on fake tensors, and what GPUs do at most.
+
+Counted are matrix products and convolutions, a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_ds.config import RunConfig
+from dit_ds.errors import UserError
+from dit_ds.memory.fake_step import fake_batch, fake_tensors
+from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.weights import build_model
+
+
+class Passes(NamedTuple):
+    """FLOPs a sample of the two passes of a training step."""
+
+    forward: int
+    backward: int
+
+
+def step_flops(config: RunConfig) -> int:
+    """Model FLOPs of one step a sample: unfolded attention, nothing computed twice. What an MFU is measured by.
+
+    Frozen parts count with the products that training needs of them. The count takes seconds, ViT-H's too, needs
+    neither weights nor a GPU, and leaves random numbers, process groups and real models alone.
+
+    Raises:
+        UserError: the text encoder's configuration isn't there.
+    """
+    return sum(_passes(config, "eager", "none"))
+
+
+def hardware_flops(config: RunConfig, watch: Callable[[nn.Module], object] | None = None) -> Passes:
+    """What is really computed a sample: with the run's activation checkpointing and a GPU's attention kernels.
+
+    Those multiply queries and keys again in the backward pass.
+
+    Args:
+        watch: called with the model, before the step is taken on fake tensors.
+    Raises:
+        UserError: the text encoder's configuration isn't there.
+    """
+    return _passes(config, "sdpa_efficient", config.train.activation_checkpointing, watch)
+
+
+def _passes(
+    config: RunConfig, attention: str, policy: str, watch: Callable[[nn.Module], object] | None = None
+) -> Passes:
+    one = config.model_copy(deep=True)
+    one.model.attention, one.text.cache = attention, 0
+    with _offline_text(one), torch.random.fork_rng(_cuda_devices()), fake_tensors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*backward hook")  # of modules without a gradient, as it must be
+        model = build_model(one, text_weights=False)
+        model.image_encoder.checkpoint_activations(policy)
+        if watch is not None:
+            watch(model.train())
+        inputs, mask, weight = fake_batch(1, one.data.image_size, one.data.tokens)
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            loss = segmentation_loss(model(**inputs), mask, weight, one.train.dice_weight)
+            forward = counter.get_total_flops()
+            loss.backward()
+        return Passes(forward, counter.get_total_flops() - forward)
+
+
+def _cuda_devices() -> list[int]:
+    """Whose random state to keep: the device in use, if CUDA is; elsewhere there is none yet."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+@contextlib.contextmanager
+def _offline_text(config: RunConfig) -> Iterator[None]:
+    """BERT-base's shape is known: no hub is asked for it."""
+    if config.text.name != "bert-base-uncased":
+        yield
+        return
+    from transformers import BertConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        BertConfig(architectures=["BertModel"]).save_pretrained(folder)
+        config.text.name = folder
+        yield
+
+
+def _attention_flops(qkv: Any, rel_h: Any, rel_w: Any, words: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Queries by keys, weights by values, and queries by the positions of rows and columns."""
+    b, n, _three, heads, d = qkv
+    keys = n + (words[1] if words is not None else 0)
+    return 2 * b * heads * n * d * (2 * keys + rel_h[0] + rel_w[0])
+
+
+def _attention_backward_flops(grad: Any, qkv: Any, rel_h: Any, rel_w: Any, words: Any, *rest: Any, **__: Any) -> int:
+    """Five products for the forward's two, as in FlashAttention; the positions again, and for their gradients."""
+    *_, of_tables = (x for x in rest if isinstance(x, bool))
+    b, n, _three, heads, d = qkv
+    keys = n + (words[1] if words is not None else 0)
+    return 2 * b * heads * n * d * (5 * keys + (2 + of_tables) * (rel_h[0] + rel_w[0]))
+
+
+_FORMULAS = {
+    torch.ops.dit_ds.attention: _attention_flops,
+    torch.ops.dit_ds.attention_backward: _attention_backward_flops,
+}
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+# Dense TFLOP/s from the vendors' data sheets (where those give sparse ones, half of them): bf16, fp16, tf32, fp32.
+# On GeForce, 16-bit products are summed in fp32, as PyTorch does. A plain name is the SXM module where there is one.
+PEAKS: dict[str, tuple[float | None, ...]] = {
+    "V100": (None, 125, None, 15.7),
+    "V100 PCIe": (None, 112, None, 14),
+    "T4": (None, 65, None, 8.1),
+    "A100": (312, 312, 156, 19.5),
+    "A30": (165, 165, 82, 10.3),
+    "A10": (125, 125, 62.5, 31.2),
+    "A40": (149.7, 149.7, 74.8, 37.4),
+    "RTX A6000": (154.8, 154.8, 77.4, 38.7),
+    "H100": (989.4, 989.4, 494.7, 66.9),
+    "H100 PCIe": (756, 756, 378, 51),
+    "H100 NVL": (835.5, 835.5, 417.5, 60),
+    "GH200": (989.4, 989.4, 494.7, 66.9),
+    "H200": (989.4, 989.4, 494.7, 66.9),
+    "H200 NVL": (835.5, 835.5, 417.5, 60),
+    "B200": (2250, 2250, 1125, 75),
+    "GB200": (2500, 2500, 1250, 80),
+    "L4": (121, 121, 60, 30.3),
+    "L40": (181, 181, 90.5, 90.5),
+    "L40S": (362, 362, 183, 91.6),
+    "RTX 6000 Ada": (364.2, 364.2, 182.1, 91.1),
+    "RTX 3090": (71, 71, 35.6, 35.6),
+    "RTX 4090": (165.2, 165.2, 82.6, 82.6),
+    "RTX 5090": (209.5, 209.5, 104.8, 104.8),
+}
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s that a GPU's data sheet promises; None where the name or its rate in that type isn't known.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it, or short, as "H100 PCIe".
+        dtype: bf16, fp16 or fp32; the last by TF32 where PyTorch's settings of the moment allow it.
+    """
+    name = gpu(device_name)
+    if name is None:
+        return None
+    tf32 = torch.get_float32_matmul_precision() != "highest" and PEAKS[name][2] is not None
+    column = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2 if tf32 else 3}.get(dtype)
+    rate = None if column is None else PEAKS[name][column]
+    return None if rate is None else rate * 1e12
+
+
+def require_peak(device_name: str, dtype: torch.dtype) -> float:
+    """`peak_flops` of a GPU that must be known.
+
+    Raises:
+        UserError: it isn't, or doesn't compute in that type; the message lists those that are.
+    """
+    peak = peak_flops(device_name, dtype)
+    if peak is None:
+        what = f"GPU '{device_name}' is not known"
+        if gpu(device_name):
+            what = f"{gpu(device_name)} has no rate in {str(dtype).removeprefix('torch.')}"
+        raise UserError(f"{what}: choose one of {', '.join(PEAKS)}")
+    return peak
+
+
+def gpu(device_name: str) -> str | None:
+    """The key of `PEAKS` that a name means, the most specific one; slices (MIG) and laptops' parts have none."""
+    words = _words(device_name)
+    if words & {"mig", "laptop"}:
+        return None
+    found = [name for name in PEAKS if _words(name) <= words]
+    return max(found, key=lambda name: len(_words(name)), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower())) - {"rtx", "nvidia"}

@@ -1,0 +1,202 @@
+"""A run that is killed, damaged, resized, signalled, stalled or out of disk ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, dit_ds, environment, metrics_of, refused, start_ranks, tiny_config, wait_for_step
+
+from dit_ds.checkpoint import Reader, damage
+
+FULL_EPOCH = 12  # optimizer steps
+
+
+@pytest.fixture(scope="module")
+def config(shards, tmp_path_factory) -> Path:
+    """One epoch of 12 steps, a checkpoint every 4."""
+    folder = tmp_path_factory.mktemp("resume")
+    values = tiny_config(shards, folder / "whole")
+    values["checkpoint"] = {"every_steps": 4, "keep": 3}
+    values["eval"] = {"threshold": 0.1}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> Path:
+    """The undisturbed run, on one rank."""
+    dit_ds("train", "--config", config)
+    return config.parent / "whole"
+
+
+def same_end(a: Path, b: Path) -> bool:
+    """Losses, evaluation, weights and optimizer states, to the bit."""
+
+    def end(run):
+        meta = json.loads((run / f"checkpoints/step_{FULL_EPOCH:08d}/meta.json").read_text())
+        return [(m["step"], m["loss"]) for m in metrics_of(run)], metrics_of(run, "eval"), meta["digest"]
+
+    return end(a) == end(b)
+
+
+def benchmark(*args: str) -> dict:
+    """What benchmarks/kill_and_resume.py reports."""
+    done = subprocess.run([sys.executable, "benchmarks/kill_and_resume.py", *args, "--json"], cwd=ROOT, timeout=800,
+                          capture_output=True, text=True, env=environment())  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(900)
+def test_five_kills_end_as_the_undisturbed_run():
+    result = benchmark("--kills", "5", "--seed", "1")
+    assert result["identical"] == result["kills"] == 5
+    assert result["samples_lost"] == result["samples_doubled"] == 0
+
+
+@pytest.mark.timeout(900)
+def test_any_world_size_and_zero_stage_goes_on():
+    result = benchmark("--resize")
+    assert result["same_steps"] and result["samples_lost"] == result["samples_doubled"] == 0
+    assert result["final_loss_relative_difference"] <= 1e-5
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, tmp_path):
+    cut = tmp_path / "cut"
+    run = ["train", "--config", config, "--run_dir", cut, "--resume"]
+    dit_ds(*run, "--train.max_steps", "8")
+    newest, former = cut / "checkpoints/step_00000008", cut / "checkpoints/step_00000004"
+    file = newest / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 6] ^= 1  # among the master weights, which come first
+    file.write_bytes(data)
+    assert damage(newest) == "rank_00000.safetensors has another SHA-256" and damage(former) is None
+    assert "is damaged" in refused(dit_ds("eval", newest, check=None))  # its digest differs
+    done = dit_ds(*run)
+    assert f"{newest} is damaged" in done.stderr and f"resumed from {former} at step 4" in done.stderr
+    # max_steps evaluated at step 8, too
+    assert [m["loss"] for m in metrics_of(cut)] == [m["loss"] for m in metrics_of(whole)]
+    for path in (cut / "checkpoints").glob("step_*/meta.json"):
+        path.unlink()
+    assert "all checkpoints" in refused(dit_ds(*run, check=None))
+
+
+def test_half_written_checkpoints_are_not_seen_and_cleared(config, whole, tmp_path):
+    """What kill -9 can leave: a hidden folder half written, and one about to be replaced."""
+    cut = tmp_path / "cut"
+    run = ["train", "--config", config, "--run_dir", cut, "--resume"]
+    dit_ds(*run, "--train.max_steps", "8")
+    there = cut / "checkpoints"
+    (there / ".step_00000012.tmp").mkdir()
+    (there / ".step_00000012.tmp/rank_00000.safetensors").write_bytes(b"half")
+    (there / "step_00000008").rename(there / ".replaced_step_00000008")
+    done = dit_ds(*run)
+    assert "at step 4" in done.stderr or "at step 8" in done.stderr
+    assert sorted(p.name for p in there.iterdir()) == ["step_00000004", "step_00000008", "step_00000012"]
+    assert [m["loss"] for m in metrics_of(cut)] == [m["loss"] for m in metrics_of(whole)]
+
+
+def test_frozen_weights_left_out_must_be_found_again(config, whole, tmp_path):
+    run = tmp_path / "lean"
+    dit_ds("train", "--config", config, "--run_dir", run, "--checkpoint.frozen", "leave_out")
+    assert not list(run.rglob("frozen.safetensors")) and list(whole.rglob("frozen.safetensors"))
+    assert dit_ds("eval", run, "--json").stdout == dit_ds("eval", whole, "--json").stdout
+    assert same_end(run, whole)
+    meta = run / "checkpoints/step_00000012/meta.json"
+    meta.write_text(meta.read_text().replace('"layers": 1', '"layers": 2'))
+    assert "set both to the former files" in refused(dit_ds("eval", meta.parent, check=None))
+
+
+def test_every_rank_writes_its_part_and_the_frozen_weights_are_there_once(config, tmp_path):
+    run = tmp_path / "run"
+    dit_ds("train", "--config", config, "--run_dir", run, ranks=2)
+    paths = sorted((run / "checkpoints").iterdir())
+    assert [p.name for p in paths] == [f"step_{s:08d}" for s in (4, 8, 12)]
+    frozen = {(p / "frozen.safetensors").stat().st_ino for p in paths}
+    assert len(frozen) == 1
+    sizes = [(paths[-1] / f"rank_0000{r}.safetensors").stat().st_size for r in (0, 1)]
+    assert abs(sizes[0] - sizes[1]) < 0.05 * sizes[0]
+    elements = sum(np.prod(s) for s in Reader(paths[-1]).shapes.values())
+    assert sum(sizes) < 1.1 * 12 * elements  # master, two moments, fp32, each once
+    lines = metrics_of(run, "save")
+    assert [x["step"] for x in lines] == [4, 8, 12] and all(x["blocked_seconds"] > 0 for x in lines)
+
+
+def test_one_rank_gets_a_signal_and_all_save_and_end_with_75(config, whole, tmp_path):
+    arguments = ["train", "--config", config, "--run_dir", tmp_path / "cut", "--resume", "--data.workers", "1"]
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        ranks = start_ranks(2, *arguments)
+        wait_for_step(tmp_path / "cut", 1 if number == signal.SIGUSR2 else 6, ranks)
+        ranks[1].send_signal(number)
+        errors = [p.communicate(timeout=120)[1] for p in ranks]
+        if any(p.returncode == 0 for p in ranks):  # the second may come too late
+            assert number == signal.SIGTERM
+            break
+        assert [p.returncode for p in ranks] == [75, 75], errors
+        assert all(f"stopped by {number.name} at step" in e and "Traceback" not in e for e in errors)
+    ranks = start_ranks(2, *arguments)
+    assert [p.wait(120) for p in ranks] == [0, 0]
+    losses = [[m["loss"] for m in metrics_of(d)] for d in (tmp_path / "cut", whole)]
+    np.testing.assert_allclose(*losses, rtol=2e-5)  # one rank there, two here
+
+
+def test_a_stalled_rank_is_named(config, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", "--config", config, "--run_dir", run, "--log.stall_seconds", "2", "--train.epochs", "40"]
+    ranks = start_ranks(2, *arguments)
+    try:
+        wait_for_step(run, 2, ranks)
+        ranks[1].send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while "rank 1 on" not in (run / "log.txt").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        for p in ranks:
+            p.kill()
+            p.communicate()
+    line = next(x for x in (run / "log.txt").read_text().splitlines() if "rank 1 on" in x)
+    assert "its process does not answer" in line and "the others wait for it" in line
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_where_it_must(config, tmp_path):
+    arguments = ["train", "--config", config, "--train.lr", "1e30", "--train.gradient_clipping", "0", "--run_dir"]
+    done = dit_ds(*arguments, tmp_path / "stop", "--train.nonfinite", "stop", ranks=1, check=1)
+    assert "is not finite at step" in done.stderr and "Traceback" not in done.stderr
+    line = json.loads((tmp_path / "stop/nonfinite.jsonl").read_text().splitlines()[0])
+    assert len(line["ranks"][0]["samples"]) == 8 and line["step"] >= 2
+    dit_ds(*arguments, tmp_path / "skip")  # left out and counted, to the end
+    counted = metrics_of(tmp_path / "skip")[-1]["skipped_steps"]
+    assert 1 <= counted == len((tmp_path / "skip/nonfinite.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("policy", ["stop", "go_on"])
+def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy):
+    """Room for one checkpoint and a half."""
+    small = tmp_path / "small"
+    small.mkdir()
+    size = 1.5 * 12 * sum(np.prod(s) for s in Reader(whole / "checkpoints/step_00000012").shapes.values())
+    options = f"size={int(size / 1024)}k"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        arguments = ["train", "--config", config, "--run_dir", small / "run", "--checkpoint.frozen", "leave_out",
+                     "--checkpoint.on_full_disk", policy]  # fmt: skip
+        done = dit_ds(*arguments, ranks=1, check=None)
+        if policy == "stop":
+            assert "checkpoint of step 8 not saved: no space left" in refused(done)
+        else:
+            assert done.returncode == 0 and "going on, the former checkpoint is whole" in done.stderr
+            assert metrics_of(small / "run")[-1]["step"] == FULL_EPOCH
+        assert [p.name for p in (small / "run/checkpoints").iterdir()] == ["step_00000004"]
+        assert damage(small / "run/checkpoints/step_00000004") is None
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
