@@ -98,10 +98,10 @@ option() {
     done
 }
 
-# doctor [CONFIG]: every rank checks its surroundings and that it reaches the others
+# doctor [ARGUMENTS OF dit-ds train]: every rank checks its surroundings, the configuration and that it reaches the others
 doctor() {
     [ "$DOCTOR" = 1 ] || return 0
-    on_ranks -- "${dit_ds[@]}" doctor ${1:+--config "$1"}
+    on_ranks -- "${dit_ds[@]}" doctor "$@"
 }
 
 nodes_answer() { # whether every node of the job still runs a task
