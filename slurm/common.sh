@@ -130,10 +130,10 @@ finish() {
             "submit the same command to go on"
         exit "$1"
     fi
-    # a job that was cancelled is ending already, as is one at its time limit: only the first was meant to end
+    # scancel meant to end the job, and after a node's failure SLURM requeues it itself; at the time limit it does not
     state=$(scontrol show job "$SLURM_JOB_ID")
     if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
-        say "was cancelled: not requeued; submit the same command to go on"
+        say "ended with status $1 as SLURM was ending the job (scancel, or a failed node): not requeued from here"
         exit "$1"
     fi
     say "ended with status $1: requeued ($((restarts + 1)) of $MAX_REQUEUES)"

@@ -278,7 +278,7 @@ def test_a_cancelled_job_stays_cancelled(pretend):
     info = site.finished(job, timeout=60)
     assert (info["JobState"], info["Restarts"]) == ("CANCELLED", "0")
     site.cluster.wait_idle()
-    assert "was cancelled: not requeued" in site.read(job)
+    assert "as SLURM was ending the job (scancel" in site.read(job)
     assert site.cluster.job(job)["JobState"] == "CANCELLED"
 
 
