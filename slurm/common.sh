@@ -1,0 +1,148 @@
+# shellcheck shell=bash
+# What the job scripts share: the site's settings, how ranks are started, and when a job goes back into the queue.
+
+# shellcheck source=slurm/cluster.env
+source "${CLUSTER_ENV:-slurm/cluster.env}" || exit 2
+set -uo pipefail # not before: modules' and venvs' scripts may not bear it; no -e: each step's status is looked at
+
+# The steps are signalled before the time limit, and sometimes this shell too: it must outlive them to requeue the job.
+trap : USR2 TERM
+
+restarts=${SLURM_RESTART_COUNT:-0}
+if [ -z "$TASKS_PER_NODE" ]; then
+    gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    TASKS_PER_NODE=${gpus##*:} # "a100:4" is 4
+    [ "$TASKS_PER_NODE" -gt 0 ] || TASKS_PER_NODE=1
+fi
+# srun no longer takes the cores of a task from sbatch: unsaid, a task gets one core, and its loaders share it
+cpus_per_task=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))
+[ "$cpus_per_task" -gt 0 ] || cpus_per_task=1
+unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK # srun refuses them beside --cpus-per-task
+
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # a port a job, below the ones that Linux gives out itself
+export MASTER_ADDR MASTER_PORT
+
+dit_ds=("$PYTHON" -m dit_ds.cli)
+rank_logs=$LOG_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID
+mkdir -p "$rank_logs"
+
+say() { echo "$(date '+%F %T') $SLURM_JOB_NAME: $*"; }
+say "job $SLURM_JOB_ID, restart $restarts, $SLURM_JOB_NUM_NODES x $TASKS_PER_NODE tasks of $cpus_per_task cores," \
+    "first node $MASTER_ADDR"
+
+# on_ranks [srun's options] -- COMMAND: one task a GPU; when one fails, none waits for it
+on_ranks() {
+    local said=$rank_logs/srun.log status line
+    local options=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$cpus_per_task"
+        --kill-on-bad-exit=1 --wait=60)
+    [ -z "$CPU_BIND" ] || options+=(--cpu-bind="$CPU_BIND")
+    while [ "$1" != -- ]; do options+=("$1") && shift; done
+    shift
+    : >"$said"
+    { # what srun itself says goes to the job's log, and with the time to a file
+        srun "${SRUN_OPTIONS[@]}" "${options[@]}" "${CONTAINER[@]}" "$@" 2>&1 >&3 3>&- | while IFS= read -r line; do
+            printf '%s\n' "$line" >&2
+            printf '%(%s)T %s\n' -1 "$line" >>"$said"
+        done
+        status=${PIPESTATUS[0]}
+    } 3>&1
+    if [ "$status" -gt 128 ]; then status=$(own_status "$status" "$said"); fi
+    return "$status"
+}
+
+# own_status STATUS SAID: when a rank fails, SLURM ends the others, with TERM and after KillWait with KILL, and srun's
+# status is that signal. This is what the rank that failed ended with. A rank that died of a signal by itself takes its
+# peers down with status 1 at once, so such a 1 counts for nothing.
+own_status() {
+    local kill_wait
+    kill_wait=$(scontrol show config | awk '$1 == "KillWait" { print $3 }')
+    awk -v status="$1" -v kill_wait="${kill_wait:-30}" '
+        !/^[0-9]+ srun: error: [^ ]+: tasks? [0-9,-]+: / || /: Terminated/ { next }
+        /: Exited with exit code/ { code[$NF] = 1; if (!first) first = $1; next }
+        !first || $1 - first < kill_wait - 1 { died = 1 }
+        END { print 2 in code ? 2 : 75 in code ? 75 : 1 in code && !died ? 1 : status }' "$2"
+}
+
+# logged NAME COMMAND: on_ranks with one log a rank, kept across requeues; rank 0's lines appear in the job's log too
+logged() {
+    local log=$rank_logs/$1 follow status
+    shift
+    touch "$log.rank0.log"
+    tail -n 0 -F "$log.rank0.log" 2>/dev/null &
+    follow=$!
+    on_ranks --output="$log.rank%t.log" --open-mode=append -- "$@"
+    status=$?
+    sleep 1 # for tail to reach the end
+    kill "$follow" 2>/dev/null
+    wait "$follow" 2>/dev/null
+    return "$status"
+}
+
+# on_each_node COMMAND: one task a node
+on_each_node() {
+    srun "${SRUN_OPTIONS[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus_per_task" \
+        --kill-on-bad-exit=1 --wait=60 "${CONTAINER[@]}" "$@"
+}
+
+# option NAME ARGUMENTS: the value of --NAME among them
+option() {
+    local name=--$1
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+        "$name") echo "${2:-}" && return ;;
+        "$name"=*) echo "${1#*=}" && return ;;
+        esac
+        shift
+    done
+}
+
+# doctor [ARGUMENTS OF dit-ds train]: every rank checks its surroundings, the configuration and that it reaches the others
+doctor() {
+    [ "$DOCTOR" = 1 ] || return 0
+    on_ranks -- "${dit_ds[@]}" doctor "$@"
+}
+
+nodes_answer() { # whether every node of the job still runs a task
+    timeout 90 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 true
+}
+
+# wants_requeue STATUS: whether a step that ended so is to be tried again: it was interrupted, or its node failed.
+# 1 and 2 are the run's own errors, except that ranks whose peer is lost with its node end with 1, too.
+wants_requeue() {
+    case $1 in
+    0 | 2) return 1 ;;
+    75) return 0 ;; # a checkpoint was saved on request
+    *) [ "$1" -gt 128 ] || ! nodes_answer ;;
+    esac
+}
+
+# finish STATUS: end the job with it, or put the job back into the queue
+finish() {
+    local state
+    if ! wants_requeue "$1"; then
+        say "ended with status $1"
+        exit "$1"
+    fi
+    if [ "$restarts" -ge "$MAX_REQUEUES" ]; then
+        say "ended with status $1 and was requeued $restarts times (MAX_REQUEUES=$MAX_REQUEUES): not again;" \
+            "submit the same command to go on"
+        exit "$1"
+    fi
+    # scancel meant to end the job, and after a node's failure SLURM requeues it itself; at the time limit it does not
+    state=$(scontrol show job "$SLURM_JOB_ID")
+    if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
+        say "ended with status $1 as SLURM was ending the job (scancel, or a failed node): not requeued from here"
+        exit "$1"
+    fi
+    say "ended with status $1: requeued ($((restarts + 1)) of $MAX_REQUEUES)"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit "$1" # reached if SLURM lets this shell live that long; a job that is being requeued has no status
+}
+
+# SLURM itself requeues for failed nodes and preemptions; the cap holds for those, too
+if [ "$restarts" -gt "$MAX_REQUEUES" ]; then
+    say "was requeued $restarts times (MAX_REQUEUES=$MAX_REQUEUES): not again; submit the same command to go on"
+    exit 1
+fi

@@ -1,0 +1,66 @@
+"""Copy the shards that a training reads to this node's own disk; what is there already, and the same, is kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from dit_ds.config import load_config
+from dit_ds.errors import UserError
+
+
+def stage(source: Path, target: Path) -> tuple[int, int]:
+    """Make `target` hold what `source` holds; return how many files were copied, and of how many.
+
+    Each file appears whole or not at all, and the manifest last, so that an interrupted copy is not taken for a set.
+    """
+    files = sorted(source.iterdir(), key=lambda f: f.name == "manifest.json")
+    copied = 0
+    for file in files:
+        there = target / file.name
+        if there.exists() and _stamp(there) == _stamp(file):
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        part = target / f".{file.name}.{os.getpid()}"
+        shutil.copy2(file, part)
+        os.replace(part, there)
+        copied += 1
+    return copied, len(files)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, int(stat.st_mtime)
+
+
+def main() -> int:
+    """`stage.py FOLDER` and the arguments of `dit-ds train`, which say what to copy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", required=True)
+    for flag in ("--resume", "--json"):
+        parser.add_argument(flag, action="store_true")
+    args, overrides = parser.parse_known_args()
+    try:
+        data = load_config(args.config, overrides).data
+        source = Path(data.root) / data.dataset / data.split_by
+        if not (source / "manifest.json").exists():
+            raise UserError(f"{source} holds no shards: write them with 'dit-ds data shard'")
+        copied, files = stage(source, args.folder / data.dataset / data.split_by)
+    except UserError as e:
+        print(f"stage: error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"stage: error: {socket.gethostname()}: {e}: free some space there, or empty STAGE_DIR", file=sys.stderr)
+        return 1
+    print(f"{socket.gethostname()}: {copied} of {files} files of {source} copied to {args.folder}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
