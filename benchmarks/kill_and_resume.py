@@ -98,6 +98,12 @@ class Run:
         return True
 
     @property
+    def step(self) -> int:
+        """The last that was reported."""
+        file = self.folder / "metrics.jsonl"
+        return file.read_text().count('"kind": "train"') if file.exists() else 0
+
+    @property
     def saved(self) -> list[str]:
         """Finished checkpoints."""
         return sorted(p.parent.name for p in self.folder.glob("checkpoints/step_*/manifest.json"))
@@ -168,30 +174,39 @@ def kills(config: Path, folder: Path, number: int, seed: int, report) -> dict:
     reference.start(2, 2)
     reference.finish()
     duration, want = time.monotonic() - start, reference.result()
-    identical, lost, doubled, places = 0, 0, 0, Counter()
-    resumed = []
-    for i in range(number):
-        run = Run(config, folder / f"killed_{i:03d}")
+    identical, lost, doubled, places, done = 0, 0, 0, Counter(), 0
+    while done < number:
+        run = Run(config, folder / f"killed_{done:03d}")
         run.start(2, 2)
-        if draw.random() < 0.4:  # in a save
-            nth = draw.randrange(1, 7)
-            run.wait_for(lambda run=run, nth=nth: len(run.saved) >= nth and run.saving, "a save")
-            time.sleep(draw.random() * 0.02)
+        kind, step, rank, delay = (
+            draw.random(),
+            draw.randrange(1, len(want["losses"])),
+            draw.randrange(2),
+            draw.random(),
+        )
+        if kind < 0.1:
+            time.sleep(delay * duration / 3)  # starting up
+        elif kind < 0.5:
+            run.wait_for(lambda run=run, step=step: run.step >= step and run.saving, "a save")
+            time.sleep(delay * 0.02)
         else:
-            time.sleep(draw.random() * duration)
-        alive = all(p.is_alive() for p in run.ranks)
-        place = "over already" if not alive else "saving" if run.saving else "later" if run.saved else "before a save"
+            run.wait_for(lambda run=run, step=step: run.step >= step, "a step")
+            time.sleep(delay * 0.05)
+        place = "saving" if run.saving else "with a checkpoint" if run.saved else "before the first checkpoint"
+        hit = run.ranks[rank].is_alive()
+        run.kill(rank)
+        if not hit:  # it was over already: nothing was killed
+            shutil.rmtree(run.folder)
+            continue
+        done += 1
         places[place] += 1
-        run.kill(draw.randrange(2))
-        again = time.monotonic()
         run.start(2, 2)
         run.finish()
-        resumed.append(time.monotonic() - again)
         a, b = run.samples()
         lost, doubled = lost + a, doubled + b
         same = run.result() == want
         identical += same
-        report(f"kill {i + 1}: {place}, {'identical' if same else 'DIFFERENT'}, {a} lost, {b} doubled")
+        report(f"kill {done}: {place}, {'identical' if same else 'DIFFERENT'}, {a} lost, {b} doubled")
         if same:
             shutil.rmtree(run.folder)
     return {

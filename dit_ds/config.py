@@ -122,7 +122,7 @@ class TrainConfig(_Section):
 class EvalConfig(_Section):
     """Evaluation, in training and by `dit-ds eval`."""
 
-    every_epochs: int = Field(1, ge=1, description="evaluate after so many epochs, and after the last")
+    every_epochs: int = Field(1, ge=0, description="evaluate after so many epochs, and after the last; 0: never")
     batch_size: int = Field(16, ge=1, description="expressions at once on a rank")
     threshold: float = Field(
         0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)"

@@ -52,6 +52,11 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
     name = next(k for k, v in _PRECISIONS.items() if v == dtype(ds))
     ds.setdefault("communication_data_type", name)
     ds["data_types"] = {"grad_accum_dtype": name} | ds.get("data_types", {})
+    accumulated = ds["data_types"]["grad_accum_dtype"]
+    if accumulated != name and not ds.get("zero_optimization", {}).get("stage", 0):
+        raise UserError(
+            f"DeepSpeed adds up {accumulated} gradients of a {name} model at ZeRO stages 1 to 3 only: use one"
+        )
     ds.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused Adam runs on CPUs, and compiles nothing
     return ds
 

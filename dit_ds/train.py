@@ -180,7 +180,8 @@ class _Run:
                 if progress.batch == self.batches.batches_per_epoch:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
                 over = progress.step == self.total_steps
-                if over or progress.epoch % config.eval.every_epochs == 0:
+                every = config.eval.every_epochs
+                if every and (over or progress.epoch % every == 0):
                     self.evaluate()
                 if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
                     self.save()

@@ -46,6 +46,23 @@ def test_types_are_said_and_go_by_one_switch():
         assert said(**config, override=given) == (True, "fp32", {"grad_accum_dtype": "bf16"})
 
 
+def test_gradients_are_added_up_in_fp32_where_that_is_asked_for(config_file, tmp_path):
+    """bf16 with four micro-batches a step; stage 1 is another optimizer of DeepSpeed's then, and goes on at stage 2."""
+    arguments = ["train", "--config", config_file, "--deepspeed.precision", "bf16", "--train.max_steps",
+                 "--deepspeed.override.data_types.grad_accum_dtype", "fp32"]  # fmt: skip
+    micro = ["--deepspeed.override.train_micro_batch_size_per_gpu", "2", "--resume", "--deepspeed.config"]
+
+    def run(steps, stage, **kwargs):
+        at = arguments.index("--train.max_steps") + 1
+        return dit_ds(
+            *arguments[:at], steps, *arguments[at:], *micro, ROOT / f"configs/deepspeed/zero{stage}.json", **kwargs
+        )
+
+    run("2", 1)
+    assert "at step 2" in run("3", 2).stderr
+    assert "at ZeRO stages 1 to 3 only" in refused(run("4", 0, check=None))
+
+
 def test_what_the_run_owns_is_refused_in_the_json(tmp_path):
     for key in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler", "gradient_clipping"):
         (tmp_path / "ds.json").write_text(json.dumps({key: 1}))
