@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dit_ds.config import RunConfig, TrainConfig, merge
@@ -160,6 +161,14 @@ def step(engine: Any) -> float:
             p.grad = None  # which Adam passes over
     engine.step()
     return norm
+
+
+def write_events(engine: Any, kind: str, values: dict[str, Any]) -> None:
+    """Hand metrics to the monitors that the DeepSpeed JSON enables (wandb, comet, csv_monitor). Rank 0 writes."""
+    if engine.monitor.enabled and dist.get_rank() == 0:
+        step = values["step"]
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+        engine.monitor.write_events([(f"{kind}/{k}", v, step) for k, v in numbers.items()])
 
 
 def averaged(state: TrainingState) -> Any:

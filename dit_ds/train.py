@@ -292,9 +292,15 @@ class _Run:
         line = window.close()
         self.progress.seconds += line.pop("seconds")
         line |= {"lr": lr, "grad_norm": norm, "skipped_steps": self.engine.skipped_steps}
-        self.record.metrics("train", {"step": self.progress.step, "epoch": self.progress.epoch} | line)
+        self.metrics("train", line)
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
         return Window(self.world, self.rates)
+
+    def metrics(self, kind: str, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, TensorBoard, and DeepSpeed's monitors."""
+        values = {"step": self.progress.step, "epoch": self.progress.epoch} | values
+        self.record.metrics(kind, values)
+        ds.write_events(self.engine, kind, values)
 
     def evaluate(self) -> None:
         """Evaluate on the validation split, and note whether it is the best so far."""
@@ -311,7 +317,7 @@ class _Run:
                 self.world,
             )
         progress.metrics = metrics = {"split": config.data.val_split} | metrics
-        self.record.metrics("eval", {"step": progress.step, "epoch": progress.epoch} | metrics)
+        self.metrics("eval", metrics)
         self.record.log(f"step {progress.step}: mIoU {metrics['miou']:.4f}, oIoU {metrics['oiou']:.4f}")
         if metrics["miou"] > progress.best_miou:
             progress.best_miou, progress.best_step = metrics["miou"], progress.step

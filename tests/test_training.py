@@ -85,12 +85,34 @@ def test_what_a_run_leaves_behind(trained):
         "grad_norm",
         "samples_per_second",
         "data_wait",
+        "tokens_per_second",
+        "mfu",
+        "step_seconds_p50",
+        "step_seconds_p95",
+        "slowest_rank",
+        "skipped_steps",
         "peak_memory_gib",
+        "reserved_memory_gib",
         "step",
         "epoch",
     } <= line.keys()
     assert [m["step"] for m in metrics_of(run, "eval")] == [10]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000010"]
+
+
+def test_metrics_go_to_tensorboard_and_to_deepspeeds_monitors(config_file, tmp_path):
+    """csv_monitor stands for W&B, which needs an account: both get the same calls."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}
+    dit_ds("train", "--config", config_file, "--train.max_steps", "2", "--log.tensorboard", "true",
+           "--deepspeed.override.csv_monitor", json.dumps(monitor))  # fmt: skip
+    losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    np.testing.assert_allclose([e.value for e in events.Scalars("train/loss")], losses, rtol=1e-6)
+    rows = next((tmp_path / "csv").rglob("*train_loss.csv")).read_text().splitlines()[1:]
+    np.testing.assert_allclose([float(r.split(",")[1]) for r in rows], losses, rtol=1e-6)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
