@@ -188,6 +188,10 @@ class _Run:
             self.bar.close()
             if self.saver.pending:
                 self.commit()
+        except RunFailed:  # on all ranks alike: what is being written is kept
+            if self.saver.pending:
+                self.commit()
+            raise
         finally:
             self.watch.close()
             self.record.close()

@@ -17,11 +17,22 @@ STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 def test_every_stage_is_plain_adamw_on_one_process(ranks):
     """fp32, weight decay, a moving average, three steps of the same global batch: losses and every trained weight."""
     settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema": 0.5}
-    for stage, got in zip(STAGES, on_ranks(ranks, *({"stage": s} | settings for s in STAGES))):
+    stages = [{"stage": s} for s in STAGES]
+    if ranks == 4:  # two nodes of two
+        stages.append({"stage": "3_hpz", "zero": {"zero_hpz_partition_size": 2}})
+    for stage, got in zip(stages, on_ranks(ranks, *(s | settings for s in stages))):
         assert got["loss_error"] <= 1e-5, stage
         assert got["weight_error"] <= 1e-4, stage  # a tenth of one step at lr 1e-3
         assert got["ema_error"] <= 1e-4 < 1e-3 < got["ema_matters"], stage
         assert got["back"], stage
+
+
+def test_zero_3_with_everything_frozen_that_can_be():
+    """Both encoders frozen, each layer recomputed, a moving average."""
+    settings = {"freeze_image": True, "policy": "block", "dropout": False, "plain": True, "ema": 0.5}
+    for stage, got in zip((3, "3_offload"), on_ranks(2, *({"stage": s} | settings for s in (3, "3_offload")))):
+        assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
+        assert got["ema_error"] <= 1e-4 < 5e-4 < got["ema_matters"], stage
 
 
 def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():

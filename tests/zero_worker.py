@@ -38,21 +38,33 @@ def count_attention() -> list[int]:
     return calls
 
 
-def configuration(world, stage: int | str, policy: str, dropout: bool, **train):
+def configuration(
+    world, stage: int | str, policy: str, dropout: bool, freeze_image: bool = False, zero: dict | None = None, **train
+):
     """A tiny model; with dropout in a trained BERT and of the words, or with none anywhere.
 
     Args:
         stage: names one of configs/deepspeed, as 2 or 2_offload.
+        zero: laid over its `zero_optimization`.
     """
     return validate(
         {
-            "model": {"size": "vit_t", "word_dropout": 0.2 * dropout, "attention": "chunked"},
+            "model": {
+                "size": "vit_t",
+                "word_dropout": 0.2 * dropout,
+                "attention": "chunked",
+                "freeze_image_encoder": freeze_image,
+            },
             "data": {"image_size": 64},
             "text": {"name": MINILM, "layers": 1, "freeze": not dropout},
             "train": {"batch_size": 4, "lr": 1e-3, "activation_checkpointing": policy} | train,
             "deepspeed": {
                 "config": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
-                "override": {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": 4 // world.world_size},
+                "override": {
+                    "bf16": {"enabled": False},
+                    "train_micro_batch_size_per_gpu": 4 // world.world_size,
+                    "zero_optimization": zero or {},
+                },
             },
         }
     )
