@@ -77,7 +77,7 @@ def test_all_is_well(config_file, ranks):
     result = json.loads(dit_ds("doctor", "--json", "--config", config_file, ranks=ranks).stdout)
     assert_schema(result)
     assert result["ok"] and result["world_size"] == ranks
-    expected = {"launch", "versions", "gpu", "attention", "fused adam", "bf16", "deepspeed", "cpu_adam", "async_io",
+    expected = {"launch", "versions", "gpu", "attention", "fused adam", "bf16", "deepspeed", "async_io",
                 "jit lock", "cores", "memory", "shared memory", "temporary", "configuration", "shards", "text encoder",
                 "sam checkpoint", "run folder", "bandwidth", "zero step", "rendezvous", "master address"}  # fmt: skip
     names = {c["name"] for c in result["checks"]}
@@ -89,8 +89,8 @@ def test_all_is_well(config_file, ranks):
 def test_what_is_wrong_with_a_configuration_is_named_and_nothing_else_stops(config_file, tmp_path):
     wrong = ["--data.root", tmp_path / "nowhere", "--model.checkpoint", tmp_path / "no.pth",
              "--model.attention", "sdpa_flash" if not _cuda() else "chunked", "--train.batch_size", "6"]  # fmt: skip
-    (tmp_path / "extensions/cpu_adam").mkdir(parents=True)
-    lock = tmp_path / "extensions/cpu_adam/lock"
+    (tmp_path / "extensions/async_io").mkdir(parents=True)
+    lock = tmp_path / "extensions/async_io/lock"
     lock.touch()
     os.utime(lock, (time.time() - 3600,) * 2)
     done = subprocess.run(

@@ -126,8 +126,8 @@ def zero_step(c: Context) -> Iterator[Check]:
     """One optimizer step of a tiny model through DeepSpeed as configured."""
     if c.config is None:
         return
-    if c.offload:
-        yield Check("zero step", "ok", "not run: offload compiles operators at its first use")
+    if "nvme" in c.offload:
+        yield Check("zero step", "ok", "not run: offload to NVMe compiles an operator at its first use")
         return
     try:
         ds = engine.deepspeed_config(c.config, c.world_size)

@@ -124,7 +124,7 @@ def run_folder(c: Context) -> Iterator[Check]:
 
 
 def _checkpoint_bytes(c: Context) -> int:
-    """Weights in the model's type; of what trains Adam's two moments and fp32 masters. 0 if it can't be told."""
+    """fp32 masters, Adam's two moments and the moving average of what trains. 0 if it can't be told."""
     from dit_ds.weights import build_model
 
     try:
@@ -132,6 +132,4 @@ def _checkpoint_bytes(c: Context) -> int:
             model = build_model(c.config, text_weights=False)
     except UserError:  # no text encoder, which has its own check
         return 0
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    states = 8 if c.dtype == torch.float32 else 12
-    return sum(n * c.dtype.itemsize + states * n * trained for n, trained in sizes)
+    return sum((12 + 4 * bool(c.config.train.ema)) * p.numel() for p in model.parameters() if p.requires_grad)
