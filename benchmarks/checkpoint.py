@@ -127,7 +127,8 @@ def growth(steps: int, folder: Path) -> dict:
     ranks = []
     for rank in range(2):
         world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "OMP_NUM_THREADS": "1"}  # fmt: skip
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "OMP_NUM_THREADS": "1",
+                 "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         command = [sys.executable, "-m", "dit_ds.cli", "train", "--config", str(folder / "long.yaml")]
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | world, stderr=subprocess.DEVNULL))
     metrics, seen, points = folder / "long/metrics.jsonl", 0, []
@@ -154,11 +155,13 @@ def growth(steps: int, folder: Path) -> dict:
 def markdown(result: dict) -> str:
     """The report."""
     s, g = result["saves"], result["growth"]
-    rows = [{"how": how, "seconds": x} for how, x in s["blocked_seconds"].items()]
     said = {"deepspeed": "DeepSpeed's `save_checkpoint`", "foreground": "`checkpoint.asynchronous: false`",
             "background": "`checkpoint.asynchronous: true`"}  # fmt: skip
-    table = common.table(rows, {"save": lambda r: said[r["how"]], "training waits, s": lambda r: f"{r['seconds']:.2f}"})
-    return f"""# Checkpoints
+    table = common.table(
+        [{"how": how, "seconds": x} for how, x in s["blocked_seconds"].items()],
+        {"save": lambda r: said[r["how"]], "training waits, s": lambda r: f"{r['seconds']:.2f}"},
+    )
+    text = f"""# Checkpoints
 
 {result["machine"]}, {result["date"]}; torch {result["torch"]}. `python benchmarks/checkpoint.py`
 
@@ -171,29 +174,36 @@ In the background training waits {100 * s["background_over_foreground"]:.1f}% of
 ({100 * s["background_over_deepspeed"]:.1f}% of DeepSpeed's); the writing itself then took {s["written_in_the_background_in"]:.1f} s.
 Resuming: weights into the model {s["load_weights_seconds"]:.1f} s, states into the engine with their digests
 {s["restore_seconds"]:.1f} s.
-
+"""
+    if g:
+        text += f"""
 ## Memory over {g["steps"]} steps
 
-Two ranks, a save every 50 steps in the background, a moving average, the sample log. Resident MiB at step {g["from_step"]}
-and at step {g["to_step"]}: rank 0 {g["rank_0_mib"][0]:.0f} and {g["rank_0_mib"][1]:.0f}, its loader worker {g["worker_mib"][0]:.0f} and
-{g["worker_mib"][1]:.0f}.
+Two ranks on the CPU, a save every 50 steps in the background, a moving average, the sample log. Resident MiB at step
+{g["from_step"]} and at step {g["to_step"]}: rank 0 {g["rank_0_mib"][0]:.0f} and {g["rank_0_mib"][1]:.0f}, its loader worker
+{g["worker_mib"][0]:.0f} and {g["worker_mib"][1]:.0f}.
 """
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="vit_b", help="of the model that is saved (default vit_b)")
     parser.add_argument("--rounds", type=int, default=3, help="timed saves of each kind (default 3)")
-    parser.add_argument("--steps", type=int, default=1200, help="of the run whose memory is watched (default 1200)")
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="of the run whose memory is watched, 0: none (default 1200)"
+    )
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder for checkpoint.json and .md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="checkpoint_", dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)
-        grown = growth(args.steps, folder)
+        grown = growth(args.steps, folder) if args.steps else None
         world = connect()
-        result = common.conditions("cpu") | {"saves": saves(args.size, args.rounds, folder, world), "growth": grown}
+        device = world.device.type
+        result = common.conditions(device) | {"saves": saves(args.size, args.rounds, folder, world), "growth": grown}
         disconnect()
-    common.write(args.out, "checkpoint", result, markdown(result))
+    name = "checkpoint_cuda" if device == "cuda" else "checkpoint"
+    common.write(args.out, name, result, markdown(result))
     print(json.dumps(result))
 
 

@@ -1,7 +1,8 @@
-"""What needs a GPU, in one call: the CUDA tests, the attention kernels, training steps, Table 8's rows.
+"""What needs a GPU, in one call: the CUDA tests, the attention kernels, training steps, Table 8's rows, checkpoints.
 
-Writes attention_cuda.*, train_step_cuda.* and train_step_1024_cuda.* to `benchmarks/results/`. `--only` takes a part, where a machine is lent for
-minutes. Without a GPU, `--small` goes through the same steps with tiny ones on the CPU.
+Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.* and checkpoint_cuda.* to `benchmarks/results/`. `--only`
+takes a part, where a machine is lent for minutes. Without a GPU, `--small` goes through the same steps with tiny ones on
+the CPU.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 STEP = "benchmarks/train_step.py --mode"
 PARTS = {
-    "tests": "-m pytest tests/test_attention.py -k cuda --timeout 240",
+    "tests": "-m pytest tests/test_attention.py tests/test_gpu.py -k cuda --timeout 240",
     "attention": "benchmarks/attention.py",
     "train_step": f"{STEP} frozen tuned --compile --size 512",
     "train_step_1024": f"{STEP} tuned --size 1024 --no-memory --rounds 5 --name train_step_1024_cuda",
+    "checkpoint": "benchmarks/checkpoint.py --steps 0",
 }
 SMALL = {
     "tests": "",
     "attention": "--width vit_t --size 64 --rounds 1",
     "train_step": "--width vit_t --size 64 --rounds 1 --no-memory",
     "train_step_1024": "--width vit_t --size 128 --rounds 1",
+    "checkpoint": "--size vit_t --rounds 1",
 }
 
 

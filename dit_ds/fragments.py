@@ -7,12 +7,14 @@ written and read by parameter name and range, and resumes on another world size 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -226,23 +228,34 @@ def _fragments(engine: Any) -> Iterator[Fragment]:
             yield Fragment(name, 0, p.numel(), p, 0)
 
 
-_PIECE = 1 << 22  # elements hashed at once
+_BLOCK = 1 << 15  # elements of a parameter that share a factor; so few that they stay in cache, and in one thread
 
 
 def digest(name: str, start: int, x: Tensor) -> int:
-    """A sum over the elements' hashes, each of its bits, its parameter and its place, modulo 2^64.
+    """The elements' bits, each times a factor of its parameter and its place, added up modulo 2^64.
 
     Sums over fragments are the same however the parameters are cut up, so that they can be compared between world
-    sizes and ZeRO stages.
+    sizes and ZeRO stages. The factors are odd: a single changed bit always shows.
 
     Args:
-        x: (numel,), the parameter's elements from `start` on.
+        x: (numel,), fp32, the parameter's elements from `start` on.
     """
-    seed, total = zlib.crc32(name.encode()), 0
-    for at in range(0, x.numel(), _PIECE):
-        bits = x[at : at + _PIECE].contiguous().float().view(torch.int32).to(torch.int64)
-        place = torch.arange(start + at, start + at + bits.numel(), device=x.device)
-        h = bits * 0x1E3779B97F4A7C15 + (place ^ seed) * 0x3F58476D1CE4E5B9  # wraps around
-        h = (h ^ (h >> 31)) * 0x14D049BB133111EB
-        total += int((h ^ (h >> 29)).sum())
-    return total % (1 << 64)
+    bits, within = x.contiguous().float().view(torch.int32), _factors(_BLOCK, x.device)
+    seed, total, at = zlib.crc32(name.encode()), torch.zeros((), dtype=torch.int64, device=x.device), 0
+    while at < bits.numel():
+        block, first = divmod(start + at, _BLOCK)
+        piece = bits[at : at + _BLOCK - first]
+        of_block = _odd(seed << 32 | block)
+        total += of_block * (piece.to(torch.int64) * within[first : first + piece.numel()]).sum()  # wraps around
+        at += piece.numel()
+    return int(total) % (1 << 64)
+
+
+@functools.cache
+def _factors(number: int, device: torch.device) -> Tensor:
+    words = np.random.Philox(key=0).random_raw(number) | np.uint64(1)
+    return torch.from_numpy(words.view(np.int64)).to(device)
+
+
+def _odd(seed: int) -> int:
+    return int((np.random.Philox(key=seed).random_raw(1) | np.uint64(1)).view(np.int64)[0])
