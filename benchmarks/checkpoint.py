@@ -74,6 +74,7 @@ def saves(size: str, rounds: int, folder: Path, world: World) -> dict:
             start = time.perf_counter()
             line = saver.commit()
             took[name] = blocked + time.perf_counter() - start
+            print(f"{name}: {blocked:.2f} s to begin, {took[name] - blocked:.2f} s to commit", flush=True)
         if i:  # the first round warms up: host copies are allocated, files are new
             written.append(line["write_seconds"])
             for name, x in took.items():

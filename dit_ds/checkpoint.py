@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,11 +174,11 @@ class Reader:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; no reader sees half of it."""
+    """Remove a checkpoint; no reader sees half of it, and nobody waits for the disk to free gigabytes."""
     trash = path.with_name(f".removed_{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    _remove_later(trash)
 
 
 def replace(path: Path, new: Path) -> None:
@@ -186,7 +187,12 @@ def replace(path: Path, new: Path) -> None:
     if path.exists():
         path.rename(former)
     new.rename(path)
-    shutil.rmtree(former, ignore_errors=True)
+    if former.exists():
+        _remove_later(former)
+
+
+def _remove_later(folder: Path) -> None:
+    threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove").start()
 
 
 def clear_rests(folder: Path) -> None:

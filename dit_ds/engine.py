@@ -65,12 +65,17 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The JSON that the run names with its overrides, completed by what the run owns.
 
+    Where there are more ranks than micro-batches in the global batch, the micro-batch shrinks to a rank's share, so that
+    the same run goes on more nodes.
+
     Raises:
         UserError: a missing or malformed file, a key that the run owns, a batch that doesn't divide.
     """
     ds = read_deepspeed_json(config)
     micro = ds["train_micro_batch_size_per_gpu"]
     batch = config.train.batch_size
+    if micro * world_size > batch and batch % world_size == 0:
+        micro = ds["train_micro_batch_size_per_gpu"] = batch // world_size
     if batch % (micro * world_size):
         raise UserError(_what_divides(batch, micro, world_size))
     ds["train_batch_size"] = batch

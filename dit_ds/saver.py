@@ -121,12 +121,12 @@ class Saver:
         meta, temporary = self._meta, self._temporary
         entries = gather_objects(self._entry)
         self._meta = self._thread = None
-        error = next((UserError(e["error"]) for e in entries if "error" in e), None)
+        error: Exception | None = next((UserError(e["error"]) for e in entries if "error" in e), None)
         try:
             if self.world.main and error is None:
                 with full_disk_is_user_error(temporary):
                     self._publish(temporary, meta, entries)
-        except UserError as e:
+        except Exception as e:  # of rank 0: the others wait for what it says
             error = e
         try:
             all_or_none(error)
@@ -137,7 +137,7 @@ class Saver:
         return {"bytes": sum(e["bytes"] for e in entries), "write_seconds": max(e["seconds"] for e in entries)}
 
     def _publish(self, temporary: Path, meta: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-        totals = {k: sum(e["digest"][k] for e in entries) % (1 << 64) for k in self.state.kinds}
+        totals = {k: sum(e["digest"].get(k, 0) for e in entries) % (1 << 64) for k in self.state.kinds}
         meta["digest"] = {k: f"{v:016x}" for k, v in totals.items()}
         files = {e["name"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
         if self.frozen is not None:
@@ -243,4 +243,4 @@ def restore(engine: Any, state: TrainingState, path: Path) -> None:
         error = e
     all_or_none(error)
     parts = gather_objects(mine)
-    reader.compare({kind: sum(p.get(kind, 0) for p in parts) for kind in mine})
+    reader.compare({kind: sum(p.get(kind, 0) for p in parts) for kind in set().union(*parts)})

@@ -139,6 +139,8 @@ class _Run:
         self.saver, self.saved_at = Saver(config, world, self.state, frozen), time.monotonic()
 
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
+        shares = f"{micro_batch} a rank at once, {self.engine.gradient_accumulation_steps()} times"
+        self.record.log(f"batch of {config.train.batch_size} on {world.world_size} ranks: {shares}")
         self.batches = TrainBatches(
             len(data.train), config.train.batch_size, micro_batch, world.rank, world.world_size, config.seed
         )

@@ -9,6 +9,7 @@ from conftest import ROOT, dit_ds, on_ranks, refused
 
 from dit_ds import engine
 from dit_ds.config import validate
+from dit_ds.errors import UserError
 
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
@@ -55,6 +56,18 @@ def test_types_are_said_and_go_by_one_switch():
         assert said(**config, precision="fp16") == (False, "fp16", {"grad_accum_dtype": "fp16"})
         given = {"communication_data_type": "fp32"}
         assert said(**config, override=given) == (True, "fp32", {"grad_accum_dtype": "bf16"})
+
+
+def test_the_same_run_goes_on_more_ranks():
+    """Base's 64 in micro-batches of 8: accumulated on few ranks, smaller on many, refused where it can't be shared."""
+
+    def shares(ranks):
+        ds = engine.deepspeed_config(validate({}), ranks)
+        return ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
+
+    assert [shares(n) for n in (1, 2, 8, 16, 64)] == [(8, 8), (8, 4), (8, 1), (4, 1), (1, 1)]
+    with pytest.raises(UserError, match="set train.batch_size 128, or use 1, 2, 4, 8, 16, 32, 64 ranks"):
+        engine.deepspeed_config(validate({}), 128)
 
 
 def test_gradients_are_added_up_in_fp32_where_that_is_asked_for(config_file, tmp_path):
