@@ -93,7 +93,8 @@ def dtype(ds_config: dict[str, Any]) -> torch.dtype:
 def _what_divides(batch: int, micro: int, world_size: int) -> str:
     message = f"train.batch_size {batch} is not a multiple of micro-batch {micro} x {world_size} ranks: "
     if batch % world_size:
-        nearest = max(1, round(batch / (micro * world_size))) * micro * world_size
+        unit = micro * world_size if micro * world_size <= batch else world_size
+        nearest = max(1, round(batch / unit)) * unit
         return message + f"set train.batch_size {nearest}, or use {_divisors(batch)} ranks"
     return (
         message
