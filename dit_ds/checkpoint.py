@@ -9,7 +9,6 @@ found by parameter name. `saver.py` writes it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import shutil
@@ -84,25 +83,29 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, by size and SHA-256; each of `parts` callers reads its share."""
     try:
         files = read_json(path / "manifest.json", "manifest")["files"]
-    except (UserError, KeyError, TypeError) as e:
+        for i, (name, entry) in enumerate(sorted(files.items())):
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if i % parts == part and sha256_of(file) != entry["sha256"]:
+                return f"{name} has another SHA-256"
+    except (UserError, KeyError, TypeError, OSError) as e:  # a disk that can't be read, too
         return str(e)
-    for i, (name, entry) in enumerate(sorted(files.items())):
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if i % parts == part and sha256_of(file) != entry["sha256"]:
-            return f"{name} has another SHA-256"
     return None
 
 
 def newest_whole(run_dir: str | Path, world: World) -> Path | None:
     """The newest checkpoint whose every byte is what was written; damaged ones are passed over with a warning. Collective.
 
+    What a killed run left half done is cleared first.
+
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
+    if world.main:
+        clear_rests(Path(run_dir) / "checkpoints")
     there = gather_objects([str(p) for p in all_checkpoints(run_dir)])[0]  # all ranks look at the same list
     for path in map(Path, reversed(there)):
         wrong = [w for w in gather_objects(damage(path, world.rank, world.world_size)) if w]
@@ -127,14 +130,16 @@ class Reader:
         self.shapes: dict[str, list[int]] = self.meta["shapes"]
         self.kinds = set(self.meta["digest"])
         self._where: dict[str, list[tuple[int, int, Path]]] = {}
+        self._files: dict[Path, Any] = {}
         with damage_is_user_error(path):
             for file in sorted(path.glob("rank_*.safetensors")):
                 for name, (start, numel) in json.loads(self._open(file).metadata()["ranges"]).items():
                     self._where.setdefault(name, []).append((start, numel, file))
 
-    @functools.cache  # noqa: B019  a reader lives for one load
     def _open(self, file: Path) -> Any:
-        return safe_open(file, "pt")
+        if file not in self._files:
+            self._files[file] = safe_open(file, "pt")
+        return self._files[file]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """(numel,) of a parameter's `kind`, from element `start` on."""

@@ -171,7 +171,7 @@ class LogConfig(_Section):
     tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")
     samples: bool = Field(False, description="write the sample numbers of every step to samples/rank_*.jsonl")
     stall_seconds: float = Field(
-        300, gt=0, description="name the rank for which all others wait after so many seconds without a step"
+        300, gt=0, description="name the rank for which all others wait after so many seconds without a micro-batch"
     )
 
 

@@ -67,18 +67,19 @@ class Control:
 
 
 class StallWatch:
-    """Names the rank for which the others wait, in the log, once no rank has taken a step for `seconds`.
+    """Names the rank for which the others wait, in the log, once nothing was done for `seconds`.
 
     Each rank's thread posts where its loop is to a store on rank 0, whose thread reads them. The rank that is named is
-    the one whose thread no longer posts (the process is stopped, its node is gone), else the one least far in its loop.
+    the one whose thread no longer posts (the process is stopped, its node is gone), else the one least far in the loop,
+    which is the same for all. When rank 0 does not answer, rank 1 says so.
 
     Args:
-        seconds: without a step of any rank, before a rank is named; and before it is named again.
+        seconds: without anything done, before a rank is named; and before it is named again.
     """
 
     def __init__(self, world: World, seconds: float):
         self.world, self.seconds = world, seconds
-        self._place, self._since = (0, 0, "start"), time.time()
+        self._passed, self._step, self._what, self._since = 0, 0, "starting", time.time()
         self._over = threading.Event()
         address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=60)
         store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False) if world.main else None
@@ -88,9 +89,9 @@ class StallWatch:
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
         self._thread.start()
 
-    def at(self, step: int, order: int, what: str) -> None:
-        """The loop is at `what`, the `order`-th thing of the step."""
-        self._place, self._since = (step, order, what), time.time()
+    def at(self, step: int, what: str) -> None:
+        """The loop begins `what`. All ranks call this equally often, in the same order."""
+        self._passed, self._step, self._what, self._since = self._passed + 1, step, what, time.time()
 
     def close(self) -> None:
         """End the thread."""
@@ -102,8 +103,9 @@ class StallWatch:
         named = time.time()
         while not self._over.wait(interval):
             try:
-                beat = json.dumps([*self._place, self._since, time.time(), socket.gethostname()])
-                self._store.set(f"rank{self.world.rank}", beat)
+                beat = [self._passed, self._step, self._what, self._since, time.time(), socket.gethostname()]
+                self._store.set(f"rank{self.world.rank}", json.dumps(beat))
+                self._store.get(f"rank{self.world.rank}")  # setting waits for no answer
                 if self.world.main and time.time() - max(named, self._since) > self.seconds:
                     named = time.time()
                     self._name()
@@ -120,10 +122,11 @@ class StallWatch:
                 beats[rank] = json.loads(self._store.get(f"rank{rank}"))
         now = time.time()
         silent = [r for r in range(self.world.world_size) if r not in beats or now - beats[r][4] > self.seconds / 2]
-        rank = silent[0] if silent else min(beats, key=lambda r: beats[r][:2])
-        step, _, what, since, _, host = beats.get(rank, [0, 0, "start", now, now, "unknown host"])
-        how = "its process does not answer" if silent else f"it is in '{what}'"
+        rank = silent[0] if silent else min(beats, key=lambda r: beats[r][0])
+        _, step, what, since, _, host = beats.get(rank, [0, 0, "starting", now, now, "an unknown host"])
+        how = "its process does not answer" if silent else f"it is {what}"
+        waiting = "; the others wait for it" if self.world.world_size > 1 else ""
         _log.warning(
-            f"warning: no step for {now - self._since:.0f} s: rank {rank} on {host} stalled at step {step} for "
-            f"{now - since:.0f} s, {how}; the others wait for it"
+            f"warning: nothing done for {now - self._since:.0f} s: rank {rank} on {host} stalled at step {step} for "
+            f"{now - since:.0f} s, {how}{waiting}"
         )

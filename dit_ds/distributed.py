@@ -104,7 +104,10 @@ def connect(timeout: datetime.timedelta = _TIMEOUT) -> World:
 
 
 def disconnect() -> None:
-    """Leave the process group."""
+    """Leave the process group: for all ranks together, as NCCL waits there for the others.
+
+    Not for one rank's error, which would then never be said; it leaves by ending.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -157,8 +157,10 @@ def step(engine: Any) -> float:
         engine.step()
         return 0.0
     if not isinstance(engine.optimizer, torch.optim.Optimizer):  # DeepSpeed's optimizers look themselves
+        # at stage 0 fp16's norm is of the scaled loss
+        scale = getattr(getattr(engine.optimizer, "loss_scale_config", None), "cur_scale", 1.0)
         engine.step()
-        return float(engine.get_global_grad_norm())
+        return float(engine.get_global_grad_norm()) / scale
     trained = [p for p in engine.module.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained]))
     if not math.isfinite(norm):

@@ -184,9 +184,9 @@ class _Averaged:
             self.masters = [s.tensor(MASTER, f).clone() for f in s.fragments]
             self._set(AVERAGE)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: Any, *_: Any) -> None:
         s = self.state
-        if s.decay:
+        if s.decay and error is None:  # one rank's error: the others are elsewhere, and nothing uses the weights again
             for f, master in zip(s.fragments, self.masters):
                 s.tensor(MASTER, f).copy_(master)
             self._set(MASTER)

@@ -63,18 +63,16 @@ def evaluate_checkpoint(
                 Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
 
     world = connect()
-    try:
-        metrics = evaluate(
-            model.to(world.device),
-            dataset,
-            batch_size or config.eval.batch_size,
-            threshold or config.eval.threshold,
-            config.data.workers if workers is None else workers,
-            world,
-            collect,
-        )
-    finally:
-        disconnect()
+    metrics = evaluate(
+        model.to(world.device),
+        dataset,
+        batch_size or config.eval.batch_size,
+        threshold or config.eval.threshold,
+        config.data.workers if workers is None else workers,
+        world,
+        collect,
+    )
+    disconnect()
     return {"split": split} | metrics
 
 

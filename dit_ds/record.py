@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import subprocess
 import sys
@@ -27,20 +28,21 @@ class RunRecord:
 
     Args:
         resumed_at: the step a resumed run goes on from; lines of later steps, which will be taken again, are dropped.
+        evaluated_at: the step of its last evaluation; lines of later ones are dropped, too.
     Raises:
         UserError: the folder can't be written.
     """
 
-    def __init__(self, config: RunConfig, world: World, resumed_at: int | None):
+    def __init__(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int = 0):
         self.world, self.folder = world, Path(config.run_dir)
         self._metrics = self._board = self._samples = None
         if world.main:
-            self._open(config, world, resumed_at)
+            self._open(config, world, resumed_at, evaluated_at)
         gather_objects(None)  # the other ranks' sample logs are cut, too, before they go on
         if config.log.samples:
             self._samples = open(self.folder / f"samples/rank_{world.rank:05d}.jsonl", "a")
 
-    def _open(self, config: RunConfig, world: World, resumed_at: int | None) -> None:
+    def _open(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int) -> None:
         with full_disk_is_user_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             config.save(self.folder / "config.yaml")
@@ -50,7 +52,7 @@ class RunRecord:
             (self.folder / "samples").mkdir(exist_ok=True)
             for lines in (path, self.folder / "nonfinite.jsonl", *self.folder.glob("samples/rank_*.jsonl")):
                 if lines.exists() or lines == path:
-                    _cut(lines, resumed_at)
+                    _cut(lines, resumed_at, evaluated_at)
             self._metrics = open(path, "a")
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -58,9 +60,10 @@ class RunRecord:
                 self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(resumed_at or 0) + 1)
 
     def metrics(self, kind: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and TensorBoard's scalars of the same names."""
+        """One line of metrics.jsonl, and TensorBoard's scalars of the same names. What is not finite becomes null."""
         if self._metrics is None:
             return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._metrics.write(json.dumps({"kind": kind} | values) + "\n")
         self._metrics.flush()
         if self._board is not None:
@@ -114,13 +117,14 @@ class RunRecord:
                 f.close()
 
 
-def _cut(path: Path, step: int | None) -> None:
-    """Keep a file's lines up to this step; none, where there is none."""
+def _cut(path: Path, step: int | None, evaluated: int) -> None:
+    """Keep a file's lines up to this step, and of evaluations up to the last; none, where there is no step."""
     with atomic_write(path) as f:
         if step is not None and path.exists():
             for line in path.read_text().splitlines():
                 try:
-                    keep = json.loads(line)["step"] <= step
+                    entry = json.loads(line)
+                    keep = entry["step"] <= (evaluated if entry.get("kind") == "eval" else step)
                 except (ValueError, KeyError):  # a line that a kill cut short
                     continue
                 if keep:

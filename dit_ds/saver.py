@@ -44,9 +44,7 @@ class Saver:
         self._meta: dict[str, Any] | None = None
         self._copies: dict[str, Tensor] = {}
         self._frozen_entry: dict[str, Any] | None = None
-        if world.main:
-            checkpoint.clear_rests(self.folder)
-        gather_objects(None)  # nobody writes before that
+        self.published: int | None = None  # the last step that was
 
     @property
     def pending(self) -> bool:
@@ -128,12 +126,13 @@ class Saver:
                     self._publish(temporary, meta, entries)
         except Exception as e:  # of rank 0: the others wait for what it says
             error = e
+        if self.world.main and error is not None:  # before the others may begin the next
+            shutil.rmtree(temporary, ignore_errors=True)
         try:
             all_or_none(error)
         except UserError as e:
-            if self.world.main:
-                shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"checkpoint of step {meta['step']} not saved: {e}") from None
+        self.published = meta["step"]
         return {"bytes": sum(e["bytes"] for e in entries), "write_seconds": max(e["seconds"] for e in entries)}
 
     def _publish(self, temporary: Path, meta: dict[str, Any], entries: list[dict[str, Any]]) -> None:
@@ -147,18 +146,22 @@ class Saver:
         write_json(temporary / "meta.json", meta)
         files["meta.json"] = _entry(temporary / "meta.json")
         write_json(temporary / "manifest.json", {"files": files})
+        _sync_folder(temporary)
         final = self.folder / f"step_{meta['step']:08d}"
         checkpoint.replace(final, temporary)
         _sync_folder(self.folder)
         progress = meta["progress"]
-        if progress["best_step"] == meta["step"]:
-            write_json(self.folder.parent / "best.json", {"step": meta["step"], "miou": progress["best_miou"]})
-        self._prune(progress["best_step"])
+        if progress["best_step"]:  # each time: a kill may have come between the best checkpoint and its note
+            best = {"step": progress["best_step"], "miou": progress["best_miou"]}
+            write_json(self.folder.parent / "best.json", best)
+        self._prune(final, self.folder / f"step_{progress['best_step']:08d}")
 
-    def _prune(self, best_step: int) -> None:
+    def _prune(self, newest: Path, best: Path) -> None:
+        """Keep the best and the newest so many; later ones are damaged, as the run went on from before them."""
         there = checkpoint.all_checkpoints(self.config.run_dir)
-        for path in there[: -self.config.checkpoint.keep]:
-            if path.name != f"step_{best_step:08d}":
+        keep = [p for p in there if p <= newest][-self.config.checkpoint.keep :]
+        for path in there:
+            if path not in keep and path != best:
                 checkpoint.remove(path)
 
 

@@ -47,6 +47,7 @@ class Progress:
     best_miou: float = -1.0
     best_step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
+    evaluated: int = 0  # the step it was made at
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
@@ -64,14 +65,17 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         _, world_size, _ = set_environment()
         ds.deepspeed_config(config, world_size)
         data = _Data(config)
-        if not resume and checkpoint.all_checkpoints(config.run_dir):
+        if not resume and any(Path(config.run_dir).glob("checkpoints/*step_*/manifest.json")):
             raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")
         world = connect()
+        control.connect(world)
         try:
-            control.connect(world)
-            return _Run(config, data, world, control).train()
-        finally:
+            result = _Run(config, data, world, control).train()
+        except (Interrupted, RunFailed):  # of all ranks alike
             disconnect()
+            raise
+        disconnect()
+        return result
 
 
 def _seed_of(*position: int) -> int:
@@ -120,7 +124,7 @@ class _Run:
             self.progress = Progress(**checkpoint.read_meta(newest)["progress"])
             weights.load_weights(model, newest)
         # the folder is touched only once nothing can be refused any more
-        self.record = RunRecord(config, world, None if newest is None else self.progress.step)
+        self.record = RunRecord(config, world, None if newest is None else self.progress.step, self.progress.evaluated)
         if loaded is not None and newest is None:
             self.record.describe_checkpoint(loaded)
         self.record.describe_parameters(model)
@@ -188,11 +192,9 @@ class _Run:
                 if over or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
                     self.save()
             self.bar.close()
-            if self.saver.pending:
-                self.commit()
+            self.commit()
         except RunFailed:  # on all ranks alike: what is being written is kept
-            if self.saver.pending:
-                self.commit()
+            self.commit()
             raise
         finally:
             self.watch.close()
@@ -209,10 +211,10 @@ class _Run:
         window = Window(self.world, self.rates)
         taken: list[tuple[Tensor, list[int]]] = []  # this step's micro-batches: loss, real samples
         window.waiting()
-        self.watch.at(progress.step, 0, "loading data")
+        self.watch.at(progress.step, "loading data")
         for i, batch in enumerate(checked(self.loader)):
             window.got()
-            self.watch.at(progress.step, 1, "forward and backward")
+            self.watch.at(progress.step, "forward and backward")
             lr = ds.learning_rate(progress.step, self.batches.batches_per_epoch, config.train)
             ds.set_learning_rate(engine, lr)
             # dropout draws from the step and the rank, so that a resumed run draws the same
@@ -236,9 +238,9 @@ class _Run:
                     window = self.report(window, lr, norm)
                 if last:
                     break
-                window = self.boundary(window)
+                self.boundary(window)
             window.waiting()
-            self.watch.at(progress.step, 0, "loading data")
+            self.watch.at(progress.step, "loading data")
         progress.seconds += window.close()["seconds"]
 
     def stepped(self, norm: float, taken: list[tuple[Tensor, list[int]]]) -> None:
@@ -259,39 +261,42 @@ class _Run:
         ranks = gather_objects({"rank": self.world.rank, "losses": losses, "samples": samples})
         self.record.nonfinite({"step": progress.step, "epoch": progress.epoch, "ranks": ranks})
         finite_losses = all(math.isfinite(x) for r in ranks for x in r["losses"])
-        if self.engine.fp16_enabled() and finite_losses:  # its loss scale was too high: part of how fp16 works
+        hopeless = self.skipped_in_a_row >= _MOST_SKIPPED
+        if (
+            self.engine.fp16_enabled() and finite_losses and not hopeless
+        ):  # its loss scale was too high: part of how fp16 works
             return
         culprits = [str(r["rank"]) for r in ranks if not all(map(math.isfinite, r["losses"]))]
         where = f"the loss of rank {', '.join(culprits)}" if culprits else "the gradient"
         what = (
             f"{where} is not finite at step {progress.step} (its samples are in {self.record.folder}/nonfinite.jsonl)"
         )
-        if config.nonfinite == "stop" or self.skipped_in_a_row == _MOST_SKIPPED:
+        if config.nonfinite == "stop" or hopeless:
             raise RunFailed(f"{what}: lower train.lr, or clip the gradient (train.gradient_clipping)")
         self.record.log(f"warning: {what}: this step is left out")
 
-    def boundary(self, window: Window) -> Window:
+    def boundary(self, window: Window) -> None:
         """Between two steps: commit what is written, save what is due, stop if asked to.
 
         Raises:
             Interrupted: a signal came, and the run is saved.
         """
         c, progress = self.config.checkpoint, self.progress
-        self.watch.at(progress.step, 2, "waiting for the other ranks")
+        self.watch.at(progress.step, "waiting for the other ranks")
+        start = time.perf_counter()
         late = bool(c.every_minutes) and time.monotonic() - self.saved_at > 60 * c.every_minutes
         agreed = self.control.agree(save_due=self.world.main and late, written=self.saver.written)
-        if self.saver.pending and agreed.written:
+        if agreed.written:
             self.commit()
-        due = agreed.save or bool(c.every_steps and progress.step % c.every_steps == 0)
-        if not (due or agreed.stop):
-            return window
-        progress.seconds += window.close()["seconds"]
-        self.save()
+        if agreed.save or agreed.stop or (c.every_steps and progress.step % c.every_steps == 0):
+            self.save()
+        window.leave_out(time.perf_counter() - start)
         if agreed.stop:
             self.commit()
             name = next(n for n in gather_objects(self.control.signal) if n)
-            raise Interrupted(f"stopped by {name} at step {progress.step} and saved: go on with --resume")
-        return Window(self.world, self.rates)
+            last = self.saver.published
+            saved = "saved" if last == progress.step else f"last saved at step {last}" if last else "not saved"
+            raise Interrupted(f"stopped by {name} at step {progress.step}, {saved}: go on with --resume")
 
     def report(self, window: Window, lr: float, norm: float) -> Window:
         """Write the window's averages; return a new one."""
@@ -311,11 +316,15 @@ class _Run:
     def evaluate(self) -> None:
         """Evaluate on the validation split, and note whether it is the best so far."""
         config, progress = self.config, self.progress
-        self.watch.at(progress.step, 3, "evaluating")
         self.engine.eval()
+
+        def model(*inputs: Tensor) -> Tensor:
+            self.watch.at(progress.step, "evaluating")
+            return self.engine(*inputs)
+
         with ds.averaged(self.state):
             metrics = evaluate(
-                self.engine,
+                model,
                 self.data.val,
                 config.eval.batch_size,
                 config.eval.threshold,
@@ -323,6 +332,7 @@ class _Run:
                 self.world,
             )
         progress.metrics = metrics = {"split": config.data.val_split} | metrics
+        progress.evaluated = progress.step
         self.metrics("eval", metrics)
         self.record.log(f"step {progress.step}: mIoU {metrics['miou']:.4f}, oIoU {metrics['oiou']:.4f}")
         if metrics["miou"] > progress.best_miou:
@@ -331,9 +341,8 @@ class _Run:
     def save(self) -> None:
         """Begin a checkpoint of this step; in the foreground, finish it, too."""
         progress, config = self.progress, self.config
-        if self.saver.pending:
-            self.commit()
-        self.watch.at(progress.step, 4, "saving")
+        self.commit()
+        self.watch.at(progress.step, "saving")
         seen = min(progress.batch * config.train.batch_size, len(self.data.train))
         meta = self.fixed | {"step": progress.step, "epoch": progress.epoch, "samples_seen": seen}
         meta |= {"progress": dict(vars(progress)), "config": config.model_dump(mode="json"), "frozen": self.frozen}
@@ -344,11 +353,13 @@ class _Run:
             self.commit()
 
     def commit(self) -> None:
-        """Publish the checkpoint that was begun.
+        """Publish the checkpoint that was begun, if one was.
 
         Raises:
             UserError: it could not be written, and the run is to stop then.
         """
+        if not self.saver.pending:
+            return
         start, step = time.perf_counter(), self.saver.step
         try:
             line = self.saver.commit()

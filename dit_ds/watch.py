@@ -73,6 +73,11 @@ class Window:
         self.steps.append(now - self._step)
         self._step = now
 
+    def leave_out(self, seconds: float) -> None:
+        """What just passed was not training: a save."""
+        self.start += seconds
+        self._step += seconds
+
     def close(self) -> dict[str, float | int | None]:
         """The window over all ranks.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | 
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(state, temporary, header)
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
             temporary.replace(path)
         except SafetensorError as e:  # wraps the operating system's errors as text
             if "No space left" in str(e) or "os error 28" in str(e):
