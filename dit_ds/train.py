@@ -258,7 +258,8 @@ class _Run:
             return
         self.skipped_in_a_row += 1
         losses = [float(loss) for loss, _ in taken]
-        ranks = gather_objects({"rank": self.world.rank, "losses": losses, "samples": samples})
+        keys = [self.data.train.key(s) for s in samples]
+        ranks = gather_objects({"rank": self.world.rank, "losses": losses, "samples": samples, "keys": keys})
         self.record.nonfinite({"step": progress.step, "epoch": progress.epoch, "ranks": ranks})
         finite_losses = all(math.isfinite(x) for r in ranks for x in r["losses"])
         hopeless = self.skipped_in_a_row >= _MOST_SKIPPED

@@ -203,6 +203,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_where_it_must(config, tmp_p
     assert "is not finite at step" in done.stderr and "Traceback" not in done.stderr
     line = json.loads((tmp_path / "stop/nonfinite.jsonl").read_text().splitlines()[0])
     assert len(line["ranks"][0]["samples"]) == 8 and line["step"] >= 2
+    manifest = json.loads(
+        next(Path(yaml.safe_load(config.read_text())["data"]["root"]).rglob("manifest.json")).read_text()
+    )
+    keys = {f"{sample[0]:012d}" for shard in manifest["splits"]["train"]["shards"] for sample in shard["samples"]}
+    assert len(line["ranks"][0]["keys"]) == 8 and set(line["ranks"][0]["keys"]) <= keys
     dit_ds(*arguments, tmp_path / "skip")  # left out and counted, to the end
     counted = metrics_of(tmp_path / "skip")[-1]["skipped_steps"]
     assert 1 <= counted == len((tmp_path / "skip/nonfinite.jsonl").read_text().splitlines())

@@ -158,6 +158,11 @@ class ExpressionDataset(Dataset):
         ref = int(self.index.sentences[sample])
         return ref, sample - int(self.index.refs[ref, 2])
 
+    def key(self, sample: int) -> str:
+        """The WebDataset key of the sample's image."""
+        ref, _ = self._locate(sample, np.random.default_rng(0))
+        return f"{self.index.images[self.index.refs[ref, 0], 1]:012d}"
+
     def picture(self, sample: int) -> np.ndarray:
         """(H, W, 3) uint8: the sample's image as it is in the shard."""
         ref, _ = self._locate(sample, np.random.default_rng(0))
