@@ -132,7 +132,8 @@ class Reader:
         self._where: dict[str, list[tuple[int, int, Path]]] = {}
         self._files: dict[Path, Any] = {}
         with damage_is_user_error(path):
-            for file in sorted(path.glob("rank_*.safetensors")):
+            names = read_json(path / "manifest.json", "manifest")["files"]
+            for file in sorted(path / n for n in names if n.startswith("rank_")):
                 for name, (start, numel) in json.loads(self._open(file).metadata()["ranges"]).items():
                     self._where.setdefault(name, []).append((start, numel, file))
 
