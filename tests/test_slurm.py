@@ -47,6 +47,15 @@ class Site:
     def train(self, *args: str) -> str:
         return self.submit("train", "--config", self.config, *args)
 
+    def train_until_ready(self) -> str:
+        """A job of which a rank has touched $READY."""
+        ready = self.folder / "ready"
+        with open(self.settings, "a") as f:
+            f.write(f"export READY={ready}\n")
+        job = self.train()
+        self.cluster.wait_for(ready.exists, "rank", self.log(job))
+        return job
+
     def log(self, job: str, script: str = "train") -> Path:
         return self.logs / f"{script}-{job}.log"
 
@@ -258,22 +267,14 @@ def test_one_killed_rank_ends_the_others_and_the_job_comes_back(pretend):
 def test_the_batch_shell_outlives_a_signal_to_everything(pretend):
     """As some sites' preemption sends it; the shell must live to requeue the job."""
     site = pretend('[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntrap "exit 75" USR2\ntouch "$READY"; sleep 300 & wait')
-    ready = site.folder / "ready"
-    with open(site.settings, "a") as f:
-        f.write(f"export READY={ready}\n")
-    job = site.train()
-    site.cluster.wait_for(ready.exists, "rank", site.log(job))
+    job = site.train_until_ready()
     site.cluster.run("scancel", "--full", "--signal=USR2", job)
     assert site.completed(job, timeout=60)["Restarts"] == "1"
 
 
 def test_a_cancelled_job_stays_cancelled(pretend):
     site = pretend('trap "exit 75" TERM\ntouch "$READY"; sleep 300 & wait')
-    ready = site.folder / "ready"
-    with open(site.settings, "a") as f:
-        f.write(f"export READY={ready}\n")
-    job = site.train()
-    site.cluster.wait_for(ready.exists, "rank", site.log(job))
+    job = site.train_until_ready()
     site.cluster.run("scancel", job)
     info = site.finished(job, timeout=60)
     assert (info["JobState"], info["Restarts"]) == ("CANCELLED", "0")
