@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.memory.fake_step import LiveTensors
+from dit_ds.memory.ledger import LiveTensors
 from dit_ds.models.image_encoder import WordBlock
 
 RESULTS = Path(__file__).parent / "results"

@@ -135,10 +135,10 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     ds_config = deepspeed_config(config, world.world_size)
     deepspeed = import_deepspeed()
     t = config.train
+    model.to(world.device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
     optimizer = torch.optim.AdamW(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
-    model.to(world.device)
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for

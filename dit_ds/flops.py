@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.config import RunConfig
 from dit_ds.errors import UserError
-from dit_ds.memory.fake_step import fake_batch, fake_tensors
+from dit_ds.memory.fake import fake_tensors
+from dit_ds.memory.ledger import LiveTensors
+from dit_ds.memory.step import fake_batch
 from dit_ds.models.dit_sam import segmentation_loss
 from dit_ds.weights import build_model
 
@@ -60,7 +62,12 @@ def _passes(
 ) -> Passes:
     one = config.model_copy(deep=True)
     one.model.attention, one.text.cache = attention, 0
-    with _offline_text(one), torch.random.fork_rng(_cuda_devices()), fake_tensors(), warnings.catch_warnings():
+    with (
+        offline_text(one),
+        torch.random.fork_rng(_cuda_devices()),
+        fake_tensors(LiveTensors()),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message=".*backward hook")  # of modules without a gradient, as it must be
         model = build_model(one, text_weights=False)
         model.image_encoder.checkpoint_activations(policy)
@@ -80,8 +87,8 @@ def _cuda_devices() -> list[int]:
 
 
 @contextlib.contextmanager
-def _offline_text(config: RunConfig) -> Iterator[None]:
-    """BERT-base's shape is known: no hub is asked for it."""
+def offline_text(config: RunConfig) -> Iterator[None]:
+    """BERT-base's shape is known: no hub is asked for it. Changes `text.name` for the time."""
     if config.text.name != "bert-base-uncased":
         yield
         return

@@ -102,6 +102,11 @@ class TrainingState:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
         return state
 
+    def make_moments(self) -> None:
+        """Make Adam's states of all fragments now, zero, as its first step would."""
+        for f in self.resident(self.fragments):
+            self._moments(f.flat)
+
     @property
     def adam_step(self) -> float:
         """Updates that Adam has made, the same for all parameters."""

@@ -25,7 +25,7 @@ from dit_ds.communication import Shape, communication_volume
 from dit_ds.config import RunConfig, merge, validate
 from dit_ds.distributed import World, connect, disconnect
 from dit_ds.flops import hardware_flops
-from dit_ds.memory.fake_step import fake_batch
+from dit_ds.memory.step import fake_batch
 from dit_ds.models.dit_sam import segmentation_loss
 from dit_ds.weights import build_model
 
