@@ -215,10 +215,12 @@ def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
     epoch = step / steps_per_epoch
     warmup_steps = t.warmup_epochs * steps_per_epoch
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
+    done = min(1.0, max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps))
     if t.schedule == "cosine":
-        total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
-        done = max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps)
-        return t.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return t.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+    if t.schedule == "poly":
+        return t.lr * warm * (1 - done) ** t.poly_power
     return t.lr * warm * t.decay ** sum(epoch >= m for m in t.milestones)
 
 

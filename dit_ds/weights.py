@@ -20,12 +20,15 @@ from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error
 from dit_ds.fragments import MASTER
 from dit_ds.models.dit_sam import DITSAM
-from dit_ds.models.sam import DensePositions, load_sam_checkpoint
+from dit_ds.models.lavt import LAVT
+from dit_ds.models.rela import ReLA
+from dit_ds.models.sam import DensePositions
+from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder
 
 
-def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
-    """The configuration's model on the CPU, SAM's checkpoint not yet loaded.
+def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
+    """The configuration's model on the CPU, `model.checkpoint` not yet loaded.
 
     Args:
         text_weights: False skips reading pretrained text weights that a checkpoint is about to replace.
@@ -33,6 +36,9 @@ def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
     m, t = config.model, config.text
     torch.manual_seed(config.seed)
     text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache)
+    if m.name != "dit_sam":
+        windows = "eager" if m.attention == "eager" else "sdpa"
+        return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
     return DITSAM(
         text,
         m.size,
@@ -44,6 +50,7 @@ def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
         m.attention,
         m.window_size,
         m.word_dropout,
+        config.train.dice_weight,
     )
 
 
@@ -96,7 +103,7 @@ def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | 
             temporary.unlink(missing_ok=True)
 
 
-def load_weights(model: DITSAM, path: Path, kind: str = MASTER) -> None:
+def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
     """Put a checkpoint's weights into a model of the same configuration.
 
     Args:
@@ -132,7 +139,9 @@ def load_weights(model: DITSAM, path: Path, kind: str = MASTER) -> None:
     model.load_state_dict(state)
 
 
-def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> tuple[DITSAM, RunConfig, dict[str, Any]]:
+def load_model(
+    path: str | Path, overrides: dict[str, Any] | None = None
+) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
     """A checkpoint's model in evaluation mode, its run's configuration, and its meta data.
 
     Where the run kept a moving average of the weights, these are the weights.
@@ -147,7 +156,7 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> tup
     complete = path.is_file() or (path / checkpoint.FROZEN).exists()
     model = build_model(config, text_weights=not complete)
     if not complete and config.model.checkpoint:
-        load_sam_checkpoint(model, config.model.checkpoint)
+        model.load_pretrained(config.model.checkpoint)
     load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
     return model.eval(), config, meta
 

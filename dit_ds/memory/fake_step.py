@@ -24,7 +24,7 @@ from dit_ds import engine as ds
 from dit_ds.config import RunConfig
 from dit_ds.distributed import World
 from dit_ds.models import attention
-from dit_ds.models.dit_sam import pixel_statistics, segmentation_loss
+from dit_ds.models.segmenter import pixel_statistics
 from dit_ds.weights import build_model
 
 # operators of ours whose temporaries count: what they are made of is run in their place
@@ -145,7 +145,7 @@ def training_step_memory(config: RunConfig, world: World, steps: int = 2, change
     """
     with fake_tensors() as live:
         model = build_model(config, text_weights=False)
-        model.image_encoder.checkpoint_activations(config.train.activation_checkpointing)
+        model.checkpoint_activations(config.train.activation_checkpointing)
         if change is not None:
             change(model)
         engine = ds.initialize(model, config, world)
@@ -155,7 +155,7 @@ def training_step_memory(config: RunConfig, world: World, steps: int = 2, change
         for _ in range(steps):
             inputs, mask, weight = fake_batch(micro_batch, config.data.image_size, config.data.tokens)
             live.peak = live.now
-            loss = segmentation_loss(engine(**inputs), mask, weight, config.train.dice_weight)
+            loss = model.loss(engine(**inputs), mask, weight)
             peaks["forward"], live.peak = live.peak, live.now
             engine.backward(loss)
             del loss, inputs, mask, weight
