@@ -18,6 +18,7 @@ from dit_ds.distributed import World
 from dit_ds.errors import UserError
 from dit_ds.files import read_json
 from dit_ds.fragments import TrainingState
+from dit_ds.statistics import in_fp32, running_statistics
 
 # what the run's YAML owns, and the key there
 _OWNED = {
@@ -135,15 +136,29 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     ds_config = deepspeed_config(config, world.world_size)
     deepspeed = import_deepspeed()
     t = config.train
-    trainable = [p for p in model.parameters() if p.requires_grad]
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
-    optimizer = torch.optim.AdamW(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, t), lr=t.lr, betas=t.betas, eps=t.eps, fused=True)
     model.to(world.device)
+    if world.device.type == "cuda" and world.world_size > 1:  # on CPUs torch has no synchronised BatchNorm
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    exact = {n: x.clone() for n, x in running_statistics(model).items()}
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    in_fp32(engine.module, exact)
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
     engine.basic_optimizer.state.clear()
     return engine
+
+
+def parameter_groups(model: nn.Module, t: TrainConfig) -> list[dict[str, Any]]:
+    """The trainable parameters for AdamW, those without weight decay by themselves."""
+    spared = set() if t.decay_norms else model.no_decay()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in trained if n not in spared], "weight_decay": t.weight_decay},
+        {"params": [p for n, p in trained if n in spared], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
 
 
 def step(engine: Any) -> float:

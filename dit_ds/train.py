@@ -30,6 +30,7 @@ from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.record import RunRecord
 from dit_ds.saver import Saver, restore
+from dit_ds.statistics import RunningStatistics
 from dit_ds.watch import Rates, Window
 
 _MOST_SKIPPED = 50  # steps in a row, after which nothing is to be hoped for
@@ -134,6 +135,7 @@ class _Run:
             model.compile_blocks()
         self.engine = ds.initialize(model, config, world)
         self.state = TrainingState(self.engine, config.train.ema)
+        self.statistics = RunningStatistics(self.engine.module)
         if newest is not None:
             start = time.perf_counter()
             restore(self.engine, self.state, newest)
@@ -243,7 +245,7 @@ class _Run:
         progress.seconds += window.close()["seconds"]
 
     def stepped(self, norm: float, taken: list[tuple[Tensor, list[int]]]) -> None:
-        """After an optimizer step: the moving average, the sample log, and what was left out.
+        """After an optimizer step: running statistics, the moving average, the sample log, and what was left out.
 
         Raises:
             RunFailed: the gradient was not finite and must be, or was not for too long.
@@ -251,6 +253,7 @@ class _Run:
         progress, config = self.progress, self.config.train
         samples = [s for _, micro_batch in taken for s in micro_batch]
         self.record.samples(progress.step, progress.epoch, samples)
+        self.statistics.stepped(math.isfinite(norm))
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.state.update_average()

@@ -25,6 +25,7 @@ from dit_ds.models.rela import ReLA
 from dit_ds.models.sam import DensePositions
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder
+from dit_ds.statistics import running_statistics
 
 
 def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
@@ -55,8 +56,8 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model doesn't train: frozen parameters and saved buffers, on the CPU."""
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    """What of a model doesn't change: frozen parameters and saved buffers, on the CPU."""
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} | running_statistics(model).keys()
     return {n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n not in trained}
 
 
@@ -118,7 +119,10 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
             state = load_file(path)
         else:
             frozen = {} if left_out else load_file(path / checkpoint.FROZEN)
-            state = frozen | checkpoint.Reader(path).whole(kind)
+            statistics = path / checkpoint.STATISTICS
+            state = (
+                frozen | (load_file(statistics) if statistics.exists() else {}) | checkpoint.Reader(path).whole(kind)
+            )
     target = model.state_dict()
     if left_out:  # the model's own stand in for them, if they are the same
         state = {n: x for n, x in frozen_state(model).items() if n not in state} | state
@@ -168,14 +172,16 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
     text encoder's architecture and tokenizer. The file is read back and compared.
 
     Args:
-        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them.
+        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them, and
+            BatchNorm's running statistics.
     Returns:
         `file`, `tensors`, `parameters`, `bytes`, `step`.
     """
     model, config, meta = load_model(path)
-    exact = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
     state = {
-        name: (x.to(dtype) if x.is_floating_point() and name.rpartition(".")[0] not in exact else x).contiguous()
+        name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
         for name, x in model.state_dict().items()
     }
     header = {"config": config.model_dump(mode="json"), **{k: meta[k] for k in ("step", "epoch")}}

@@ -89,7 +89,7 @@ class LanguageAttention(Attention):
     def __init__(self, dim: int, heads: int, text_dim: int):
         super().__init__(dim, heads)
         self.words = nn.Linear(text_dim, dim)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, queries: Tensor, words: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, text_dim) to (B, Q, D)."""
