@@ -26,7 +26,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def _conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), BatchNorm(outputs), nn.ReLU(inplace=True)]
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), BatchNorm(outputs), nn.ReLU()]
 
 
 class Decoder(nn.Module):
