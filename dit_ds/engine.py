@@ -139,7 +139,8 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
     optimizer = torch.optim.AdamW(parameter_groups(model, t), lr=t.lr, betas=t.betas, eps=t.eps, fused=True)
     model.to(world.device)
-    if world.device.type == "cuda" and world.world_size > 1:  # on CPUs torch has no synchronised BatchNorm
+    # torch's synchronised BatchNorm is for CUDA alone; and not in shorter types, in which its statistics would be short
+    if world.device.type == "cuda" and world.world_size > 1 and dtype(ds_config) == torch.float32:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     exact = {n: x.clone() for n, x in running_statistics(model).items()}
     deepspeed.init_distributed(dist_init_required=False)

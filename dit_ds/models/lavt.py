@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_ds.models.segmenter import Segmenter, two_class_loss
-from dit_ds.models.swin import SIZES, WordSwin
+from dit_ds.models.segmenter import two_class_loss
+from dit_ds.models.swin import SIZES, SwinSegmenter, WordSwin
 from dit_ds.models.text_encoder import TextEncoder
 
 
@@ -55,7 +53,7 @@ class Decoder(nn.Module):
         return self.classify(x)
 
 
-class LAVT(Segmenter):
+class LAVT(SwinSegmenter):
     """LAVT: words enter Swin behind each stage, and a convolutional decoder reads what they said.
 
     Args:
@@ -87,15 +85,3 @@ class LAVT(Segmenter):
         """Weighted cross-entropy of the logits, enlarged to the mask's size; see `two_class_loss`."""
         logits = F.interpolate(output, mask.shape[-2:], mode="bilinear", align_corners=False)
         return two_class_loss(logits, mask, weight)
-
-    def checkpoint_activations(self, policy: str) -> None:
-        """See `WordSwin.checkpoint_activations`."""
-        self.backbone.checkpoint_activations(policy)
-
-    def compile_blocks(self) -> None:
-        """See `WordSwin.compile_blocks`."""
-        self.backbone.compile_blocks()
-
-    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
-        """See `WordSwin.load_pretrained`."""
-        return self.backbone.load_pretrained(path)

@@ -7,15 +7,14 @@ of its region belongs to the target (the minimap), and together whether there is
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_ds.models.segmenter import Segmenter, two_class_loss
-from dit_ds.models.swin import SIZES, Size, WordSwin
+from dit_ds.models.segmenter import two_class_loss
+from dit_ds.models.swin import SIZES, Size, SwinSegmenter, WordSwin
 from dit_ds.models.text_encoder import TextEncoder
 
 _SIDE = 10  # regions a side
@@ -198,7 +197,7 @@ class Predictor(nn.Module):
         return inside | ~inside.any(-1, keepdim=True)
 
 
-class ReLA(Segmenter):
+class ReLA(SwinSegmenter):
     """ReLA: LAVT's backbone, its gates closed at first, Mask2Former's pixel decoder, and region queries.
 
     Under DeepSpeed's bf16 or fp16 the pixel decoder computes in that type, too, while the original's stays in fp32 under
@@ -245,15 +244,3 @@ class ReLA(Segmenter):
         none = mask.flatten(1).sum(1) == 0
         parts = (two_class_loss(output.minimap, regions, weight), two_class_loss(output.no_target, none, weight))
         return 5 * (two_class_loss(logits, mask, weight) + 0.1 * parts[0] + 0.1 * parts[1])
-
-    def checkpoint_activations(self, policy: str) -> None:
-        """See `WordSwin.checkpoint_activations`."""
-        self.backbone.checkpoint_activations(policy)
-
-    def compile_blocks(self) -> None:
-        """See `WordSwin.compile_blocks`."""
-        self.backbone.compile_blocks()
-
-    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
-        """See `WordSwin.load_pretrained`."""
-        return self.backbone.load_pretrained(path)

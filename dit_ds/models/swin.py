@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dit_ds.torchvision_stub  # noqa: F401  before transformers, which looks for torchvision
 from dit_ds.errors import UserError
+from dit_ds.models.sam import load_sam_checkpoint
+from dit_ds.models.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,26 @@ class WordSwin(nn.Module):
             "missing": sorted(mine.keys() - state.keys()),
             "unexpected": sorted(state.keys() - mine.keys()),
         }
+
+
+class SwinSegmenter(Segmenter):
+    """What LAVT and ReLA have in common: all that is asked of the image encoder, asked of their `backbone`."""
+
+    backbone: WordSwin
+
+    def checkpoint_activations(self, policy: str) -> None:
+        """See `WordSwin.checkpoint_activations`."""
+        self.backbone.checkpoint_activations(policy)
+
+    def compile_blocks(self) -> None:
+        """See `WordSwin.compile_blocks`."""
+        self.backbone.compile_blocks()
+
+    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
+        """See `WordSwin.load_pretrained`; of what `dit-ds export` wrote, all parameters by name."""
+        if str(path).endswith(".safetensors"):
+            return load_sam_checkpoint(self, path)
+        return self.backbone.load_pretrained(path)
 
 
 def _our_name(name: str) -> str:
