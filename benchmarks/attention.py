@@ -47,7 +47,7 @@ def row(width: str, image_size: int, batch: int, device: str, dtype: torch.dtype
 
     def ours(backend: str) -> torch.Tensor:
         block.attn.backend = backend
-        return block.attn(x, words, mask)
+        return block.attn(x, words, mask)[0]
 
     def naive() -> torch.Tensor:
         return naive_attention(block.attn, torch.cat([words, x.flatten(1, 2)], dim=1), x.shape[1:3], mask)[:, WORDS:]

@@ -55,9 +55,10 @@ class ModelConfig(_Section):
     size: Literal["vit_t", "vit_b", "vit_l", "vit_h", "swin_b", "swin_t_tiny"] = Field(
         "vit_b", description="SAM's sizes, and vit_t for CPUs; of lavt and rela: swin_b, and swin_t_tiny for CPUs"
     )
-    scheme: Literal["default", "layer_wise"] = Field(
+    scheme: Literal["default", "end_to_end", "layer_wise"] = Field(
         "layer_wise",
-        description="default: words meet the image in the mask decoder only; layer_wise: L-DIT, equation 8",
+        description="default: words meet the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
+        "layer_wise: L-DIT, equation 8",
     )
     decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
     checkpoint: str | None = Field(

@@ -59,9 +59,9 @@ def test_windows_attend_to_themselves_and_to_the_words():
     small.load_state_dict(block.state_dict())
     for backend in ("eager", "sdpa", "chunked"):
         block.attn.backend = backend
-        whole = block(x, words, mask)
+        whole, _ = block(x, words, mask)
         for i, j in ((0, 0), (0, 3), (3, 0), (3, 3)):
-            window = small(x[:, i : i + 3, j : j + 3], words, mask)
+            window, _ = small(x[:, i : i + 3, j : j + 3], words, mask)
             torch.testing.assert_close(whole[:, i : i + 3, j : j + 3], window, rtol=1e-12, atol=1e-12)
 
 
@@ -84,7 +84,13 @@ def test_a_block_is_sams_over_the_concatenation_of_equation_8():
     tokens = tokens + block.attn.proj(mixed)
     tokens = tokens + block.mlp(block.norm2(tokens))
 
-    torch.testing.assert_close(block(x, words).flatten(1, 2), tokens[:, 7:], rtol=1e-10, atol=1e-10)
+    for backend in ("eager", "naive"):
+        block.attn.backend = backend
+        out, none = block(x, words)
+        torch.testing.assert_close(out.flatten(1, 2), tokens[:, 7:], rtol=1e-10, atol=1e-10)
+        assert none is None
+        _, flowing = block(x, words, flow=True)  # equation 6: the words' rows go on, too
+        torch.testing.assert_close(flowing, tokens[:, :7], rtol=1e-10, atol=1e-10)
 
 
 def small_model(scheme="layer_wise", **options):
@@ -170,14 +176,45 @@ def gradients(model):
     return {n for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("scheme", ["layer_wise", "end_to_end"])
+def test_the_naive_formulation_computes_the_same(scheme):
+    """Logits and gradients of a whole model, padding masked and recomputed layer by layer."""
+    model = small_model(scheme).double()
+    model.checkpoint_activations("block")
+    results = []
+    for backend in ("naive", "chunked", "sdpa"):
+        for block in model.image_encoder.blocks:
+            block.attn.backend = backend
+        model.zero_grad()
+        logits = model(**batch())
+        logits.double().square().mean().backward()
+        results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_end_to_end_words_flow_through_every_layer():
+    """Projected once; where the image encoder is frozen, a linear layer between two layers, the identity at first."""
+    free, frozen = small_model("end_to_end"), small_model("end_to_end", freeze_image_encoder=True)
+    assert [n for n, _ in free.image_encoder.instruction.named_parameters()] == ["projection.weight", "projection.bias"]
+    assert len(frozen.image_encoder.instruction.adapters) == len(frozen.image_encoder.blocks) - 1
+    frozen.load_state_dict(free.state_dict(), strict=False)
+    torch.testing.assert_close(frozen(**batch()), free(**batch()))
+    segmentation_loss(frozen(**batch()), torch.ones(3, 64, 64), torch.ones(3)).backward()
+    trained = {n: p for n, p in frozen.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values()), [n for n, p in trained.items() if p.grad is None]
+    assert {n.split(".")[1] for n in trained if n.startswith("image_encoder")} == {"instruction"}
+
+
 @pytest.mark.parametrize("freeze_image", [False, True])
-@pytest.mark.parametrize("scheme", ["layer_wise", "default"])
+@pytest.mark.parametrize("scheme", ["layer_wise", "end_to_end", "default"])
 def test_freezing_leaves_projections_and_decoder_training(scheme, freeze_image):
     model = small_model(scheme, freeze_image_encoder=freeze_image)
     trained = gradients(model)
     assert trained == {n for n, p in model.named_parameters() if p.requires_grad}  # no parameter waits for a gradient
     assert "text_projection.weight" in trained and "mask_decoder.transformer.layers.0.norm1.weight" in trained
-    assert ("image_encoder.instruction.projections.0.weight" in trained) == (scheme == "layer_wise")
+    assert any(n.startswith("image_encoder.instruction.") for n in trained) == (scheme != "default")
     assert ("image_encoder.blocks.0.attn.qkv.weight" in trained) != freeze_image
     assert not any(n.startswith("text_encoder.") for n in trained)
 

@@ -76,6 +76,20 @@ def relative_position_attention(
     return torch.ops.dit_ds.attention(qkv, rel_h, rel_w, words, word_mask, backend)[0]
 
 
+def word_attention(queries: Tensor, qkv: Tensor, words: Tensor, word_mask: Tensor | None) -> Tensor:
+    """What the words see of [words; image]: they have no place in the picture, so no positions are added.
+
+    Args:
+        queries: (B, T, heads, d) of the words.
+        qkv, words, word_mask: as in `relative_position_attention`.
+    Returns:
+        (B, T, heads, d)
+    """
+    k, v = (torch.cat([words[:, :, i], qkv[:, :, i + 1]], dim=1).transpose(1, 2) for i in (0, 1))  # (B, heads, T+N, d)
+    mask = None if word_mask is None else F.pad(word_mask, (0, qkv.shape[1]), value=True)[:, None, None]
+    return F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+
+
 def require(backend: str, device: str, dtype: torch.dtype) -> None:
     """Raise a `UserError` where a backend can't run, saying why."""
     reason = why_not(backend, device, dtype) if backend in KERNELS else None

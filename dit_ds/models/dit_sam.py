@@ -63,6 +63,7 @@ class DITSAM(Segmenter):
             window_size,
             s.global_layers,
             word_dropout,
+            freeze_image_encoder,
         )
         self.prompt_encoder = WordPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dit_ds.errors import UserError
-from dit_ds.models.attention import relative_position_attention
+from dit_ds.models.attention import relative_position_attention, word_attention
 from dit_ds.models.instruction import make_instruction
 from dit_ds.models.naive import naive_block
 
@@ -45,11 +45,11 @@ def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 class QKV(nn.Linear):
-    """SAM's `qkv` projection. Words need keys and values only, so their query rows are not computed."""
+    """SAM's `qkv` projection. Words whose outputs nobody reads need keys and values only."""
 
-    def forward(self, x: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D) and (B, T, D) to (B, N, 3D) and (B, T, 2D)."""
-        d = self.in_features
+    def forward(self, x: Tensor, words: Tensor | None = None, flow: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D) and (B, T, D) to (B, N, 3D) and (B, T, 2D); to (B, T, 3D) where the words flow on."""
+        d = 0 if flow else self.in_features
         of_words = None if words is None else F.linear(words, self.weight[d:], self.bias[d:])
         return super().forward(x), of_words
 
@@ -62,17 +62,24 @@ class WordAttention(Attention):
         self.qkv = QKV(dim, 3 * dim)
         self.backend = backend
 
-    def forward(self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
-        """(B, H, W, D) to (B, H, W, D)."""
+    def forward(
+        self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None, flow: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, D) and (B, T, D) to the same; words are None unless they flow on."""
         b, h, w, dim = x.shape
-        qkv, of_words = self.qkv(x.view(b, h * w, dim), words)
+        qkv, of_words = self.qkv(x.view(b, h * w, dim), words, flow)
         qkv = qkv.view(b, h * w, 3, self.num_heads, -1)
         if of_words is not None:
-            of_words = of_words.view(b, -1, 2, self.num_heads, qkv.shape[-1])
+            of_words = of_words.view(b, words.shape[1], -1, self.num_heads, qkv.shape[-1])
+        queries = of_words[:, :, 0] if flow else None
+        of_words = of_words[:, :, 1:] if flow else of_words
         out = relative_position_attention(
             qkv, self.rel_pos_h, self.rel_pos_w, (h, w), of_words, word_mask, self.backend
         )  # (B, N, heads, d)
-        return self.proj(out.reshape(b, h, w, dim))
+        out = self.proj(out.reshape(b, h, w, dim))
+        if not flow:
+            return out, None
+        return out, self.proj(word_attention(queries, qkv, of_words, word_mask).reshape(b, -1, dim))
 
 
 class _LinearOfGELU(torch.autograd.Function):
@@ -111,10 +118,11 @@ class LinearOfGELU(nn.Linear):
 
 
 class WordBlock(Block):
-    """SAM's `Block` over [words; visual] of which only the visual rows go on (equation 8).
+    """SAM's `Block` over [words; visual].
 
-    The words a layer gets are replaced before the next, so their own outputs would be thrown away: they are not
-    computed. In a block with windows each window attends to itself and to all words.
+    Words flow on with the image (equation 6), or only the visual rows do (equation 8): words that are replaced before
+    the next layer have outputs that would be thrown away, and are not computed. In a block with windows each window
+    attends to itself and to all words.
     """
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], backend: str, window_size: int = 0):
@@ -126,22 +134,35 @@ class WordBlock(Block):
         self.mlp.act = nn.Identity()
         self.mlp.lin2 = LinearOfGELU.of(self.mlp.lin2)
 
-    def forward(self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
-        """(B, H, W, D) to (B, H, W, D)."""
+    def forward(
+        self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None, flow: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, D) and (B, T, D) to the same; words are None unless they flow on."""
         if self.attn.backend == "naive":
-            return naive_block(self, x, words, word_mask)
-        words = None if words is None else self.norm1(words)
-        x = x + self._attend(self.norm1(x), words, word_mask)
-        return x + self.mlp(self.norm2(x))
+            x, after = naive_block(self, x, words, word_mask)
+            return x, after if flow else None
+        normed = None if words is None else self.norm1(words)
+        of_x, of_words = self._attend(self.norm1(x), normed, word_mask, flow)
+        x = x + of_x
+        x = x + self.mlp(self.norm2(x))
+        if flow:
+            words = words + of_words
+            words = words + self.mlp(self.norm2(words))
+        return x, words if flow else None
 
-    def _attend(self, x: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, words: Tensor | None, word_mask: Tensor | None, flow: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if not self.window_size:
-            return self.attn(x, words, word_mask)
+            return self.attn(x, words, word_mask, flow)
         size = x.shape[1:3]
         windows, padded_size = window_partition(x, self.window_size)  # (B*windows, window, window, D)
         each = windows.shape[0] // x.shape[0]
         words, word_mask = (y if y is None else y.repeat_interleave(each, 0) for y in (words, word_mask))
-        return window_unpartition(self.attn(windows, words, word_mask), self.window_size, padded_size, size)
+        out, of_words = self.attn(windows, words, word_mask, flow)
+        if flow:  # each window has its own answer to a word's query: their mean goes on
+            of_words = of_words.unflatten(0, (-1, each)).mean(1)
+        return window_unpartition(out, self.window_size, padded_size, size), of_words
 
 
 class ImageEncoder(ImageEncoderViT):
@@ -156,6 +177,7 @@ class ImageEncoder(ImageEncoderViT):
         window_size: of the layers that don't attend globally; 0 for global attention in all, as in the paper's code.
         global_layers: those that do where there are windows.
         word_dropout: of the words that enter.
+        frozen: the layers won't be trained, see `instruction.EndToEnd`.
     """
 
     def __init__(
@@ -172,6 +194,7 @@ class ImageEncoder(ImageEncoderViT):
         window_size: int = 0,
         global_layers: tuple[int, ...] = (),
         word_dropout: float = 0.0,
+        frozen: bool = False,
     ):
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(
@@ -188,7 +211,7 @@ class ImageEncoder(ImageEncoderViT):
             WordBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)
             for i in range(depth)
         )
-        self.instruction = make_instruction(scheme, text_dim, embed_dim, depth, word_dropout)
+        self.instruction = make_instruction(scheme, text_dim, embed_dim, depth, word_dropout, frozen)
         self.checkpoint_activations("none")
         # SAM leaves these at zero and loads them; from scratch a place must be told from another to be learned
         with torch.no_grad():
@@ -227,15 +250,23 @@ class ImageEncoder(ImageEncoderViT):
         for i in range(0, len(self.blocks), together):
             layers = range(i, min(i + together, len(self.blocks)))
             if again:
-                x = checkpoint(self._layers, layers, x, words, word_mask, use_reentrant=False, **self._kept())
+                x, words = checkpoint(self._layers, layers, x, words, word_mask, use_reentrant=False, **self._kept())
             else:
-                x = self._layers(layers, x, words, word_mask)
+                x, words = self._layers(layers, x, words, word_mask)
         return self.neck(x.permute(0, 3, 1, 2))
 
-    def _layers(self, layers: range, x: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
+    def _layers(
+        self, layers: range, x: Tensor, words: Tensor | None, word_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some layers; the words that come out are what the next ones' instruction takes."""
         for i in layers:
-            x = self.blocks[i](x) if words is None else self.blocks[i](x, self.instruction(words, i), word_mask)
-        return x
+            if words is None:
+                x, _ = self.blocks[i](x)
+                continue
+            flow = self.instruction.flows and i + 1 < len(self.blocks)  # nobody reads the last layer's
+            x, after = self.blocks[i](x, self.instruction(words, i), word_mask, flow)
+            words = after if flow else words
+        return x, words
 
     def _kept(self) -> dict[str, Any]:
         """What `selective` keeps within a layer."""

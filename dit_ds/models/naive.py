@@ -38,14 +38,16 @@ def naive_attention(attn: nn.Module, tokens: Tensor, grid: tuple[int, int], word
     return attn.proj(out)
 
 
-def naive_block(block: nn.Module, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
-    """All rows through everything; the words' are dropped at the end.
+def naive_block(
+    block: nn.Module, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All rows through everything.
 
     Args:
         block: a `WordBlock`.
         x, words, word_mask: (B, H, W, D), (B, T, D) and (B, T).
     Returns:
-        (B, H, W, D)
+        (B, H, W, D) and (B, T, D)
     """
     b, h, w, dim = x.shape
     t = 0 if words is None else words.shape[1]
@@ -53,4 +55,4 @@ def naive_block(block: nn.Module, x: Tensor, words: Tensor | None = None, word_m
     tokens = tokens + naive_attention(block.attn, block.norm1(tokens), (h, w), word_mask)
     hidden = F.gelu(block.mlp.lin1(block.norm2(tokens)))
     tokens = tokens + F.linear(hidden, block.mlp.lin2.weight, block.mlp.lin2.bias)
-    return tokens[:, t:].view(b, h, w, dim)
+    return tokens[:, t:].view(b, h, w, dim), tokens[:, :t]
