@@ -19,6 +19,7 @@ from benchmarks import common
 from dit_ds.models.attention import BACKENDS, best_backend
 from dit_ds.models.attention_kernels import KERNELS, why_not
 from dit_ds.models.image_encoder import WordBlock
+from dit_ds.models.naive import naive_attention
 from dit_ds.models.sam import SIZES
 
 WORDS = 20
@@ -49,7 +50,7 @@ def row(width: str, image_size: int, batch: int, device: str, dtype: torch.dtype
         return block.attn(x, words, mask)
 
     def naive() -> torch.Tensor:
-        return common.naive_attention(block, torch.cat([words, x.flatten(1, 2)], dim=1), WORDS, mask)[:, WORDS:]
+        return naive_attention(block.attn, torch.cat([words, x.flatten(1, 2)], dim=1), x.shape[1:3], mask)[:, WORDS:]
 
     forwards = {"naive": naive} | {b: partial(ours, b) for b in backends}
     grad = torch.randn_like(naive())

@@ -14,59 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.memory.ledger import LiveTensors
-from dit_ds.models.image_encoder import WordBlock
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-
-
-def naive_attention(block: WordBlock, tokens: Tensor, words: int, word_mask: Tensor | None) -> Tensor:
-    """SAM's attention over the concatenation [words; image] (B, T+N, D), with a map and a bias of its size.
-
-    The positions are added by segment_anything's own function to the image's part of the map.
-    """
-    from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
-
-    attn = block.attn
-    b, length, dim = tokens.shape
-    heads = attn.num_heads
-    side = int((length - words) ** 0.5)
-    qkv = nn.functional.linear(tokens, attn.qkv.weight, attn.qkv.bias)
-    q, k, v = qkv.view(b, length, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * heads, length, -1).unbind(0)
-    logits = (q * attn.scale) @ k.transpose(-2, -1)  # (B*heads, T+N, T+N)
-    places = (logits[:, words:, words:], q[:, words:])
-    logits[:, words:, words:] = add_decomposed_rel_pos(
-        *places, attn.rel_pos_h, attn.rel_pos_w, (side, side), (side, side)
-    )
-    if word_mask is not None:
-        padding = nn.functional.pad(~word_mask, (0, length - words)).repeat_interleave(heads, 0)[:, None]
-        logits.masked_fill_(padding, float("-inf"))
-    out = (logits.softmax(-1) @ v).view(b, heads, length, -1).transpose(1, 2).reshape(b, length, dim)
-    return attn.proj(out)
-
-
-def naive_block(block: WordBlock, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
-    """SAM's `Block` over the concatenation, all rows through everything; the words' rows are dropped at the end."""
-    b, h, w, dim = x.shape
-    t = 0 if words is None else words.shape[1]
-    tokens = x.flatten(1, 2) if words is None else torch.cat([words, x.flatten(1, 2)], dim=1)
-    tokens = tokens + naive_attention(block, block.norm1(tokens), t, word_mask)
-    hidden = nn.functional.gelu(block.mlp.lin1(block.norm2(tokens)))
-    tokens = tokens + nn.functional.linear(hidden, block.mlp.lin2.weight, block.mlp.lin2.bias)
-    return tokens[:, t:].view(b, h, w, dim)
-
-
-def make_naive(model: nn.Module, autocast: torch.dtype | None = None) -> None:
-    """Give a DITSAM's layers the naive formulation, with the same weights; under autocast where a type is given."""
-    for block in model.image_encoder.blocks:
-        block.forward = naive_block.__get__(block)
-    if autocast is not None:
-        device = next(model.parameters()).device.type
-        model.forward = torch.autocast(device if device == "cuda" else "cpu", autocast)(model.forward)
 
 
 def synchronize(device: str) -> None:

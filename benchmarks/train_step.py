@@ -1,9 +1,8 @@
-"""Whole training steps of DITSAM under DeepSpeed against the naive formulation, and what Table 8's rows take.
+"""Whole training steps of DITSAM under DeepSpeed against the naive formulation.
 
 Timed in one process, alternating, from the same weights and batch: forward, loss, backward, Adam. On a CPU the ViTs have
-their full width and `--layers` layers, in fp32; on a GPU all layers, in bf16 against the naive formulation under
-autocast. Memory: the peak of a step in bf16 at batch 32 and full depth, measured on a GPU, counted with fake tensors
-without one. Writes train_step.json, .md and .png; `--json` prints one JSON object as the last line.
+their full width and `--layers` layers, in fp32; on a GPU all layers, in bf16. Writes train_step.json, .md and .png;
+`--json` prints one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from dit_ds import engine as ds  # noqa: E402
 from dit_ds.config import RunConfig, validate  # noqa: E402
 from dit_ds.distributed import connect, disconnect  # noqa: E402
 from dit_ds.flops import peak_flops, step_flops  # noqa: E402
-from dit_ds.memory.fake_step import fake_batch, training_step_memory  # noqa: E402
+from dit_ds.memory.step import fake_batch  # noqa: E402
 from dit_ds.models.dit_sam import segmentation_loss  # noqa: E402
 from dit_ds.models.sam import SIZES  # noqa: E402
 from dit_ds.weights import build_model  # noqa: E402
@@ -38,7 +37,6 @@ MODES = {  # frozen image encoder, frozen text encoder
     "text_tuned": (True, False),
     "tuned": (False, False),
 }
-TARGETS = {("vit_b", "frozen"): 2.5, ("vit_b", "text_tuned"): 3.8, ("vit_b", "tuned"): 4.8, ("vit_h", "tuned"): 16.0}
 
 
 def configuration(
@@ -65,13 +63,11 @@ def configuration(
 class Step:
     """A model in a DeepSpeed engine and one batch for it; call it to take a training step."""
 
-    def __init__(self, config: RunConfig, naive: bool, world, compile_blocks: bool = False):
+    def __init__(self, config: RunConfig, world, compile_blocks: bool = False):
         self.model = build_model(config).to(world.device)
         self.model.image_encoder.checkpoint_activations(config.train.activation_checkpointing)
         if compile_blocks:
             self.model.image_encoder.compile_blocks()
-        if naive:
-            common.make_naive(self.model, torch.bfloat16 if world.device.type == "cuda" else None)
         self.engine = ds.initialize(self.model, config, world)
         self.engine.train()
         batch = fake_batch(config.train.batch_size, config.data.image_size, config.data.tokens)
@@ -105,14 +101,15 @@ def compare(width: str, size: int, mode: str, batch: int, variant: str, args, wo
 
     Where both don't fit into the GPU, at half the batch.
     """
-    device, naive = world.device.type, variant == "naive"
+    device = world.device.type
     config = configuration(width, size, mode, batch, bf16=device == "cuda")
     policy = "none" if variant in ("naive", "compiled") else variant
-    changed = configuration(width, size, mode, batch, bf16=device == "cuda" and not naive, policy=policy)
+    attention = "naive" if variant == "naive" else "auto"
+    changed = configuration(width, size, mode, batch, bf16=device == "cuda", policy=policy, attention=attention)
     try:
         steps = {
-            "ours": Step(config, False, world),
-            variant: Step(changed, naive, world, compile_blocks=variant == "compiled"),
+            "ours": Step(config, world),
+            variant: Step(changed, world, compile_blocks=variant == "compiled"),
         }
         seconds = common.alternate(steps, args.rounds if size <= 512 else max(2, args.rounds // 2), device)
         return {
@@ -164,58 +161,6 @@ def timed_row(width: str, size: int, mode: str, batch: int, args, world, flop_ra
     }  # fmt: skip
 
 
-def counted_row(width: str, size: int, mode: str, batch: int, policy: str, naive: bool, world) -> dict:
-    """A step's peak under fake tensors at full depth in bf16, by SDPA's memory-efficient kernel.
-
-    The first step stands for all: without sharding DeepSpeed makes the optimizer's states before it.
-    """
-    config = configuration(width, size, mode, batch, True, policy, "sdpa_efficient")
-    phases = training_step_memory(config, world, steps=1, change=common.make_naive if naive else None)
-    row = {"width": width, "size": size, "mode": mode, "batch": batch, "checkpointing": policy, "naive": naive}
-    return row | {"gib": {k: round(v / common.GIB, 3) for k, v in phases.items()}}
-
-
-def table8(args, world) -> list[dict]:
-    """Table 8's L-DIT rows and ViT-H's at batch 32 on one GPU, each layer recomputed: counted, or on a GPU measured."""
-    rows = []
-    for width in args.width:
-        for mode in MODES:
-            if world.device.type == "cuda":
-                rows.append(measured_row(width, mode, world))
-            else:
-                rows.append(counted_row(width, 512, mode, 32, "block", False, world))
-            rows[-1]["target_gib"] = TARGETS.get((width, mode))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return rows
-
-
-def measured_row(width: str, mode: str, world) -> dict:
-    """Two real steps' `max_memory_allocated`, all of it: parameters and states, too."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    step = Step(configuration(width, 512, mode, 32, True, "block"), False, world)
-    torch.cuda.reset_peak_memory_stats()  # of the steps: building the model in fp32 takes more
-    step()
-    step()
-    row = {"width": width, "size": 512, "mode": mode, "batch": 32, "checkpointing": "block", "naive": False}
-    gib = {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return row | {"gib": {k: round(v / common.GIB, 3) for k, v in gib.items()}}
-
-
-def counted(args, world) -> list[dict]:
-    """Ours and the naive formulation: both sizes without checkpointing, then every policy at one."""
-    settings = [(w, size, mode, "none") for w in args.width for size in args.size for mode in ("frozen", "tuned")]
-    settings += [("vit_b", 512, "tuned", policy) for policy in ("selective", "every_3", "every_2", "block")]
-    rows = []
-    for width, size, mode, policy in settings:
-        batch = 32 if size <= 512 else 8
-        ours, naive = (counted_row(width, size, mode, batch, policy, n, world) for n in (False, True))
-        rows.append(ours | {"naive_gib": naive["gib"]})
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return rows
-
-
 TIMED = {
     "ViT": lambda r: f"{r['width']}, {r['layers']} layer" + "s" * (r["layers"] > 1),
     "px": lambda r: r["size"],
@@ -235,21 +180,10 @@ TIMED = {
         for n, v in r["variants"].items()
     ),
 }
-COUNTED = {
-    "ViT": lambda r: r["width"],
-    "px": lambda r: r["size"],
-    "mode": lambda r: r["mode"],
-    "batch": lambda r: r["batch"],
-    "checkpointing": lambda r: r["checkpointing"],
-    "peak GiB": lambda r: f"{r['gib']['peak']:.2f}",
-    "of it": lambda r: ", ".join(f"{k} {v:.2f}" for k, v in r["gib"].items() if k != "peak"),
-}
-TABLE8 = COUNTED | {"at most": lambda r: r["target_gib"] or ""}
-NAIVE = COUNTED | {"naive peak": lambda r: f"{r['naive_gib']['peak']:.2f}"}
 
 
 def report(result: dict) -> str:
-    """The Markdown of all tables."""
+    """The Markdown of the table."""
     text = f"# Training steps\n\n{result['machine']}, {result['date']}.\n\n"
     text += "## Timed, against the naive formulation\n\n"
     text += "kept: bytes that wait for the backward pass; peak: measured, beyond what was there before the step. "
@@ -257,14 +191,6 @@ def report(result: dict) -> str:
     rate = result["rows"][0]["mfu_of"] / 1e12
     text += f"{rate:.0f} TFLOP/s.\n\n" if rate >= 10 else "the rate of a large matrix product here.\n\n"
     text += common.table(result["rows"], TIMED)
-    if result["table8"]:
-        how = "measured" if "reserved" in result["table8"][0]["gib"] else "counted with fake tensors"
-        text += f"\n## Table 8's L-DIT rows at batch 32 on one GPU, {how}\n\n"
-        text += "bf16, ZeRO stage 0, fp32 masters and Adam states, each layer recomputed. GiB.\n\n"
-        text += common.table(result["table8"], TABLE8)
-    if result["counted"]:
-        text += "\n## Counted against the naive formulation, bf16\n\n"
-        text += common.table(result["counted"], NAIVE)
     return text
 
 
@@ -279,7 +205,6 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=["block", "selective"], help="checkpointing to time, too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the blocks, too")
     parser.add_argument("--rounds", type=int, default=10 if cuda else 3)
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="Table 8's rows, too")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     parser.add_argument("--name", default="train_step_cuda" if cuda else "train_step", help="of the files written")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -296,8 +221,6 @@ def main() -> None:
                 rows.append(timed_row(width, size, mode, batch, args, world, flop_rate))
                 print(common.table(rows[-1:], TIMED).splitlines()[-1], file=sys.stderr, flush=True)
     result = common.conditions(device) | {"benchmark": "train_step", "rows": rows}
-    result["table8"] = table8(args, world) if args.memory else []
-    result["counted"] = counted(args, world) if args.memory and not cuda else []
     common.write(args.out, args.name, result, report(result))
     common.plot(
         args.out / f"{args.name}.png",

@@ -59,8 +59,12 @@ class ModelConfig(_Section):
     )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
     mask_padding: bool = Field(True, description="don't attend to padding words in the image encoder")
-    attention: Literal["auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers"] = (
-        Field("auto", description="attention backend; auto: the fastest here")
+    attention: Literal[
+        "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "naive"
+    ] = Field(
+        "auto",
+        description="attention backend; auto: the fastest here; naive: layers over the whole concatenation, as the "
+        "paper's released code, to compare with",
     )
     window_size: int = Field(
         0,

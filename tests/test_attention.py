@@ -129,7 +129,7 @@ def test_the_operator_is_one_of_torchs(words):
 
 
 def test_the_configuration_knows_every_backend():
-    assert get_args(ModelConfig.model_fields["attention"].annotation) == BACKENDS
+    assert get_args(ModelConfig.model_fields["attention"].annotation) == (*BACKENDS, "naive")
 
 
 @pytest.mark.parametrize("backend", ["xformers", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig
 from dit_ds.distributed import World
-from dit_ds.fragments import MASTER, TrainingState
+from dit_ds.fragments import TrainingState
 from dit_ds.memory.ledger import Ledger, Profile
 from dit_ds.models.dit_sam import segmentation_loss
 from dit_ds.weights import build_model

@@ -9,14 +9,13 @@ import warnings
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the answer is the same where there is a GPU, and takes nothing of it
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import torch  # noqa: E402
 
-from dit_ds import engine as ds  # noqa: E402
-from dit_ds.flops import offline_text  # noqa: E402
-from dit_ds.memory.fake import fake_cluster, fake_tensors  # noqa: E402
-from dit_ds.memory.ledger import Ledger, Profile  # noqa: E402
-from dit_ds.memory.predict import Answer, Question, on_gpu  # noqa: E402
-from dit_ds.memory.step import Steps  # noqa: E402
+from dit_ds import engine as ds
+from dit_ds.flops import offline_text
+from dit_ds.memory.fake import fake_cluster, fake_tensors
+from dit_ds.memory.ledger import Ledger, Profile
+from dit_ds.memory.predict import Answer, Question, on_gpu
+from dit_ds.memory.step import Steps
 
 _TRIES = 12  # micro-batches looked at in a search; it ends long before
 

@@ -33,7 +33,7 @@ class DITSAM(nn.Module):
         decoder_layers: depth of the mask decoder's transformer; SAM's is 2.
         freeze_image_encoder: train nothing of SAM's ViT; the words' projections into it still train.
         mask_padding: don't attend to padding words in the image encoder.
-        attention: one of `attention.BACKENDS`.
+        attention: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the ViT's attention; 0 attends globally in every layer, 14 as SAM in all but four.
         word_dropout: of the words that enter the image encoder.
     """

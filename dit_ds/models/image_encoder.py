@@ -21,8 +21,10 @@ from segment_anything.modeling.image_encoder import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from dit_ds.errors import UserError
 from dit_ds.models.attention import relative_position_attention
 from dit_ds.models.instruction import make_instruction
+from dit_ds.models.naive import naive_block
 
 # Activation checkpointing: what is computed again in the backward pass instead of being kept
 #   none       nothing
@@ -116,6 +118,8 @@ class WordBlock(Block):
     """
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], backend: str, window_size: int = 0):
+        if backend == "naive" and window_size:
+            raise UserError("model.attention naive attends globally: set model.window_size 0, or model.attention auto")
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(dim, num_heads, norm_layer=norm, use_rel_pos=True, window_size=window_size, input_size=grid)
         self.attn = WordAttention(dim, num_heads, (window_size, window_size) if window_size else grid, backend)
@@ -124,6 +128,8 @@ class WordBlock(Block):
 
     def forward(self, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Tensor:
         """(B, H, W, D) to (B, H, W, D)."""
+        if self.attn.backend == "naive":
+            return naive_block(self, x, words, word_mask)
         words = None if words is None else self.norm1(words)
         x = x + self._attend(self.norm1(x), words, word_mask)
         return x + self.mlp(self.norm2(x))
@@ -146,7 +152,7 @@ class ImageEncoder(ImageEncoderViT):
         patch_size, embed_dim, depth, num_heads, out_chans: as in SAM.
         scheme: one of `instruction.SCHEMES`.
         text_dim: width of the words.
-        backend: one of `attention.BACKENDS`.
+        backend: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the layers that don't attend globally; 0 for global attention in all, as in the paper's code.
         global_layers: those that do where there are windows.
         word_dropout: of the words that enter.
