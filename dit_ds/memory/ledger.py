@@ -236,6 +236,11 @@ class Ledger(LiveTensors):
         self.log.clear()
         self._before = [block for _, block in self._alive.values()]
 
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """These were made while the ledger was not active."""
+        for x in tensors:
+            self._add(x)
+
     def own(self, category: str, tensors: Iterable[Tensor]) -> None:
         """These tensors are of a category."""
         for x in tensors:
