@@ -203,6 +203,34 @@ def _scaling(args: argparse.Namespace) -> int:
     return 0
 
 
+def _gpu_memory(args: argparse.Namespace) -> float:
+    """Bytes: what --gpu-memory says, or the GPU's by name."""
+    from dit_ds.flops import memory_of
+    from dit_ds.memory.plan import parse_memory
+
+    return parse_memory(args.gpu_memory) if args.gpu_memory else memory_of(args.gpu)
+
+
+def _memory_plan(args: argparse.Namespace) -> int:
+    from dit_ds.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dit_ds.memory import plan
+
+    result = plan.plan(config, args.gpus, args.nodes, _gpu_memory(args), timeline=args.timeline)
+    _report(args, result, lambda: plan.lines(result))
+    return 0
+
+
+def _memory_table8(args: argparse.Namespace) -> int:
+    from dit_ds.memory import table8, table8_report
+
+    result = table8.table8(args.rows, args.configs)
+    written = table8_report.write(result, args.out) if args.out else []
+    _report(args, result | {"written": written}, lambda: table8_report.lines(result) + written)
+    return 0
+
+
 def _memory_measure(args: argparse.Namespace) -> int:
     from dit_ds.config import load_config
 
@@ -338,6 +366,43 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data-root", help="where the shards are, if they moved since training")
     p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
 
+    memory = commands.add_parser("memory", help="what training takes of a GPU's memory")
+    memory.set_defaults(group=memory)
+    memory_commands = memory.add_subparsers(metavar="COMMAND")
+
+    p = command(memory_commands, "plan", _memory_plan, "predict a run's memory and what fits; needs no GPU, no weights")
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument("--gpus", type=int, default=1, help="of a node, one rank each (default 1)")
+    p.add_argument("--nodes", type=int, default=1, help="default 1")
+    p.add_argument("--gpu", default="H100", help="whose memory, as A100 or a name that CUDA gives (default H100)")
+    p.add_argument("--gpu-memory", help="of a GPU, as 80GiB, instead")
+    p.add_argument("--timeline", metavar="PNG", help="draw the step, by category")
+    p.set_defaults(takes_overrides=True)
+
+    p = command(
+        memory_commands, "table8", _memory_table8, "the paper's Table 8: what it says, predicted, measured, and why"
+    )
+    p.add_argument("--rows", choices=["paper", "all"], default="all", help="the paper's only, or more (default all)")
+    p.add_argument("--out", metavar="FOLDER", help="write table8.md, .csv, .json and .png there")
+    p.add_argument("--configs", default="configs/paper", help="where its configurations are (default configs/paper)")
+
+    p = command(
+        memory_commands,
+        "measure",
+        _memory_measure,
+        "take a few steps on this GPU, or on all ranks under srun or torchrun",
+    )
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument("--steps", type=_from_one, default=5, help="steps to measure (default 5)")
+    p.add_argument("--warmup", type=_count, default=2, help="steps before them (default 2)")
+    p.add_argument("--timeline", metavar="PNG", help="draw a step of rank 0, by category")
+    p.add_argument(
+        "--snapshot",
+        metavar="FILE",
+        help="write PyTorch's snapshot, as memory.pickle: drop it on pytorch.org/memory_viz",
+    )
+    p.set_defaults(takes_overrides=True)
+
     p = command(
         commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"
     )
@@ -352,26 +417,6 @@ def _parser() -> argparse.ArgumentParser:
         "--overlap", type=float, default=0.5, help="assumed share of a pass that hides communication (default 0.5)"
     )
     p.add_argument("--latency-us", type=float, default=5, help="assumed microseconds a ring step (default 5)")
-    p.set_defaults(takes_overrides=True)
-
-    memory = commands.add_parser("memory", help="what memory a training step takes")
-    memory.set_defaults(group=memory)
-    memory_commands = memory.add_subparsers(metavar="COMMAND")
-    p = command(
-        memory_commands,
-        "measure",
-        _memory_measure,
-        "take a few steps on this GPU, or on all ranks under srun or torchrun",
-    )
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--steps", type=_from_one, default=5, help="steps to measure (default 5)")
-    p.add_argument("--warmup", type=_count, default=2, help="steps before them (default 2)")
-    p.add_argument("--timeline", metavar="FILE", help="draw memory by category over a step, as timeline.png")
-    p.add_argument(
-        "--snapshot",
-        metavar="FILE",
-        help="write PyTorch's snapshot, as memory.pickle: drop it on pytorch.org/memory_viz",
-    )
     p.set_defaults(takes_overrides=True)
     return parser
 

@@ -151,6 +151,28 @@ PEAKS: dict[str, tuple[float | None, ...]] = {
     "RTX 5090": (209.5, 209.5, 104.8, 104.8),
 }
 
+# GiB that CUDA shows of the memory that a data sheet promises; of a GPU that is sold with two sizes, the larger
+MEMORY_GIB: dict[str, float] = {
+    "V100": 31.7, "V100 PCIe": 31.7, "T4": 14.6, "A100": 79.2, "A30": 23.5, "A10": 22.1, "A40": 44.4, "RTX A6000": 47.5,
+    "H100": 79.2, "H100 PCIe": 79.2, "H100 NVL": 93.1, "GH200": 94.5, "H200": 139.8, "H200 NVL": 139.8, "B200": 178.3,
+    "GB200": 184.0, "L4": 22.0, "L40": 44.4, "L40S": 44.4, "RTX 6000 Ada": 47.5, "RTX 3090": 23.6, "RTX 4090": 23.6,
+    "RTX 5090": 31.4,
+}  # fmt: skip
+
+
+def memory_of(device_name: str) -> float:
+    """Bytes of a GPU's memory.
+
+    Raises:
+        UserError: the GPU isn't known.
+    """
+    name = gpu(device_name)
+    if name is None:
+        raise UserError(
+            f"GPU '{device_name}' is not known: choose one of {', '.join(PEAKS)}, or say --gpu-memory 80GiB"
+        )
+    return MEMORY_GIB[name] * 2**30
+
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Dense FLOP/s that a GPU's data sheet promises; None where the name or its rate in that type isn't known.

@@ -1,0 +1,216 @@
+"""The paper's Table 8, row by row: what it says, what is predicted, what is measured, and why they differ.
+
+The table gives a batch and a GPU's memory, but neither precision, number of GPUs nor what is counted. Each row is taken
+under two readings: its batch on one GPU (literal), and the share of each of 4 or 8 GPUs (inferred, from what fits);
+and in two forms: as released (fp32, or fp16 autocast for ReLA; the map of attention whole) and ours.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_ds.config import RunConfig, load_config, merge, validate
+from dit_ds.errors import UserError
+from dit_ds.memory import plan
+from dit_ds.memory.predict import GIB, Question, predict
+from dit_ds.published import TABLE_8, MemoryRow
+
+_CONFIGS = {
+    ("L-DIT", True, True): "table8_ldit_frozen.yaml",
+    ("L-DIT", True, False): "table8_ldit_text.yaml",
+    ("L-DIT", False, False): "table8_ldit.yaml",
+    ("LAVT", False, False): "table8_lavt.yaml",
+    ("ReLA", False, False): "table8_rela.yaml",
+}
+# GPUs of the inferred reading, and the samples on each
+_SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}
+
+_OURS = {
+    "deepspeed": {
+        "precision": "bf16",
+        "config": "configs/deepspeed/zero0.json",
+        "override": {"torch_autocast": {"enabled": False}},
+    }
+}
+# what the paper's released code is, as far as memory goes: BERT's first layer only, words' padding attended to
+_RELEASED_LDIT = {
+    "model": {"attention": "naive", "mask_padding": False, "word_dropout": 0.1},
+    "text": {"layers": 1},
+    "train": {"ema": 0.9997},
+}
+_BERT_LAYERS_UNUSED = 77_972_736  # parameters of BERT-base's layers 2 to 12: on the GPU, without gradients
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row asks: a run on so many GPUs, so many samples on each."""
+
+    method: str
+    visual: str
+    text: str
+    form: str  # released or ours
+    reading: str  # literal, inferred or more
+    config: RunConfig
+    batch_per_gpu: int
+    gpus: int
+    paper_gb: float | None = None
+
+
+def rows(which: str, folder: str | Path = "configs/paper") -> list[Row]:
+    """The table's rows: the paper's, or `all`, with other sizes, checkpointing and ZeRO stages.
+
+    Raises:
+        UserError: no such configurations there.
+    """
+    if not (Path(folder) / "table8_ldit.yaml").exists():
+        raise UserError(f"no {folder}/table8_ldit.yaml here: run from dit-ds's folder")
+    found = [row for published in TABLE_8 for row in _of_paper(published, Path(folder))]
+    return found if which == "paper" else found + list(_more(Path(folder)))
+
+
+def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
+    """Both readings, released and ours."""
+    method, *frozen, batch, paper_gb = published
+    base = load_config(folder / _CONFIGS[method, *frozen])
+    gpus, each = _SHARED_OUT[method]
+    for form in ("released", "ours"):
+        changes = _OURS if form == "ours" else {"deepspeed": {"config": "configs/deepspeed/zero0.json"}}
+        if method == "L-DIT":
+            changes = merge(changes, _RELEASED_LDIT if form == "released" else _recomputed("block"))
+        config = _changed(base, changes)
+        words = ("frozen" if f else "tuned" for f in frozen)
+        row = (method, *words, form)
+        yield _row(*row, "literal", config, batch, 1, paper_gb)
+        yield _row(*row, "inferred", config, each, gpus, paper_gb)
+
+
+def _more(folder: Path) -> Iterable[Row]:
+    """Rows that the paper doesn't have, of ours."""
+    tuned = _changed(load_config(folder / "table8_ldit.yaml"), _OURS)
+    for size in ("vit_l", "vit_h"):
+        for words, frozen in {
+            ("frozen", "frozen"): (True, True),
+            ("frozen", "tuned"): (True, False),
+            ("tuned", "tuned"): (False, False),
+        }.items():
+            changes = {"model": {"size": size, "freeze_image_encoder": frozen[0]}, "text": {"freeze": frozen[1]}}
+            config = _changed(tuned, merge(changes, _recomputed("block")))
+            yield _row("L-DIT", *words, "ours", "more", config, 32, 1)
+    for size in ("vit_b", "vit_l", "vit_h"):
+        for policy in ("none", "selective"):
+            config = _changed(tuned, merge({"model": {"size": size}}, _recomputed(policy)))
+            yield _row("L-DIT", "tuned", "tuned", "ours", "more", config, 32, 1)
+    for stage in range(4):
+        for gpus in (1, 2, 4, 8, 16):
+            changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
+            yield _row(
+                "L-DIT",
+                "tuned",
+                "tuned",
+                "ours",
+                "more",
+                _changed(tuned, merge(changes, _recomputed("block"))),
+                8,
+                gpus,
+            )
+
+
+def _recomputed(policy: str) -> dict[str, Any]:
+    return {"train": {"activation_checkpointing": policy}}
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    return validate(merge(config.model_dump(), changes))
+
+
+def _row(
+    method: str,
+    visual: str,
+    text: str,
+    form: str,
+    reading: str,
+    config: RunConfig,
+    each: int,
+    gpus: int,
+    paper: float | None = None,
+) -> Row:
+    batch = {"train": {"batch_size": each * gpus}, "deepspeed": {"override": {"train_micro_batch_size_per_gpu": each}}}
+    return Row(method, visual, text, form, reading, _changed(config, batch), each, gpus, paper)
+
+
+def table8(which: str = "all", folder: str | Path = "configs/paper", measure: Any = None) -> dict[str, Any]:
+    """Every row predicted, and measured where there is a GPU.
+
+    Args:
+        which: paper or all.
+        measure: called with a row; returns `memory measure`'s result, or None where there are too few GPUs.
+    Returns:
+        `rows`, and what is assumed. A row's `predicted_gib` is what its `counts` says: for what was released the
+        memory that the device shows, as the paper's figures; for ours what PyTorch has allocated at most.
+    """
+    asked = rows(which, folder)
+    answers = predict(Question(row.config, row.gpus, (row.batch_per_gpu,)) for row in asked)
+    results = []
+    for row, answer in zip(asked, answers):
+        peak = answer.profiles[row.batch_per_gpu].peak
+        extra = _released_extras(row, answer) if row.form == "released" else {}
+        results.append(_result(row, answer, peak, extra, measure and measure(row)))
+    return {
+        "predicted": True,
+        "date": str(datetime.date.today()),
+        "assumed": {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE},
+        "rows": results,
+    }
+
+
+def _released_extras(row: Row, answer: Any) -> dict[str, int]:
+    """Bytes on a GPU that our engine has no need of, and the released codes (DistributedDataParallel) have."""
+    profile, trained = answer.profiles[row.batch_per_gpu], 4 * answer.trained
+    extras = {"gradients that stay from step to step": trained - profile.at_peak["gradients"]}
+    if row.gpus > 1:
+        extras["DDP's buckets"] = trained
+    if row.method == "L-DIT":
+        extras["BERT's unused layers"] = 4 * _BERT_LAYERS_UNUSED
+        whole = 4 * (answer.parameters + _BERT_LAYERS_UNUSED)
+        extras["a moving average of all weights, frozen ones too"] = whole - profile.at_peak["average"]
+    return extras
+
+
+def _result(row: Row, answer: Any, peak: int, extra: dict[str, int], measured: dict[str, Any] | None) -> dict[str, Any]:
+    c, profile = row.config, answer.profiles[row.batch_per_gpu]
+    allocated = peak + sum(extra.values())
+    device = plan.needed(allocated, row.gpus)
+    counts = "device" if row.form == "released" else "allocated"
+    override = c.deepspeed.override
+    stage = int(c.deepspeed.config.rpartition("zero")[2][0])
+    autocast = override.get("torch_autocast", {}).get("enabled")
+    precision = f"autocast {override['torch_autocast']['dtype']}" if autocast else c.deepspeed.precision
+    figure = {"device": "device_used_gib", "allocated": "peak_gib"}[counts]
+    return {
+        "method": row.method,
+        "size": c.model.size,
+        "visual": row.visual,
+        "text": row.text,
+        "form": row.form,
+        "reading": row.reading,
+        "precision": precision,
+        "checkpointing": c.train.activation_checkpointing,
+        "zero_stage": stage,
+        "batch_per_gpu": row.batch_per_gpu,
+        "gpus": row.gpus,
+        "paper_gb": row.paper_gb,
+        "predicted_gib": round((device if counts == "device" else allocated) / GIB, 2),
+        "counts": counts,
+        "allocated_gib": round(allocated / GIB, 2),
+        "device_gib": round(device / GIB, 2),
+        "categories": {k: round(v / GIB, 2) for k, v in profile.at_peak.items() if v >= GIB / 200},
+        "beyond_ours": {k: round(v / GIB, 2) for k, v in extra.items()},
+        "gib_per_sample": round(allocated / GIB / row.batch_per_gpu, 3),
+        "measured_gib": measured and measured[figure],
+        "step_seconds": measured and measured["step_seconds"],
+        "oom": bool(measured and measured["oom"]),
+    }
