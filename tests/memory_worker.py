@@ -86,7 +86,8 @@ def profiled(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         "states": storages(states),
     }
     result = {"peak": p.peak, "phases": p.phases, "at_peak": p.at_peak, "after": p.after, "kept": p.kept}
-    return result | {"numels": numels, "walked": walked}
+    sizes = [x.numel() * x.element_size() for x in module.buffers()]
+    return result | {"numels": numels, "buffer_sizes": sizes, "walked": walked}
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
@@ -171,7 +172,10 @@ if __name__ == "__main__":
     mode, settings = sys.argv[1], [json.loads(s) for s in sys.argv[2:]]
     if mode == "fake":
         # forked, each for itself: the imports take longer than the answers
-        with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool, contextlib.redirect_stdout(sys.stderr):
+        with (
+            multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
             results = pool.map(fake, settings, chunksize=1)
         print(json.dumps(results))
     else:
