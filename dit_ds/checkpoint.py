@@ -1,9 +1,10 @@
 """What a checkpoint is: a folder that is whole or not there, found, checked and read.
 
 `checkpoints/step_00001200/` holds `rank_*.safetensors` (of each rank its ranges of the trained parameters: master
-weights, Adam's moments, moving average), `frozen.safetensors` (what doesn't train, linked to one file of the run),
-`meta.json` and `manifest.json` (every file's size and SHA-256). Any world size and any ZeRO stage reads it: ranges are
-found by parameter name. `saver.py` writes it.
+weights, Adam's moments, moving average), `frozen.safetensors` (what doesn't change, linked to one file of the run), of
+models with BatchNorm `statistics.safetensors` (its running ones, the same on all ranks), `meta.json` and
+`manifest.json` (every file's size and SHA-256). Any world size and any ZeRO stage reads it: ranges are found by
+parameter name. `saver.py` writes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
 from dit_ds.fragments import MASTER, digest
 
-FROZEN = "frozen.safetensors"
+FROZEN, STATISTICS = "frozen.safetensors", "statistics.safetensors"
 _log = logging.getLogger("dit_ds")
 
 

@@ -33,6 +33,9 @@ class DataConfig(_Section):
     image_size: int = Field(
         512, gt=0, multiple_of=16, description="longer side after resizing, and side of the padded square, in pixels"
     )
+    resize: Literal["pad", "stretch"] = Field(
+        "pad", description="pad: keep the aspect ratio and pad, as SAM; stretch: to the square, as LAVT and ReLA"
+    )
     tokens: int = Field(20, ge=3, description="tokens an expression is cut or padded to, [CLS] and [SEP] included")
     unit: Literal["ref", "sentence"] = Field(
         "ref", description="what an epoch runs over: one sentence of each ref (the paper's code), or every sentence"
@@ -46,16 +49,21 @@ class DataConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """SAM and how words enter it."""
+    """SAM and how words enter it; or another method, to compare with."""
 
-    size: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field("vit_b", description="SAM's sizes, and vit_t for CPUs")
+    name: Literal["dit_sam", "lavt", "rela"] = Field("dit_sam", description="the method; LAVT and ReLA to compare with")
+    size: Literal["vit_t", "vit_b", "vit_l", "vit_h", "swin_b", "swin_t_tiny"] = Field(
+        "vit_b", description="SAM's sizes, and vit_t for CPUs; of lavt and rela: swin_b, and swin_t_tiny for CPUs"
+    )
     scheme: Literal["default", "layer_wise"] = Field(
         "layer_wise",
         description="default: words meet the image in the mask decoder only; layer_wise: L-DIT, equation 8",
     )
     decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
     checkpoint: str | None = Field(
-        None, description="official sam_vit_*.pth to start from; none starts from random weights"
+        None,
+        description="official sam_vit_*.pth to start from, of lavt and rela a folder with a Swin of transformers; none "
+        "starts from random weights",
     )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
     mask_padding: bool = Field(True, description="don't attend to padding words in the image encoder")
@@ -64,7 +72,7 @@ class ModelConfig(_Section):
     ] = Field(
         "auto",
         description="attention backend; auto: the fastest here; naive: layers over the whole concatenation, as the "
-        "paper's released code, to compare with",
+        "paper's released code, to compare with; of lavt and rela: auto, eager or sdpa",
     )
     window_size: int = Field(
         0,
@@ -107,9 +115,11 @@ class TrainConfig(_Section):
         "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
     )
     warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
-    schedule: Literal["step", "cosine"] = Field(
-        "step", description="step: times decay at each milestone; cosine: to zero"
+    decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
+    schedule: Literal["step", "cosine", "poly"] = Field(
+        "step", description="step: times decay at each milestone; cosine: to zero; poly: (1 - done)^poly_power"
     )
+    poly_power: float = Field(0.9, gt=0, description="of the schedule poly")
     milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
     decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
@@ -214,7 +224,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def validate(values: dict[str, Any]) -> RunConfig:
     """Check a nested dict against the schema; the first thing wrong becomes a one-line `UserError`."""
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(str(p) for p in error["loc"])
@@ -228,6 +238,39 @@ def validate(values: dict[str, Any]) -> RunConfig:
             near = difflib.get_close_matches(str(error["input"]), options, 1)
             hint = f": did you mean '{near[0]}'?" if near else ""
         raise UserError(f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}") from None
+    _check_method(config)
+    return config
+
+
+_OF_DIT_SAM = {
+    "model": ("scheme", "decoder_layers", "freeze_image_encoder", "mask_padding", "window_size", "word_dropout"),
+    "train": ("dice_weight",),
+}
+
+
+def _check_method(config: RunConfig) -> None:
+    """Refuse what the chosen method doesn't have."""
+    m, policy = config.model, config.train.activation_checkpointing
+    swin = m.size.startswith("swin")
+    if swin == (m.name == "dit_sam"):
+        fitting = "vit_t, vit_b, vit_l or vit_h" if swin else "swin_b or swin_t_tiny"
+        raise UserError(f"model.name {m.name} has no size {m.size}: set model.size {fitting}")
+    if not swin:
+        return
+    if m.attention not in ("auto", "eager", "sdpa"):
+        raise UserError(f"model.name {m.name} has no attention {m.attention}: set model.attention auto, eager or sdpa")
+    if policy not in ("none", "block"):
+        raise UserError(
+            f"model.name {m.name} can't recompute {policy}: set train.activation_checkpointing none or block"
+        )
+    for section, keys in _OF_DIT_SAM.items():
+        for key in keys:
+            value, default = (
+                getattr(getattr(config, section), key),
+                type(getattr(config, section)).model_fields[key].default,
+            )
+            if value != default:
+                raise UserError(f"model.name {m.name} knows no {section}.{key}: leave it out")
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

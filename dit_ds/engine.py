@@ -18,6 +18,7 @@ from dit_ds.distributed import World
 from dit_ds.errors import UserError
 from dit_ds.files import read_json
 from dit_ds.fragments import TrainingState
+from dit_ds.statistics import in_fp32, running_statistics
 
 # what the run's YAML owns, and the key there
 _OWNED = {
@@ -136,14 +137,29 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     deepspeed = import_deepspeed()
     t = config.train
     model.to(world.device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
-    optimizer = torch.optim.AdamW(trainable, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, t), lr=t.lr, betas=t.betas, eps=t.eps, fused=True)
+    # torch's synchronised BatchNorm is for CUDA alone; and not in shorter types, in which its statistics would be short
+    if world.device.type == "cuda" and world.world_size > 1 and dtype(ds_config) == torch.float32:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    exact = {n: x.clone() for n, x in running_statistics(model).items()}
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    in_fp32(engine.module, exact)
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
     engine.basic_optimizer.state.clear()
     return engine
+
+
+def parameter_groups(model: nn.Module, t: TrainConfig) -> list[dict[str, Any]]:
+    """The trainable parameters for AdamW, those without weight decay by themselves."""
+    spared = set() if t.decay_norms else model.no_decay()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in trained if n not in spared], "weight_decay": t.weight_decay},
+        {"params": [p for n, p in trained if n in spared], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
 
 
 def step(engine: Any) -> float:
@@ -215,10 +231,12 @@ def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
     epoch = step / steps_per_epoch
     warmup_steps = t.warmup_epochs * steps_per_epoch
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
+    done = min(1.0, max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps))
     if t.schedule == "cosine":
-        total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
-        done = max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps)
-        return t.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return t.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+    if t.schedule == "poly":
+        return t.lr * warm * (1 - done) ** t.poly_power
     return t.lr * warm * t.decay ** sum(epoch >= m for m in t.milestones)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dit_ds.data.loader import EvalBatches, ExpressionDataset, checked, make_loader
 from dit_ds.distributed import World, gather_objects
 from dit_ds.metrics import intersection_and_union, summarize
-from dit_ds.models.dit_sam import upscale
+from dit_ds.models.segmenter import upscale
 
 INPUTS = ("image", "size", "tokens", "token_mask")  # what the model's forward takes, by the batch's names
 

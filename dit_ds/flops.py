@@ -21,7 +21,6 @@ from dit_ds.errors import UserError
 from dit_ds.memory.fake import fake_tensors
 from dit_ds.memory.ledger import LiveTensors
 from dit_ds.memory.step import fake_batch
-from dit_ds.models.dit_sam import segmentation_loss
 from dit_ds.weights import build_model
 
 
@@ -70,12 +69,12 @@ def _passes(
     ):
         warnings.filterwarnings("ignore", message=".*backward hook")  # of modules without a gradient, as it must be
         model = build_model(one, text_weights=False)
-        model.image_encoder.checkpoint_activations(policy)
+        model.checkpoint_activations(policy)
         if watch is not None:
             watch(model.train())
         inputs, mask, weight = fake_batch(1, one.data.image_size, one.data.tokens)
         with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-            loss = segmentation_loss(model(**inputs), mask, weight, one.train.dice_weight)
+            loss = model.loss(model(**inputs), mask, weight)
             forward = counter.get_total_flops()
             loss.backward()
         return Passes(forward, counter.get_total_flops() - forward)

@@ -26,7 +26,7 @@ def _dataset(config: RunConfig, split: str, data_root: str | None, sentence_shif
     d = config.data
     index = SplitIndex.load(Path(data_root or d.root) / d.dataset / d.split_by, split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
-    return ExpressionDataset(index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift)
+    return ExpressionDataset(index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize)
 
 
 def _device() -> torch.device:
@@ -100,7 +100,7 @@ def segment(
 ) -> np.ndarray:
     """(H, W, 3) uint8 and words to a (H, W) bool mask."""
     size = config.data.image_size
-    small = np.asarray(resize_image(pixels, size))
+    small = np.asarray(resize_image(pixels, size, config.data.resize))
     tokens, real = tokenize(text)
     image = torch.from_numpy(pad_square(small, size).transpose(2, 0, 1).copy())[None]
     shape = torch.tensor([small.shape[:2]])

@@ -96,15 +96,10 @@ class RunRecord:
             self.log(f"{name}: {total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M train")
 
     def describe_checkpoint(self, report: dict[str, list[str]]) -> None:
-        """What of a SAM checkpoint was used, and by name what was not."""
-        self.log(f"SAM checkpoint: {len(report['loaded'])} tensors loaded by name")
-        ours = [
-            n
-            for n in report["missing"]
-            if not n.startswith(("text_encoder.", "text_projection.", "image_encoder.instruction."))
-        ]
+        """What of `model.checkpoint` was used, and by name what was not."""
+        self.log(f"model.checkpoint: {len(report['loaded'])} tensors loaded by name")
         for what, names in (
-            ("not in the checkpoint, fresh", ours),
+            ("not in the checkpoint, fresh", report["missing"]),
             ("not in the model, ignored", report["unexpected"]),
         ):
             if names:

@@ -22,6 +22,8 @@ from dit_ds.engine import set_counters
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, sha256_of, write_json
 from dit_ds.fragments import Fragment, TrainingState, digest
+from dit_ds.statistics import running_statistics
+from dit_ds.weights import save_tensors
 
 _CHUNK = 1 << 24  # bytes written and hashed at once
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -72,6 +74,7 @@ class Saver:
             (kind, f, tensor(kind, f)) for f in self.state.resident(self.state.saved()) for kind in self.state.kinds
         ]
         parts.sort(key=lambda part: self.state.kinds.index(part[0]))
+        self._statistics = {n: x.to("cpu", copy=True) for n, x in running_statistics(self.state.engine.module).items()}
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         if background:
@@ -143,6 +146,9 @@ class Saver:
             _link(self.frozen, temporary / checkpoint.FROZEN)
             self._frozen_entry = self._frozen_entry or _entry(self.frozen)
             files[checkpoint.FROZEN] = self._frozen_entry
+        if self._statistics:
+            save_tensors(self._statistics, temporary / checkpoint.STATISTICS)
+            files[checkpoint.STATISTICS] = _entry(temporary / checkpoint.STATISTICS)
         write_json(temporary / "meta.json", meta)
         files["meta.json"] = _entry(temporary / "meta.json")
         write_json(temporary / "manifest.json", {"files": files})

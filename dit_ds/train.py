@@ -26,11 +26,11 @@ from dit_ds.evaluate import INPUTS, evaluate
 from dit_ds.flops import peak_flops, step_flops
 from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
-from dit_ds.models.dit_sam import DITSAM, segmentation_loss
-from dit_ds.models.sam import load_sam_checkpoint
+from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.record import RunRecord
 from dit_ds.saver import Saver, restore
+from dit_ds.statistics import RunningStatistics
 from dit_ds.watch import Rates, Window
 
 _MOST_SKIPPED = 50  # steps in a row, after which nothing is to be hoped for
@@ -91,8 +91,8 @@ class _Data:
         self.index, val_index = SplitIndex.load(folder, d.train_split), SplitIndex.load(folder, d.val_split)
         tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
         how = Augmentation(d.color, d.blur, d.flip)
-        self.train = ExpressionDataset(self.index, d.unit, d.image_size, tokenize, how, config.seed)
-        self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize)
+        self.train = ExpressionDataset(self.index, d.unit, d.image_size, tokenize, how, config.seed, resize=d.resize)
+        self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize, resize=d.resize)
 
 
 def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
@@ -118,7 +118,7 @@ class _Run:
         }
         model, self.progress, loaded = weights.build_model(config), Progress(), None
         if config.model.checkpoint and (newest is None or not (newest / checkpoint.FROZEN).exists()):
-            loaded = load_sam_checkpoint(model, config.model.checkpoint)
+            loaded = model.load_pretrained(config.model.checkpoint)
         if newest is not None:
             checkpoint.check_resumable(newest, self.fixed)
             self.progress = Progress(**checkpoint.read_meta(newest)["progress"])
@@ -130,11 +130,12 @@ class _Run:
         self.record.describe_parameters(model)
         self.frozen = weights.frozen_digest(model) if world.main else ""
         frozen = self.store_frozen(model)
-        model.image_encoder.checkpoint_activations(config.train.activation_checkpointing)
+        model.checkpoint_activations(config.train.activation_checkpointing)
         if config.train.compile:
-            model.image_encoder.compile_blocks()
+            model.compile_blocks()
         self.engine = ds.initialize(model, config, world)
         self.state = TrainingState(self.engine, config.train.ema)
+        self.statistics = RunningStatistics(self.engine.module)
         if newest is not None:
             start = time.perf_counter()
             restore(self.engine, self.state, newest)
@@ -156,7 +157,7 @@ class _Run:
         self.rates = _rates(config, world, ds.dtype(ds_config))
         self.skipped_in_a_row = 0
 
-    def store_frozen(self, model: DITSAM) -> Path | None:
+    def store_frozen(self, model: Segmenter) -> Path | None:
         """Write what doesn't train once for the run. Collective."""
         path, error = None, None
         if self.config.checkpoint.frozen == "store":
@@ -221,7 +222,7 @@ class _Run:
             torch.manual_seed(_seed_of(config.seed, progress.step, i % accumulation, self.world.rank))
             inputs = (batch[k].to(device, non_blocking=True) for k in INPUTS)
             mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))
-            loss = segmentation_loss(engine(*inputs), mask, weight, config.train.dice_weight)
+            loss = engine.module.loss(engine(*inputs), mask, weight)
             taken.append((loss.detach(), batch["sample"][batch["weight"] > 0].tolist()))
             window.add(loss.detach(), len(taken[-1][1]))
             engine.backward(loss)
@@ -244,7 +245,7 @@ class _Run:
         progress.seconds += window.close()["seconds"]
 
     def stepped(self, norm: float, taken: list[tuple[Tensor, list[int]]]) -> None:
-        """After an optimizer step: the moving average, the sample log, and what was left out.
+        """After an optimizer step: running statistics, the moving average, the sample log, and what was left out.
 
         Raises:
             RunFailed: the gradient was not finite and must be, or was not for too long.
@@ -252,6 +253,7 @@ class _Run:
         progress, config = self.progress, self.config.train
         samples = [s for _, micro_batch in taken for s in micro_batch]
         self.record.samples(progress.step, progress.epoch, samples)
+        self.statistics.stepped(math.isfinite(norm))
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.state.update_average()

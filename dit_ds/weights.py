@@ -20,12 +20,16 @@ from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error
 from dit_ds.fragments import MASTER
 from dit_ds.models.dit_sam import DITSAM
-from dit_ds.models.sam import DensePositions, load_sam_checkpoint
+from dit_ds.models.lavt import LAVT
+from dit_ds.models.rela import ReLA
+from dit_ds.models.sam import DensePositions
+from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder
+from dit_ds.statistics import running_statistics
 
 
-def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
-    """The configuration's model on the CPU, SAM's checkpoint not yet loaded.
+def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
+    """The configuration's model on the CPU, `model.checkpoint` not yet loaded.
 
     Args:
         text_weights: False skips reading pretrained text weights that a checkpoint is about to replace.
@@ -33,6 +37,9 @@ def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
     m, t = config.model, config.text
     torch.manual_seed(config.seed)
     text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache)
+    if m.name != "dit_sam":
+        windows = "eager" if m.attention == "eager" else "sdpa"
+        return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
     return DITSAM(
         text,
         m.size,
@@ -44,12 +51,13 @@ def build_model(config: RunConfig, text_weights: bool = True) -> DITSAM:
         m.attention,
         m.window_size,
         m.word_dropout,
+        config.train.dice_weight,
     )
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model doesn't train: frozen parameters and saved buffers, on the CPU."""
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    """What of a model doesn't change: frozen parameters and saved buffers, on the CPU."""
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} | running_statistics(model).keys()
     return {n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n not in trained}
 
 
@@ -96,7 +104,7 @@ def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | 
             temporary.unlink(missing_ok=True)
 
 
-def load_weights(model: DITSAM, path: Path, kind: str = MASTER) -> None:
+def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
     """Put a checkpoint's weights into a model of the same configuration.
 
     Args:
@@ -111,7 +119,10 @@ def load_weights(model: DITSAM, path: Path, kind: str = MASTER) -> None:
             state = load_file(path)
         else:
             frozen = {} if left_out else load_file(path / checkpoint.FROZEN)
-            state = frozen | checkpoint.Reader(path).whole(kind)
+            statistics = path / checkpoint.STATISTICS
+            state = (
+                frozen | (load_file(statistics) if statistics.exists() else {}) | checkpoint.Reader(path).whole(kind)
+            )
     target = model.state_dict()
     if left_out:  # the model's own stand in for them, if they are the same
         state = {n: x for n, x in frozen_state(model).items() if n not in state} | state
@@ -132,7 +143,9 @@ def load_weights(model: DITSAM, path: Path, kind: str = MASTER) -> None:
     model.load_state_dict(state)
 
 
-def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> tuple[DITSAM, RunConfig, dict[str, Any]]:
+def load_model(
+    path: str | Path, overrides: dict[str, Any] | None = None
+) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
     """A checkpoint's model in evaluation mode, its run's configuration, and its meta data.
 
     Where the run kept a moving average of the weights, these are the weights.
@@ -147,7 +160,7 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> tup
     complete = path.is_file() or (path / checkpoint.FROZEN).exists()
     model = build_model(config, text_weights=not complete)
     if not complete and config.model.checkpoint:
-        load_sam_checkpoint(model, config.model.checkpoint)
+        model.load_pretrained(config.model.checkpoint)
     load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
     return model.eval(), config, meta
 
@@ -159,14 +172,16 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
     text encoder's architecture and tokenizer. The file is read back and compared.
 
     Args:
-        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them.
+        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them, and
+            BatchNorm's running statistics.
     Returns:
         `file`, `tensors`, `parameters`, `bytes`, `step`.
     """
     model, config, meta = load_model(path)
-    exact = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
     state = {
-        name: (x.to(dtype) if x.is_floating_point() and name.rpartition(".")[0] not in exact else x).contiguous()
+        name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
         for name, x in model.state_dict().items()
     }
     header = {"config": config.model_dump(mode="json"), **{k: meta[k] for k in ("step", "epoch")}}

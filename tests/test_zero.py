@@ -28,6 +28,13 @@ def test_every_stage_is_plain_adamw_on_one_process(ranks):
         assert got["back"], stage
 
 
+def test_norms_are_spared_weight_decay_at_every_stage():
+    """Two groups of parameters, one of which decays so fast that it would show in the other's weights."""
+    settings = {"dropout": False, "plain": True, "weight_decay": 20.0, "decay_norms": False, "ema": 0.5}
+    for stage, got in zip(STAGES, on_ranks(2, *({"stage": s} | settings for s in STAGES))):
+        assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
+
+
 def test_zero_3_with_everything_frozen_that_can_be():
     """Both encoders frozen, each layer recomputed, a moving average."""
     settings = {"freeze_image": True, "policy": "block", "dropout": False, "plain": True, "ema": 0.5}

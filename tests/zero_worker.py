@@ -150,9 +150,11 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     average = {n: p.detach().clone() for n, p in trained.items()}
     t = config.train
-    optimizer = torch.optim.AdamW(
-        list(trained.values()), lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay
-    )
+    spared = [p for n, p in trained.items() if not t.decay_norms and ("norm" in n or "rel_pos" in n or "neck.1" in n
+              or "neck.3" in n or "output_upscaling.1." in n or "LayerNorm" in n)]  # fmt: skip
+    decayed = [p for p in trained.values() if all(p is not q for q in spared)]
+    groups = [{"params": decayed, "weight_decay": t.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, eps=t.eps)
     losses = []
     for step in range(steps):
         if step == nan_at:

@@ -93,6 +93,7 @@ class ExpressionDataset(Dataset):
         index: the split.
         unit: `ref`, one sentence per ref drawn anew each epoch (as the paper's code), or `sentence`, every one.
         image_size: the longer side after resizing, and the side of the padded square.
+        resize: pad, which keeps the aspect ratio, or stretch.
         tokenize: words to ids.
         augmentation: None evaluates: no augmentation, and the sample carries its full-size mask.
         seed: what sentence draws and augmentations derive from.
@@ -109,9 +110,11 @@ class ExpressionDataset(Dataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         sentence_shift: int = 0,
+        resize: str = "pad",
     ):
         self.index, self.unit, self.image_size, self.tokenize = index, unit, image_size, tokenize
         self.augmentation, self.seed, self.sentence_shift = augmentation, seed, sentence_shift
+        self.resize = resize
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -134,7 +137,8 @@ class ExpressionDataset(Dataset):
             text = self._text_of_another_image(ref, nth)
         pixels = self._decode(jpg, int(self.index.refs[ref, 0]))
         whole = np.maximum.reduce([decode_rle(meta["anns"][str(a)]["rle"]) for a in record["ann_ids"]])
-        picture, mask = resize_image(pixels, self.image_size), resize_mask(whole, self.image_size)
+        picture = resize_image(pixels, self.image_size, self.resize)
+        mask = resize_mask(whole, self.image_size, self.resize)
         if self.augmentation is not None:
             picture, mask, text = augment(picture, mask, text, self.augmentation, rng)
         tokens, real = self.tokenize(text)

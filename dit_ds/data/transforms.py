@@ -45,21 +45,24 @@ def decode_jpeg(data: bytes) -> np.ndarray:
             raise ValueError(str(first)) from None
 
 
-def resized_shape(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(h, w) with the longer side `image_size` and the aspect ratio kept; rounds as SAM's `ResizeLongestSide`."""
+def resized_shape(height: int, width: int, image_size: int, resize: str = "pad") -> tuple[int, int]:
+    """(h, w) with the longer side `image_size` and the aspect ratio kept, rounded as by SAM's `ResizeLongestSide`; the
+    square, where `resize` is stretch."""
+    if resize == "stretch":
+        return image_size, image_size
     scale = image_size / max(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def resize_image(image: np.ndarray, image_size: int) -> Image.Image:
-    """(H, W, 3) uint8 to a PIL image whose longer side is `image_size`."""
-    h, w = resized_shape(*image.shape[:2], image_size)
+def resize_image(image: np.ndarray, image_size: int, resize: str = "pad") -> Image.Image:
+    """(H, W, 3) uint8 to a PIL image of `resized_shape`."""
+    h, w = resized_shape(*image.shape[:2], image_size, resize)
     return Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR)
 
 
-def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
+def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
     """(H, W) of 0 and 1 to (h, w) uint8 of 0 and 1: a pixel is in where at least half of what it covers was."""
-    h, w = resized_shape(*mask.shape, image_size)
+    h, w = resized_shape(*mask.shape, image_size, resize)
     covered = Image.fromarray(mask * np.uint8(255)).resize((w, h), Image.Resampling.BILINEAR)
     return (np.asarray(covered) >= 128).astype(np.uint8)
 

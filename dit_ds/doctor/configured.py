@@ -56,13 +56,18 @@ def _read_rate(path: Path) -> float:
 
 
 def sam_checkpoint(c: Context) -> Iterator[Check]:
-    """The file to start from, its directory of tensors read and not the tensors."""
+    """The file to start from, its directory of tensors read and not the tensors; of other methods a folder."""
     path = c.config.model.checkpoint
     if path is None:
         yield Check("sam checkpoint", "ok", "none configured: random weights")
         return
     remedy = "download sam_vit_b_01ec64.pth or its larger kin, or set model.checkpoint"
+    if c.config.model.name != "dit_sam":
+        remedy = "save a Swin of transformers there, as microsoft/swin-base-patch4-window12-384-in22k"
     try:
+        if (Path(path) / "config.json").exists():
+            names = ("model.safetensors", "pytorch_model.bin")
+            path = next((str(Path(path) / n) for n in names if (Path(path) / n).exists()), f"{path}/{names[0]}")
         if path.endswith(".safetensors"):
             from safetensors import safe_open
 

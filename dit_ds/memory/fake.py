@@ -23,7 +23,7 @@ from dit_ds import engine as ds
 from dit_ds.distributed import World
 from dit_ds.memory.ledger import LiveTensors
 from dit_ds.models import attention
-from dit_ds.models.dit_sam import pixel_statistics
+from dit_ds.models.segmenter import pixel_statistics
 
 Live = TypeVar("Live", bound=LiveTensors)
 

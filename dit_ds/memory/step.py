@@ -14,7 +14,6 @@ from dit_ds.config import RunConfig
 from dit_ds.distributed import World
 from dit_ds.fragments import TrainingState
 from dit_ds.memory.ledger import Ledger, Profile
-from dit_ds.models.dit_sam import segmentation_loss
 from dit_ds.weights import build_model
 
 
@@ -42,7 +41,7 @@ class Steps:
         self.config, self.world, self.ledger = config, world, ledger
         ledger.enter("load")
         model = build_model(config, text_weights=False)
-        model.image_encoder.checkpoint_activations(config.train.activation_checkpointing)
+        model.checkpoint_activations(config.train.activation_checkpointing)
         self.engine = ds.initialize(model, config, world)
         del model
         self.state = TrainingState(self.engine, config.train.ema)
@@ -84,7 +83,7 @@ class Steps:
         inputs, mask, weight = fake_batch(micro_batch, d.image_size, d.tokens)
         inputs, mask, weight = {k: x.to(device) for k, x in inputs.items()}, mask.to(device), weight.to(device)
         ledger.own("inputs", (*inputs.values(), mask, weight))
-        loss = segmentation_loss(engine(**inputs), mask, weight, self.config.train.dice_weight)
+        loss = engine.module.loss(engine(**inputs), mask, weight)
         ledger.enter("backward")
         engine.backward(loss)
         del loss, inputs, mask, weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.models.image_encoder import ImageEncoder
-from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint
+from dit_ds.models.segmenter import Segmenter, upscale
 from dit_ds.models.text_encoder import TextEncoder
 
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # SAM's
 
-
-@functools.lru_cache(maxsize=16)
-def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (3, 1, 1) each; no buffers of the model, which bf16 would round."""
-    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
-
-
-class DITSAM(nn.Module):
+class DITSAM(Segmenter):
     """SAM that reads words in every layer (paper equation 3): M = F_d(F_v(I, phi(F_t(T))), F_t(T) W_o).
 
     Args:
@@ -36,6 +29,7 @@ class DITSAM(nn.Module):
         attention: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the ViT's attention; 0 attends globally in every layer, 14 as SAM in all but four.
         word_dropout: of the words that enter the image encoder.
+        dice_weight: of a Dice loss beside BCE.
     """
 
     def __init__(
@@ -50,10 +44,11 @@ class DITSAM(nn.Module):
         attention: str = "auto",
         window_size: int = 0,
         word_dropout: float = 0.0,
+        dice_weight: float = 0.0,
     ):
         super().__init__()
         s = SIZES[size]
-        self.image_size, self.mask_padding = image_size, mask_padding
+        self.image_size, self.mask_padding, self.dice_weight = image_size, mask_padding, dice_weight
         self.text_encoder = text_encoder
         self.image_encoder = ImageEncoder(
             image_size,
@@ -101,39 +96,30 @@ class DITSAM(nn.Module):
             if self.image_encoder.instruction is not None:
                 self.image_encoder.instruction.requires_grad_(True)
 
-    def preprocess(self, image: Tensor, size: Tensor) -> Tensor:
-        """SAM's: normalise, then zeros where there is padding.
-
-        Args:
-            image: (B, 3, S, S) uint8.
-            size: (B, 2) height and width before padding.
-        Returns:
-            (B, 3, S, S) in the model's dtype.
-        """
-        mean, std = pixel_statistics(image.device)
-        x = (image.float() - mean) / std
-        side = torch.arange(self.image_size, device=image.device)
-        inside = (side[:, None] < size[:, 0, None, None]) & (side[None, :] < size[:, 1, None, None])  # (B, S, S)
-        return (x * inside[:, None]).to(self.image_encoder.pos_embed.dtype)
-
     def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Segment what the words mean.
-
-        Args:
-            image, size: as in `preprocess`.
-            tokens, token_mask: (B, T) ids and (B, T) bool, False at padding.
-        Returns:
-            (B, 4S/patch, 4S/patch) fp32 logits over the padded square.
-        """
+        """As `Segmenter.forward`: (B, 4S/patch, 4S/patch) fp32 logits over the padded square, in training, too."""
         words = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
         x = self.image_encoder(self.preprocess(image, size), words, token_mask if self.mask_padding else None)
         sparse, dense, positions = self.prompt_encoder(self.text_projection(words), token_mask)
         return self.mask_decoder(x, positions, sparse, dense).float()
 
+    def loss(self, output: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """See `segmentation_loss`."""
+        return segmentation_loss(output, mask, weight, self.dice_weight)
 
-def upscale(logits: Tensor, image_size: int) -> Tensor:
-    """(B, s, s) to (B, image_size, image_size), bilinear."""
-    return F.interpolate(logits[:, None], (image_size, image_size), mode="bilinear", align_corners=False)[:, 0]
+    def checkpoint_activations(self, policy: str) -> None:
+        """See `image_encoder.CHECKPOINTING`."""
+        self.image_encoder.checkpoint_activations(policy)
+
+    def compile_blocks(self) -> None:
+        """See `ImageEncoder.compile_blocks`."""
+        self.image_encoder.compile_blocks()
+
+    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
+        """See `load_sam_checkpoint`; `missing` is of SAM's own parts."""
+        report = load_sam_checkpoint(self, path)
+        added = ("text_encoder.", "text_projection.", "image_encoder.instruction.")
+        return report | {"missing": [n for n in report["missing"] if not n.startswith(added)]}
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor, weight: Tensor, dice_weight: float = 0.0) -> Tensor:

@@ -1,0 +1,128 @@
+"""What training, evaluation and measurement ask of a model, whichever method it implements."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, which are SAM's, too
+_CLASS_WEIGHTS = (0.9, 1.1)  # of background and target in LAVT's and ReLA's losses
+
+
+@functools.lru_cache(maxsize=16)
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (3, 1, 1) each; no buffers of the model, which bf16 would round."""
+    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+
+
+class Segmenter(nn.Module):
+    """Images and words to masks.
+
+    Attributes:
+        image_size: S, side of the square input.
+    """
+
+    image_size: int
+
+    def preprocess(self, image: Tensor, size: Tensor) -> Tensor:
+        """Normalise, then zeros where there is padding.
+
+        Args:
+            image: (B, 3, S, S) uint8.
+            size: (B, 2) height and width before padding.
+        Returns:
+            (B, 3, S, S) in the model's dtype.
+        """
+        mean, std = pixel_statistics(image.device)
+        x = (image.float() - mean) / std
+        side = torch.arange(self.image_size, device=image.device)
+        inside = (side[:, None] < size[:, 0, None, None]) & (side[None, :] < size[:, 1, None, None])  # (B, S, S)
+        return (x * inside[:, None]).to(next(self.parameters()).dtype)
+
+    @abstractmethod
+    def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Any:
+        """Segment what the words mean.
+
+        Args:
+            image, size: as in `preprocess`.
+            tokens, token_mask: (B, T) ids and (B, T) bool, False at padding.
+        Returns:
+            In evaluation mode (B, s, s) fp32 logits over the square, whose sigmoid is the probability; in training
+            mode what `loss` takes.
+        """
+
+    @abstractmethod
+    def loss(self, output: Any, mask: Tensor, weight: Tensor) -> Tensor:
+        """The method's loss, the weighted mean over samples.
+
+        Args:
+            output: of `forward` in training mode.
+            mask: (B, S, S) of 0 and 1; padding is background.
+            weight: (B,), 0 for a sample that only fills up a batch.
+        Returns:
+            A scalar.
+        """
+
+    @abstractmethod
+    def checkpoint_activations(self, policy: str) -> None:
+        """Choose what the backward pass computes again: none, block, and what else the model knows.
+
+        Raises:
+            ValueError: no such policy.
+        """
+
+    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Let torch.compile make the kernels of the image encoder's layers, at their first use."""
+
+    @abstractmethod
+    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
+        """Load `model.checkpoint`.
+
+        Returns:
+            `loaded`, `missing` (in the model only) and `unexpected` (in the file only) tensor names.
+        Raises:
+            UserError: it isn't there, or is of another size.
+        """
+
+    def no_decay(self) -> set[str]:
+        """Names of the parameters that weight decay spares where `train.decay_norms` is false: those of norms, and
+        relative position tables."""
+        norms = {n for n, m in self.named_modules() if "Norm" in type(m).__name__}
+        return {
+            n
+            for n, _ in self.named_parameters()
+            if n.rpartition(".")[0] in norms or "relative_position_bias" in n or ".rel_pos_" in n
+        }
+
+
+def upscale(logits: Tensor, image_size: int) -> Tensor:
+    """(B, s, s) to (B, image_size, image_size), bilinear."""
+    return F.interpolate(logits[:, None], (image_size, image_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def two_class_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy with the class weights 0.9 and 1.1, which LAVT and ReLA use.
+
+    Each sample is divided by the class weights of its own pixels; the originals divide by those of the whole batch on
+    a GPU, which would make the loss depend on the number of ranks. So where a sample has one label only, the class weights
+    cancel.
+
+    Args:
+        logits: (B, 2, ..), background and target.
+        target: (B, ..) of 0 and 1.
+        weight: (B,).
+    Returns:
+        A scalar, the weighted mean over samples.
+    """
+    of_class = logits.new_tensor(_CLASS_WEIGHTS, dtype=torch.float32)
+    loss = F.cross_entropy(logits.float(), target.long(), of_class, reduction="none")  # (B, ..)
+    share = of_class[target.long()]
+    each = [x.reshape(len(weight), -1).sum(1) for x in (loss, share)]  # (B,) twice
+    return (each[0] / each[1] * weight).mean()

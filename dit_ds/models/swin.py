@@ -1,0 +1,222 @@
+"""Swin whose stages read words: the backbone of LAVT and ReLA.
+
+Swin's layers are those of `transformers`; the loop over them is ours, as a pixel-word attention module (PWAM) stands
+between a stage's layers and its patch merging. Source: Yang et al., LAVT, CVPR 2022, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dit_ds.torchvision_stub  # noqa: F401  before transformers, which looks for torchvision
+from dit_ds.errors import UserError
+from dit_ds.models.sam import load_sam_checkpoint
+from dit_ds.models.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths; stage i is embed_dim * 2^i wide and has a place for every (4 * 2^i)^2 pixels.
+
+    Attributes:
+        lavt_dim: width of LAVT's decoder.
+        rela_dim, rela_heads, rela_ffn, rela_pixel_ffn, rela_pixel_layers, rela_layers: of ReLA's decoders.
+    """
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_size: int
+    drop_path: float
+    lavt_dim: int
+    rela_dim: int
+    rela_heads: int
+    rela_ffn: int
+    rela_pixel_ffn: int
+    rela_pixel_layers: int
+    rela_layers: int
+
+    @property
+    def dims(self) -> list[int]:
+        """Widths of the four stages."""
+        return [self.embed_dim * 2**i for i in range(4)]
+
+
+SIZES = {
+    "swin_t_tiny": Size(32, (1, 1, 2, 1), (1, 2, 2, 4), 2, 0.1, 32, 32, 4, 64, 64, 1, 3),  # for CPUs and tests
+    "swin_b": Size(128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 0.3, 512, 256, 8, 2048, 1024, 6, 9),
+}
+
+
+class PWAM(nn.Module):
+    """Pixel-word attention: what the words say about each place.
+
+    With x (B, C, N) the places and l (B, text_dim, T) the words:
+        q = IN(W_q x),  k = (W_k l) m,  v = (W_v l) m        m = 1 for words, 0 for padding
+        a = softmax(q^T k / sqrt(C) + 1e4 m - 1e4)           over the words
+        r = GELU(W_r (GELU(W_x x) * IN(W_o (v a^T))))        IN: instance norm over the places, without weights
+    """
+
+    def __init__(self, dim: int, text_dim: int):
+        super().__init__()
+        self.vis = nn.Sequential(nn.Conv1d(dim, dim, 1), nn.GELU())
+        self.q = nn.Sequential(nn.Conv1d(dim, dim, 1), nn.InstanceNorm1d(dim))
+        self.k, self.v = nn.Conv1d(text_dim, dim, 1), nn.Conv1d(text_dim, dim, 1)
+        self.out = nn.Sequential(nn.Conv1d(dim, dim, 1), nn.InstanceNorm1d(dim))
+        self.mix = nn.Sequential(nn.Conv1d(dim, dim, 1), nn.GELU())
+
+    def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+        """(B, N, C), (B, T, text_dim) and (B, T) bool to (B, N, C)."""
+        x, words = x.transpose(1, 2), words.transpose(1, 2)
+        m = word_mask[:, None].to(x.dtype)  # (B, 1, T)
+        q, k, v = self.q(x), self.k(words) * m, self.v(words) * m  # (B, C, N), (B, C, T) twice
+        logits = q.transpose(1, 2) @ k * x.shape[1] ** -0.5 + (1e4 * m - 1e4)  # (B, N, T)
+        lang = self.out(v @ logits.softmax(-1).transpose(1, 2))  # (B, C, N)
+        return self.mix(self.vis(x) * lang).transpose(1, 2)
+
+
+class Gate(nn.Sequential):
+    """How much of what the words say goes on to the next stage: (B, N, C) to (B, N, C) from -1 to 1."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh())
+
+
+class WordSwin(nn.Module):
+    """Swin with a PWAM behind each stage's layers: x goes on as x + gate(r) r, and r is the stage's output.
+
+    Args:
+        size: a key of `SIZES`.
+        image_size: side of the square input, in pixels.
+        text_dim: width of the words.
+        gates: stages that have a gate; the last one's is never reached by a gradient.
+        attention: eager or sdpa, of the windows.
+    Raises:
+        UserError: the last stage is smaller than a window.
+    """
+
+    def __init__(self, size: str, image_size: int, text_dim: int, gates: int, attention: str):
+        super().__init__()
+        from transformers import SwinConfig, SwinModel
+
+        s = SIZES[size]
+        if -(-image_size // 32) < s.window_size:
+            raise UserError(f"model.size {size} has windows of {s.window_size} x {s.window_size} places of 32 pixels: "
+                            f"set data.image_size {32 * s.window_size} or more")  # fmt: skip
+        config = SwinConfig(image_size=image_size, embed_dim=s.embed_dim, depths=s.depths, num_heads=s.num_heads,
+                            window_size=s.window_size, drop_path_rate=s.drop_path)  # fmt: skip
+        config._attn_implementation = attention
+        swin = SwinModel(config, add_pooling_layer=False)
+        self.embeddings, self.stages = swin.embeddings, swin.encoder.layers
+        for stage in self.stages:
+            for block in stage.blocks:  # Swin drops both branches of a layer, `transformers` the attention only
+                block.mlp = nn.Sequential(block.mlp, block.drop_path)
+        self.pwams = nn.ModuleList(PWAM(c, text_dim) for c in s.dims)
+        self.gates = nn.ModuleList(Gate(c) for c in s.dims[:gates])
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in s.dims)
+        self._again = False
+
+    def checkpoint_activations(self, policy: str) -> None:
+        """none, or block: each of Swin's layers is computed again in the backward pass, from its input.
+
+        Raises:
+            ValueError: another policy.
+        """
+        if policy not in ("none", "block"):
+            raise ValueError(f"{policy!r} is not none or block")
+        self._again = policy == "block"
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make the kernels of Swin's layers, at their first use."""
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.forward = torch.compile(block.forward)
+
+    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor) -> list[Tensor]:
+        """Encode.
+
+        Args:
+            image: (B, 3, S, S) normalised.
+            words, word_mask: (B, T, text_dim) and (B, T) bool, False at padding.
+        Returns:
+            Of each stage (B, C, h, w): 1/4, 1/8, 1/16 and 1/32 of the side.
+        """
+        x, grid = self.embeddings(image)  # (B, N, C)
+        out = []
+        for i, (stage, pwam, norm) in enumerate(zip(self.stages, self.pwams, self.norms)):
+            for block in stage.blocks:
+                x = self._layer(block, x, grid)
+            r = pwam(x, words, word_mask)
+            out.append(norm(r).transpose(1, 2).unflatten(2, grid))
+            if stage.downsample is not None:
+                x = stage.downsample(x + self.gates[i](r) * r, grid)
+                grid = tuple((n + 1) // 2 for n in grid)
+        return out
+
+    def _layer(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self._again and torch.is_grad_enabled():
+            return checkpoint(block, x, grid, use_reentrant=False)[0]
+        return block(x, grid)[0]
+
+    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
+        """Load Swin's own parameters from a folder that `transformers` saved, of an image classifier, too.
+
+        Returns:
+            `loaded`, `missing` (of Swin's parameters) and `unexpected` tensor names.
+        Raises:
+            UserError: no such folder, or one of another size.
+        """
+        from transformers import SwinModel
+
+        if not (Path(path) / "config.json").exists():
+            raise UserError(f"model.checkpoint {path} is no folder with a Swin of transformers: download one, as "
+                            "microsoft/swin-base-patch4-window12-384-in22k")  # fmt: skip
+        try:
+            loaded: Any = SwinModel.from_pretrained(path, add_pooling_layer=False).state_dict()
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f"model.checkpoint {path} can't be loaded ({str(e).splitlines()[0]})") from None
+        state = {_our_name(n): x for n, x in loaded.items()}
+        swin = ("embeddings.", "stages.")
+        mine = {n: x for n, x in self.state_dict().items() if n.startswith(swin)}
+        for name in sorted(state.keys() & mine.keys()):
+            if state[name].shape != mine[name].shape:
+                have, want = tuple(state[name].shape), tuple(mine[name].shape)
+                raise UserError(f"{path} is of another size: {name} is {have}, the model's {want}: give one that fits")
+        if not state.keys() & mine.keys():
+            raise UserError(f"{path} holds no parameter of a Swin")
+        self.load_state_dict({n: state[n] for n in state.keys() & mine.keys()}, strict=False)
+        return {
+            "loaded": sorted(state.keys() & mine.keys()),
+            "missing": sorted(mine.keys() - state.keys()),
+            "unexpected": sorted(state.keys() - mine.keys()),
+        }
+
+
+class SwinSegmenter(Segmenter):
+    """What LAVT and ReLA have in common: all that is asked of the image encoder, asked of their `backbone`."""
+
+    backbone: WordSwin
+
+    def checkpoint_activations(self, policy: str) -> None:
+        """See `WordSwin.checkpoint_activations`."""
+        self.backbone.checkpoint_activations(policy)
+
+    def compile_blocks(self) -> None:
+        """See `WordSwin.compile_blocks`."""
+        self.backbone.compile_blocks()
+
+    def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
+        """See `WordSwin.load_pretrained`; of what `dit-ds export` wrote, all parameters by name."""
+        if str(path).endswith(".safetensors"):
+            return load_sam_checkpoint(self, path)
+        return self.backbone.load_pretrained(path)
+
+
+def _our_name(name: str) -> str:
+    return name.replace("encoder.layers.", "stages.").replace(".mlp.", ".mlp.0.")
