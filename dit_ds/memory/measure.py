@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from torch import Tensor
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig, merge, validate
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
-from dit_ds.errors import UserError
+from dit_ds.errors import RunFailed, UserError
 from dit_ds.flops import offline_text
 from dit_ds.memory import timeline
 from dit_ds.memory.alarm import Alarm
@@ -109,6 +113,26 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
             timeline.draw(profile, request.timeline, f"{_title(result)}: measured")
         report(result)
     return result
+
+
+def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
+    """The result of `dit-ds memory measure` in processes of its own, whose memory is clean.
+
+    Raises:
+        RunFailed: it ended otherwise than with a result.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        config.save(Path(folder) / "config.yaml")
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "dit_ds.cli", "memory", "measure", "--json", "--config",
+             f"{folder}/config.yaml"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        raise RunFailed(f"memory measure ended with {done.returncode}: {' '.join(done.stderr[-500:].split())}")
+    return json.loads(lines[-1])
 
 
 def _described(config: RunConfig, world: World) -> dict[str, Any]:
