@@ -11,13 +11,14 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from dit_ds import engine as ds
 from dit_ds.distributed import World
@@ -51,15 +52,29 @@ def fake_tensors(live: Live) -> Iterator[Live]:
                     x.data = new.data
         return module
 
-    def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        made = make(data, *args, **kwargs)
-        return made if device is None else made.to(device)
+    def made_on_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """From numbers, which the fake GPU has no operators to take."""
 
-    make, mode = torch.tensor, FakeTensorMode(allow_non_fake_inputs=True)
+        def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            made = make(data, *args, **kwargs)
+            return made if device is None else made.to(device)
+
+        return tensor
+
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_: Any) -> torch.Tensor:
+        """As CUDA's memory-efficient kernel, which takes what the others don't, does it: no map is kept."""
+        if attn_mask is not None:
+            mask = torch.zeros_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
+            attn_mask = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        arguments = (q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)[0]
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     changed = {
         nn.Module: {"_apply": apply},
+        nn.functional: {"scaled_dot_product_attention": attend},
         attention: {"require": lambda *_: None},
-        torch: {"tensor": tensor},
+        torch: {name: made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor")},
         mode: {"may_turn_const": lambda t: False},  # numbers are computed with for real, which the fake GPU can't
     }
     pixel_statistics.cache_clear()  # no fake tensor may stay behind in it, and no real one get in
@@ -102,7 +117,45 @@ def _gpu() -> str:
             return [torch.float16, torch.bfloat16]
 
     _setup_privateuseone_for_python_backend("fakegpu", Backend())
+    _OTHERS.fallback(torch.library.fallthrough_kernel)
+    for names, short in ((_SHORT, True), (_EXACT, False)):
+        for name in names:
+            _AUTOCAST.impl(name, _cast_before(_overload(name), short))
     return "fakegpu"
+
+
+# What autocast does on a GPU, as far as our models go: operators that take the short type, and those that take fp32
+_SHORT = (
+    "conv1d", "conv2d", "conv_transpose2d.input", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum",
+    "_scaled_dot_product_efficient_attention",
+)  # fmt: skip
+_EXACT = (
+    "layer_norm", "group_norm", "softmax.int", "log_softmax.int", "nll_loss", "nll_loss_nd", "cross_entropy_loss", "exp",
+    "binary_cross_entropy_with_logits", "grid_sampler", "pow.Tensor_Scalar", "sum", "sum.dim_IntList",
+)  # fmt: skip
+_AUTOCAST = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+_OTHERS = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+
+
+def _overload(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _cast_before(operator: torch._ops.OpOverload, short: bool) -> Callable[..., Any]:
+    this = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype("fakegpu") if short else torch.float32
+
+        def cast(x: Any) -> Any:
+            floating = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if floating else x
+
+        with torch._C._ExcludeDispatchKeyGuard(this):
+            return operator(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return run
 
 
 @contextlib.contextmanager

@@ -77,6 +77,6 @@ def _answer(question: Question) -> Answer:
 def on_gpu(config: RunConfig) -> RunConfig:
     """The configuration as it would be on a GPU; xformers' cutlass kernel stands in as torch has it."""
     changes: dict[str, Any] = {"text": {"cache": 0}}
-    if config.model.attention in ("auto", "xformers", "sdpa"):
+    if config.model.name == "dit_sam" and config.model.attention in ("auto", "xformers", "sdpa"):
         changes["model"] = {"attention": "sdpa_efficient"}
     return validate(merge(config.model_dump(), changes))

@@ -81,6 +81,10 @@ def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
         changes = _OURS if form == "ours" else {"deepspeed": {"config": "configs/deepspeed/zero0.json"}}
         if method == "L-DIT":
             changes = merge(changes, _RELEASED_LDIT if form == "released" else _recomputed("block"))
+        elif form == "released":
+            changes = merge(changes, {"model": {"attention": "eager"}})
+        else:
+            changes = merge(changes, _recomputed("block"))
         config = _changed(base, changes)
         words = ("frozen" if f else "tuned" for f in frozen)
         row = (method, *words, form)

@@ -121,7 +121,7 @@ def two_class_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     Returns:
         A scalar, the weighted mean over samples.
     """
-    of_class = logits.new_tensor(_CLASS_WEIGHTS, dtype=torch.float32)
+    of_class = torch.tensor(_CLASS_WEIGHTS, device=logits.device)
     loss = F.cross_entropy(logits.float(), target.long(), of_class, reduction="none")  # (B, ..)
     share = of_class[target.long()]
     each = [x.reshape(len(weight), -1).sum(1) for x in (loss, share)]  # (B,) twice
