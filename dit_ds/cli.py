@@ -50,9 +50,14 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
-def _report(args: argparse.Namespace, result: dict[str, Any], lines: Callable[[], list[str]] | None = None) -> None:
-    """Print the result, on rank 0: one JSON object with --json, else lines for people."""
-    if int(os.environ.get("RANK", 0)):
+def _report(
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    lines: Callable[[], list[str]] | None = None,
+    any_rank: bool = False,
+) -> None:
+    """Print the result, on rank 0 or the one that is told to: one JSON object with --json, else lines for people."""
+    if int(os.environ.get("RANK", 0)) and not any_rank:
         return
     if args.json:
         print(json.dumps(result))
@@ -226,6 +231,30 @@ def _memory_table8(args: argparse.Namespace) -> int:
     return 0
 
 
+def _memory_measure(args: argparse.Namespace) -> int:
+    from dit_ds.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dit_ds.memory import measure
+
+    request = measure.Request(args.steps, args.warmup, args.timeline, args.snapshot)
+    return measure.run(
+        config, args.config, request, lambda result: _report(args, result, lambda: measure.lines(result), any_rank=True)
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
+def _from_one(text: str) -> int:
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError("at least one is needed")
+    return int(text)
+
+
 def _node_counts(text: str) -> list[int]:
     if not all(part.isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,2,4")
@@ -356,6 +385,23 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", choices=["paper", "all"], default="all", help="the paper's only, or more (default all)")
     p.add_argument("--out", metavar="FOLDER", help="write table8.md, .csv, .json and .png there")
     p.add_argument("--configs", default="configs/paper", help="where its configurations are (default configs/paper)")
+
+    p = command(
+        memory_commands,
+        "measure",
+        _memory_measure,
+        "take a few steps on this GPU, or on all ranks under srun or torchrun",
+    )
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument("--steps", type=_from_one, default=5, help="steps to measure (default 5)")
+    p.add_argument("--warmup", type=_count, default=2, help="steps before them (default 2)")
+    p.add_argument("--timeline", metavar="PNG", help="draw a step of rank 0, by category")
+    p.add_argument(
+        "--snapshot",
+        metavar="FILE",
+        help="write PyTorch's snapshot, as memory.pickle: drop it on pytorch.org/memory_viz",
+    )
+    p.set_defaults(takes_overrides=True)
 
     p = command(
         commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"

@@ -159,8 +159,8 @@ def _cast_before(operator: torch._ops.OpOverload, short: bool) -> Callable[..., 
 
 
 @contextlib.contextmanager
-def fake_cluster(ranks: int) -> Iterator[World]:
-    """The first rank of so many, on a fake GPU. For a process of its own: no process group may exist.
+def fake_cluster(ranks: int, rank: int = 0) -> Iterator[World]:
+    """One rank of so many, on a fake GPU. For a process of its own: no process group may exist.
 
     DeepSpeed's comparisons between ranks are left out: there is nobody to compare with.
     """
@@ -183,9 +183,9 @@ def fake_cluster(ranks: int) -> Iterator[World]:
         module = getattr(zero, name)
         checks = ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks")
         changed[module] = {check: lambda *_, **__: None for check in checks if hasattr(module, check)}
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         with _changed(changed):
-            yield World(0, ranks, 0, device)
+            yield World(rank, ranks, 0, device)
     finally:
         dist.destroy_process_group()

@@ -140,18 +140,20 @@ class Profile:
 
     Attributes:
         phases: the most at once in each.
-        peak: the most of all, in `phase`, while `module` was last entered.
+        peak: the most of all, in `phase`, while `module` was last entered; `peak_at` is the moment's number.
         at_peak: by category.
         after: what is left when the last phase is over, by category.
         host: the most at once in host memory.
         kept: what waited for the backward pass when the last forward was over, by module.
-        timeline: (bytes by category, in the order of CATEGORIES) at up to `_POINTS` moments, with the phases' bounds.
+        timeline: (moment, bytes by category in the order of CATEGORIES), the highest of each of about `_POINTS`
+            stretches; `bounds` are the phases' first moments.
     """
 
     phases: dict[str, int] = field(default_factory=dict)
     peak: int = 0
     phase: str = ""
     module: str = ""
+    peak_at: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
     host: int = 0
@@ -160,7 +162,7 @@ class Profile:
     bounds: dict[str, int] = field(default_factory=dict)
 
 
-_POINTS = 600
+_POINTS = 2000
 
 
 class Ledger(LiveTensors):
@@ -234,6 +236,11 @@ class Ledger(LiveTensors):
         self.log.clear()
         self._before = [block for _, block in self._alive.values()]
 
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """These were made while the ledger was not active."""
+        for x in tensors:
+            self._add(x)
+
     def own(self, category: str, tensors: Iterable[Tensor]) -> None:
         """These tensors are of a category."""
         for x in tensors:
@@ -272,7 +279,7 @@ class Ledger(LiveTensors):
             if not block.host:
                 sums[block.category] += block.size
                 total += block.size
-        every = max(1, len(self.log) // _POINTS)
+        every, highest = max(1, len(self.log) // _POINTS), -1
         for i, (block, sign, name) in enumerate(self.log):
             if block is None:
                 if phase == "forward":
@@ -293,8 +300,14 @@ class Ledger(LiveTensors):
                 p.phases[phase] = total
             if total > p.peak:
                 p.peak, p.phase, p.module, p.at_peak = total, phase, name if block else "", dict(sums)
-            if i % every == 0:
+                p.peak_at = i
+            if i % every == 0 or block is None or not p.timeline:
                 p.timeline.append((i, *sums.values()))
+                highest = total
+            elif total > highest:
+                p.timeline[-1] = (i, *sums.values())
+                highest = total
+        p.timeline.append((len(self.log), *sums.values()))
         p.after = dict(sums)
         return p
 

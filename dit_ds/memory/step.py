@@ -34,7 +34,7 @@ class Steps:
     Args:
         config: the run.
         world: this rank's place.
-        ledger: active already.
+        ledger: active already; or what is told the same in its place, as `allocator.Meter`.
     """
 
     def __init__(self, config: RunConfig, world: World, ledger: Ledger):
@@ -45,7 +45,7 @@ class Steps:
         self.engine = ds.initialize(model, config, world)
         del model
         self.state = TrainingState(self.engine, config.train.ema)
-        self._own()
+        self.own()
         self.engine.train()
 
     def warm_up(self) -> None:
@@ -54,23 +54,25 @@ class Steps:
             self.take(1)
         else:
             self.state.make_moments()
-            self._own()
+            self.own()
 
-    def take(self, micro_batch: int) -> Profile:
+    def take(self, micro_batch: int, micro_batches: int | None = None) -> Profile:
         """One optimizer step; its phases are forward, backward and step.
 
-        Of a step of several micro-batches the last two are taken: what is added up lies there from the second on.
+        Args:
+            micro_batches: so many. By default of a step of several the last two are taken: what is added up lies there
+                from the second on.
         """
         ledger, engine = self.ledger, self.engine
         ledger.restart()
         ledger.watch(engine.module)
-        micro_batches = min(2, engine.gradient_accumulation_steps())
+        micro_batches = micro_batches or min(2, engine.gradient_accumulation_steps())
         for i in range(1, micro_batches + 1):
             engine.set_gradient_accumulation_boundary(i == micro_batches)
             self._pass(micro_batch)
         ledger.enter("step")
         ds.step(engine)
-        self._own()
+        self.own()
         self.state.update_average()
         ledger.unwatch()
         return ledger.profile()
@@ -85,11 +87,11 @@ class Steps:
         ledger.enter("backward")
         engine.backward(loss)
         del loss, inputs, mask, weight
-        self._own()
+        self.own()
         if not engine.is_gradient_accumulation_boundary():
             ds.step(engine)
 
-    def _own(self) -> None:
+    def own(self) -> None:
         """Tell the ledger whose the tensors are that stay."""
         module, optimizer, own = self.engine.module, self.engine.optimizer, self.ledger.own
         # the flat master first: in fp32 at stage 0 it is the parameter itself

@@ -25,16 +25,20 @@ _COLOURS = {
 }
 
 
-def require() -> None:
-    """Look for what draws, before any work is done.
+def require(path: str | Path) -> str:
+    """Look for what draws, before any work is done; return the picture's format.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file's ending is no picture's.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("a timeline is drawn by matplotlib, which is not installed: pip install matplotlib") from None
+    kind = Path(path).suffix[1:] or "png"
+    if kind not in Figure().canvas.get_supported_filetypes():
+        raise UserError(f"{path}: no picture is called .{kind}: name a .png")
+    return kind
 
 
 def draw(profile: Profile, path: str | Path, title: str) -> None:
@@ -47,13 +51,10 @@ def draw(profile: Profile, path: str | Path, title: str) -> None:
     Raises:
         UserError: matplotlib is not installed, the ending is none it knows, or the file can't be written.
     """
-    require()
+    kind, picture = require(path), io.BytesIO()
     from matplotlib.figure import Figure  # without pyplot: no window system, nothing kept for later
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    kind, picture = Path(path).suffix[1:] or "png", io.BytesIO()
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"{path}: no picture is called .{kind}: name a .png")
     axis = figure.subplots()
     peak = (profile.peak_at, *(profile.at_peak.get(c, 0) for c in CATEGORIES))
     moments = sorted({*profile.timeline, peak})
