@@ -88,7 +88,12 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """The type that DeepSpeed turns the model into; fp32 masters are kept beside the shorter ones."""
-    return _PRECISIONS[next((kind for kind in ("bf16", "fp16") if ds_config.get(kind, {}).get("enabled")), "fp32")]
+    return _PRECISIONS[precision(ds_config)]
+
+
+def precision(ds_config: dict[str, Any]) -> str:
+    """bf16, fp16 or fp32."""
+    return next((kind for kind in ("bf16", "fp16") if ds_config.get(kind, {}).get("enabled")), "fp32")
 
 
 def _what_divides(batch: int, micro: int, world_size: int) -> str:

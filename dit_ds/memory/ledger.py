@@ -140,7 +140,7 @@ class Profile:
 
     Attributes:
         phases: the most at once in each.
-        peak: the most of all, in `phase`, while `module` was last entered; `peak_at` is the moment's number.
+        peak: the most of all, in `phase`, where something of `module` was last made or freed; `peak_at` is the moment's number.
         at_peak: by category.
         after: what is left when the last phase is over, by category.
         host: the most at once in host memory.
@@ -280,7 +280,9 @@ class Ledger(LiveTensors):
                 sums[block.category] += block.size
                 total += block.size
         every, highest = max(1, len(self.log) // _POINTS), -1
+        module = ""
         for i, (block, sign, name) in enumerate(self.log):
+            module = name if block and name else module  # in a backward pass: whose activations went last
             if block is None:
                 if phase == "forward":
                     p.kept = {module: n for module, n in kept.items() if n}
@@ -299,7 +301,7 @@ class Ledger(LiveTensors):
             if total > p.phases.get(phase, 0):
                 p.phases[phase] = total
             if total > p.peak:
-                p.peak, p.phase, p.module, p.at_peak = total, phase, name if block else "", dict(sums)
+                p.peak, p.phase, p.module, p.at_peak = total, phase, module, dict(sums)
                 p.peak_at = i
             if i % every == 0 or block is None or not p.timeline:
                 p.timeline.append((i, *sums.values()))

@@ -145,7 +145,7 @@ def _described(config: RunConfig, world: World) -> dict[str, Any]:
         "stage": ds_config.get("zero_optimization", {}).get("stage", 0),
         "ranks": world.world_size,
         "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
-        "precision": str(ds.dtype(ds_config)).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"),
+        "precision": ds.precision(ds_config),
         "peak_gib": None, "reserved_gib": None, "device_used_gib": None, "phases": {}, "categories": {}, "after": {},
         "modules": {}, "host_gib": None, "step_seconds": None, "samples_per_second": None, "ranks_gib": [], "oom": None,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from dit_ds.config import RunConfig, merge, validate
 from dit_ds.errors import UserError
 from dit_ds.memory.ledger import Profile
 from dit_ds.memory.predict import GIB, Answer, Question, predict
-from dit_ds.memory.timeline import draw
+from dit_ds.memory.timeline import draw, require
 
 CONTEXT_GIB, NCCL_GIB, RESERVE = 0.6, 0.5, 0.05
 _UNITS = {"": GIB, "g": 10**9, "gb": 10**9, "gib": GIB, "m": 10**6, "mb": 10**6, "mib": 2**20, "tib": 2**40}
@@ -78,6 +78,8 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
         UserError: a batch that doesn't divide, a missing file, a text encoder that isn't there.
     """
     ranks = world_size(gpus, nodes)
+    if timeline:
+        require(timeline)
     ds_config = ds.deepspeed_config(config, ranks)
     room = allowed(memory, ranks)
     (answer,) = predict([Question(config, ranks, capacity=room)])
@@ -109,7 +111,7 @@ def _described(config: RunConfig, ds_config: dict[str, Any], ranks: int, micro: 
         "predicted": True,
         "ranks": ranks,
         "stage": ds_config.get("zero_optimization", {}).get("stage", 0),
-        "precision": str(ds.dtype(ds_config)).removeprefix("torch."),
+        "precision": ds.precision(ds_config),
         "checkpointing": config.train.activation_checkpointing,
         "micro_batch": micro,
         "accumulation": ds_config["gradient_accumulation_steps"],

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
 from dit_ds.config import RunConfig, load_config, merge, validate
-from dit_ds.errors import UserError
+from dit_ds.errors import RunFailed, UserError
 from dit_ds.memory import plan
-from dit_ds.memory.predict import GIB, Question, predict
+from dit_ds.memory.measure import in_process
+from dit_ds.memory.predict import GIB, Answer, Question, predict
 from dit_ds.published import TABLE_8, MemoryRow
 
 _CONFIGS = {
@@ -29,12 +33,10 @@ _CONFIGS = {
 # GPUs of the inferred reading, and the samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}
 
+_ZERO_0 = {"deepspeed": {"config": "configs/deepspeed/zero0.json"}}
 _OURS = {
-    "deepspeed": {
-        "precision": "bf16",
-        "config": "configs/deepspeed/zero0.json",
-        "override": {"torch_autocast": {"enabled": False}},
-    }
+    "train": {"activation_checkpointing": "block"},
+    "deepspeed": _ZERO_0["deepspeed"] | {"precision": "bf16", "override": {"torch_autocast": {"enabled": False}}},
 }
 # what the paper's released code is, as far as memory goes: BERT's first layer only, words' padding attended to
 _RELEASED_LDIT = {
@@ -50,8 +52,6 @@ class Row:
     """What a row asks: a run on so many GPUs, so many samples on each."""
 
     method: str
-    visual: str
-    text: str
     form: str  # released or ours
     reading: str  # literal, inferred or more
     config: RunConfig
@@ -77,54 +77,31 @@ def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
     method, *frozen, batch, paper_gb = published
     base = load_config(folder / _CONFIGS[method, *frozen])
     gpus, each = _SHARED_OUT[method]
-    for form in ("released", "ours"):
-        changes = _OURS if form == "ours" else {"deepspeed": {"config": "configs/deepspeed/zero0.json"}}
-        if method == "L-DIT":
-            changes = merge(changes, _RELEASED_LDIT if form == "released" else _recomputed("block"))
-        elif form == "released":
-            changes = merge(changes, {"model": {"attention": "eager"}})
-        else:
-            changes = merge(changes, _recomputed("block"))
+    released = merge(_ZERO_0, _RELEASED_LDIT if method == "L-DIT" else {"model": {"attention": "eager"}})
+    for form, changes in {"released": released, "ours": _OURS}.items():
         config = _changed(base, changes)
-        words = ("frozen" if f else "tuned" for f in frozen)
-        row = (method, *words, form)
-        yield _row(*row, "literal", config, batch, 1, paper_gb)
-        yield _row(*row, "inferred", config, each, gpus, paper_gb)
+        yield _row(method, form, "literal", config, batch, 1, paper_gb)
+        yield _row(method, form, "inferred", config, each, gpus, paper_gb)
 
 
 def _more(folder: Path) -> Iterable[Row]:
-    """Rows that the paper doesn't have, of ours."""
-    tuned = _changed(load_config(folder / "table8_ldit.yaml"), _OURS)
+    """Rows that the paper doesn't have: ours in other sizes, with more or less computed again, and shared out."""
+    frozen, text_tuned, tuned = (
+        _changed(load_config(folder / _CONFIGS["L-DIT", *f]), _OURS)
+        for f in ((True, True), (True, False), (False, False))
+    )
     for size in ("vit_l", "vit_h"):
-        for words, frozen in {
-            ("frozen", "frozen"): (True, True),
-            ("frozen", "tuned"): (True, False),
-            ("tuned", "tuned"): (False, False),
-        }.items():
-            changes = {"model": {"size": size, "freeze_image_encoder": frozen[0]}, "text": {"freeze": frozen[1]}}
-            config = _changed(tuned, merge(changes, _recomputed("block")))
-            yield _row("L-DIT", *words, "ours", "more", config, 32, 1)
+        for config in (frozen, text_tuned, tuned):
+            yield _row("L-DIT", "ours", "more", _changed(config, {"model": {"size": size}}), 32)
     for size in ("vit_b", "vit_l", "vit_h"):
         for policy in ("none", "selective"):
-            config = _changed(tuned, merge({"model": {"size": size}}, _recomputed(policy)))
-            yield _row("L-DIT", "tuned", "tuned", "ours", "more", config, 32, 1)
+            changes = {"model": {"size": size}, "train": {"activation_checkpointing": policy}}
+            yield _row("L-DIT", "ours", "more", _changed(tuned, changes), 32)
+    yield _row("E-DIT", "ours", "more", _changed(tuned, {"model": {"scheme": "end_to_end"}}), 32)
     for stage in range(4):
+        changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
         for gpus in (1, 2, 4, 8, 16):
-            changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
-            yield _row(
-                "L-DIT",
-                "tuned",
-                "tuned",
-                "ours",
-                "more",
-                _changed(tuned, merge(changes, _recomputed("block"))),
-                8,
-                gpus,
-            )
-
-
-def _recomputed(policy: str) -> dict[str, Any]:
-    return {"train": {"activation_checkpointing": policy}}
+            yield _row("L-DIT", "ours", "more", _changed(tuned, changes), 8, gpus)
 
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -132,46 +109,43 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def _row(
-    method: str,
-    visual: str,
-    text: str,
-    form: str,
-    reading: str,
-    config: RunConfig,
-    each: int,
-    gpus: int,
-    paper: float | None = None,
+    method: str, form: str, reading: str, config: RunConfig, each: int, gpus: int = 1, paper_gb: float | None = None
 ) -> Row:
     batch = {"train": {"batch_size": each * gpus}, "deepspeed": {"override": {"train_micro_batch_size_per_gpu": each}}}
-    return Row(method, visual, text, form, reading, _changed(config, batch), each, gpus, paper)
+    return Row(method, form, reading, _changed(config, batch), each, gpus, paper_gb)
 
 
-def table8(which: str = "all", folder: str | Path = "configs/paper", measure: Any = None) -> dict[str, Any]:
-    """Every row predicted, and measured where there is a GPU.
+def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str, Any]:
+    """Every row predicted, and measured on the GPUs of this machine if there are enough.
 
     Args:
         which: paper or all.
-        measure: called with a row; returns `memory measure`'s result, or None where there are too few GPUs.
     Returns:
         `rows`, and what is assumed. A row's `predicted_gib` is what its `counts` says: for what was released the
         memory that the device shows, as the paper's figures; for ours what PyTorch has allocated at most.
     """
     asked = rows(which, folder)
     answers = predict(Question(row.config, row.gpus, (row.batch_per_gpu,)) for row in asked)
-    results = []
-    for row, answer in zip(asked, answers):
-        peak = answer.profiles[row.batch_per_gpu].peak
-        extra = _released_extras(row, answer) if row.form == "released" else {}
-        results.append(_result(row, answer, peak, extra, measure and measure(row)))
+    bar = tqdm(zip(asked, answers), "table 8", len(asked), unit="row", mininterval=1)
     return {
         "predicted": True,
         "date": str(datetime.date.today()),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "assumed": {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE},
-        "rows": results,
+        "rows": [_result(row, answer, _measured(row)) for row, answer in bar],
     }
 
 
-def _released_extras(row: Row, answer: Any) -> dict[str, int]:
+def _measured(row: Row) -> dict[str, Any] | None:
+    if torch.cuda.device_count() < row.gpus:
+        return None
+    try:
+        return in_process(row.config, row.gpus)
+    except RunFailed as e:
+        return {"failed": str(e)}
+
+
+def _released_extras(row: Row, answer: Answer) -> dict[str, int]:
     """Bytes on a GPU that our engine has no need of, and the released codes (DistributedDataParallel) have."""
     profile, trained = answer.profiles[row.batch_per_gpu], 4 * answer.trained
     extras = {"gradients that stay from step to step": trained - profile.at_peak["gradients"]}
@@ -184,9 +158,11 @@ def _released_extras(row: Row, answer: Any) -> dict[str, int]:
     return extras
 
 
-def _result(row: Row, answer: Any, peak: int, extra: dict[str, int], measured: dict[str, Any] | None) -> dict[str, Any]:
+def _result(row: Row, answer: Answer, measured: dict[str, Any] | None) -> dict[str, Any]:
+    measured = measured or {}
     c, profile = row.config, answer.profiles[row.batch_per_gpu]
-    allocated = peak + sum(extra.values())
+    extra = _released_extras(row, answer) if row.form == "released" else {}
+    allocated = profile.peak + sum(extra.values())
     device = plan.needed(allocated, row.gpus)
     counts = "device" if row.form == "released" else "allocated"
     override = c.deepspeed.override
@@ -197,8 +173,8 @@ def _result(row: Row, answer: Any, peak: int, extra: dict[str, int], measured: d
     return {
         "method": row.method,
         "size": c.model.size,
-        "visual": row.visual,
-        "text": row.text,
+        "visual": "frozen" if c.model.freeze_image_encoder else "tuned",
+        "text": "frozen" if c.text.freeze else "tuned",
         "form": row.form,
         "reading": row.reading,
         "precision": precision,
@@ -214,7 +190,8 @@ def _result(row: Row, answer: Any, peak: int, extra: dict[str, int], measured: d
         "categories": {k: round(v / GIB, 2) for k, v in profile.at_peak.items() if v >= GIB / 200},
         "beyond_ours": {k: round(v / GIB, 2) for k, v in extra.items()},
         "gib_per_sample": round(allocated / GIB / row.batch_per_gpu, 3),
-        "measured_gib": measured and measured[figure],
-        "step_seconds": measured and measured["step_seconds"],
-        "oom": bool(measured and measured["oom"]),
+        "measured_gib": measured.get(figure),
+        "step_seconds": measured.get("step_seconds"),
+        "out_of_memory": bool(measured.get("oom")),
+        "failed": measured.get("failed"),
     }
