@@ -1,6 +1,6 @@
 """What needs a GPU, in one call: the CUDA tests, attention, training steps, memory against its prediction, checkpoints.
 
-Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.* and checkpoint_cuda.* to
+Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, table8.* and checkpoint_cuda.* to
 `benchmarks/results/`. `--only` takes a part, where a machine is lent for minutes. Without a GPU, `--small` goes through the
 same steps with tiny ones on the CPU.
 """
@@ -21,16 +21,18 @@ PARTS = {
     "--deselect tests/test_gpu.py::test_the_measured_peak_on_cuda_is_the_predicted_one",  # the part memory has it
     "attention": "benchmarks/attention.py",
     "train_step": f"{STEP} frozen tuned --compile --size 512",
-    "train_step_1024": f"{STEP} tuned --size 1024 --no-memory --rounds 5 --name train_step_1024_cuda",
+    "train_step_1024": f"{STEP} tuned --size 1024 --rounds 5 --name train_step_1024_cuda",
     "memory": "benchmarks/memory.py --measure",
+    "table8": "-m dit_ds.cli memory table8",
     "checkpoint": "benchmarks/checkpoint.py --steps 0",
 }
 SMALL = {
     "tests": "",
     "attention": "--width vit_t --size 64 --rounds 1",
-    "train_step": "--width vit_t --size 64 --rounds 1 --no-memory",
+    "train_step": "--width vit_t --size 64 --rounds 1",
     "train_step_1024": "--width vit_t --size 128 --rounds 1",
     "memory": "--small",
+    "table8": "--rows paper",
     "checkpoint": "--size vit_t --rounds 1",
 }
 
