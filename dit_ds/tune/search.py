@@ -48,6 +48,7 @@ class Row:
 
     Attributes:
         step: seconds and their parts, see `Predictor.step`.
+        own: whether it is what the configuration says.
         why: it was not chosen, in words.
         trial: what a measured trial found; see `trials`.
     """
@@ -56,6 +57,7 @@ class Row:
     footprint: Footprint
     step: dict[str, Any]
     fits: bool = False
+    own: bool = False
     why: str = ""
     trial: dict[str, Any] | None = None
 
@@ -126,10 +128,12 @@ def search(
             row.footprint = profile.footprint()
 
     mine = own(config, ds, among)
-    return choose(rows, place, assumed, exact, next((r for r in rows if r.candidate == mine), None))
+    for row in rows:
+        row.own = row.candidate == mine
+    return choose(rows, place, assumed, exact)
 
 
-def choose(rows: list[Row], place: Place, assumed: Assumptions, exact: Any, own: Row | None = None) -> Found:
+def choose(rows: list[Row], place: Place, assumed: Assumptions, exact: Any) -> Found:
     """Prune, rank, verify.
 
     Args:
@@ -143,22 +147,21 @@ def choose(rows: list[Row], place: Place, assumed: Assumptions, exact: Any, own:
         fitting = [r for r in rows if r.fits]
         chosen = min(fitting, key=_order, default=None)
         front = pareto(fitting)
-        # what decides first: the chosen one, or else the smallest of those that don't fit
-        first = [chosen] if chosen else [min(rows, key=lambda r: r.footprint.peak)]
-        doubtful = [r for r in dict.fromkeys(map(id, (*first, *front))) if r]
-        by_id = {id(r): r for r in rows}
-        doubtful = [by_id[i] for i in doubtful if not by_id[i].footprint.exact][: max(2, _VERIFIED - verified)]
-        must = [r for r in first if not r.footprint.exact]
-        if not doubtful or (verified >= _VERIFIED and not must):
+        # what decides first: the chosen one, or else the smallest of those that don't fit; then the front, from the fast end
+        first = chosen or min(rows, key=lambda r: r.footprint.peak)
+        rest = [r for r in reversed(front) if r is not first and not r.footprint.exact][: max(0, _VERIFIED - verified)]
+        unsure = [r for r in (first, *rest) if not r.footprint.exact]
+        if not unsure:
             break
-        exact(doubtful)
-        verified += len(doubtful)
+        exact(unsure)
+        verified += len(unsure)
     if chosen is None:
-        raise NothingFits(first[0], place)
+        raise NothingFits(first, place)
     for row in rows:
         row.why = why(row, chosen, place)
     rows.sort(key=lambda r: (not r.fits, *_order(r)))
-    return Found(place, rows, chosen, front, own, assumed)
+    mine = next((r for r in rows if r.own), None)
+    return Found(place, rows, chosen, front, mine, assumed)
 
 
 class NothingFits(RunFailed):
@@ -170,8 +173,8 @@ class NothingFits(RunFailed):
 
 
 def _order(row: Row) -> tuple:
-    """The fastest first; of equals the smallest, and then the simplest."""
-    return (round(row.step["step_seconds"], 9), row.footprint.peak, row.candidate.stage, row.candidate.name)
+    """The fastest first; of equals the smallest, then the one that was configured, then the simplest."""
+    return (round(row.step["step_seconds"], 9), row.footprint.peak // 2**22, not row.own, row.candidate.stage)
 
 
 def _judge(rows: list[Row], place: Place) -> None:
