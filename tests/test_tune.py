@@ -64,11 +64,11 @@ def footprints(ranks: int = 8) -> Footprints:
             reference[policy, "auto", m] = profiled(*(g * x for x in (10 + each * m, 11 + each * m, 12, 10)))
         reference[policy, "eager", 8] = profiled(*(g * x for x in (10 + (each + 2) * 8, 11 + (each + 2) * 8, 12, 10)))
     points = {
-        "zero0": profiled(*(g * x for x in (30 + 1.6, 30 + 8, 40, 30))),
-        "zero3": profiled(*(g * x for x in (4 + 1.6, 6 + 1.6, 7, 4))),
-        "zero3_offload": profiled(*(g * x for x in (1 + 1.6, 3 + 1.6, 2, 1, 9))),
-        "zero2_offload": profiled(*(g * x for x in (5 + 1.6, 6 + 1.6, 6, 5, 9))),
+        "zero0": {m: (30 + 0.2 * m, 30 + 8, 40, 30) for m in (1, 8)},
+        "zero3": {m: (4 + 0.2 * m, 6 + 0.2 * m, 7, 4) for m in (1, 8)},
+        "zero2_offload": {m: (5 + 0.2 * m, 6 + 0.2 * m, 6, 5, 9) for m in (1, 8)},
     }
+    points = {s: {m: profiled(*(g * x for x in values)) for m, values in at.items()} for s, at in points.items()}
     return Footprints(reference, points, trained=10**9, of_type=2, ranks=ranks)
 
 

@@ -1,11 +1,11 @@
 """What each candidate takes of a GPU: a few profiles of fake steps, combined by rule.
 
 Exact profiles (`memory.predict`) take seconds each, so not every candidate gets one. Profiled are, at ZeRO-2, each way of
-activation checkpointing at the smallest and the largest micro-batch and each kernel at the largest, and one point of
-every other stage. The rest follows, phase by phase (forward, backward, step):
+activation checkpointing at the smallest and the largest micro-batch and with each kernel at the largest; and with one way
+of checkpointing every other stage at both. The rest follows, phase by phase (forward, backward, step):
 
     micro-batch     along the line between the two
-    stage           adds in every phase what it adds to the profiled point: states don't depend on activations
+    stage           adds in every phase what it adds to the profiled points: states don't depend on activations
     kernel          adds what it adds at the largest micro-batch, in proportion to the micro-batch
     accumulation    the gradients that wait for the next micro-batch: all at stages 0 and 1, a rank's part at stage 2; at
                     stage 3 and with offload they have their place anyway
@@ -88,14 +88,19 @@ class Footprints:
 
     Args:
         reference: ZeRO-2's, by point.
-        points: the other settings', each at (`block`, auto, the largest micro-batch).
+        points: the other settings' by micro-batch, with `block` and the first kernel.
         trained: parameters.
         of_type: bytes of an element.
         ranks: GPUs.
     """
 
     def __init__(
-        self, reference: dict[Point, Profiled], points: dict[str, Profiled], trained: int, of_type: int, ranks: int
+        self,
+        reference: dict[Point, Profiled],
+        points: dict[str, dict[int, Profiled]],
+        trained: int,
+        of_type: int,
+        ranks: int,
     ):
         self.reference, self.points = reference, points
         self.all_gradients, self.of_type, self.ranks = trained * of_type, of_type, ranks
@@ -108,13 +113,12 @@ class Footprints:
         phases, states, host = dict(at.phases), at.states, at.host
         activations = at.activations
         if c.kernel != self.kernel:
-            policy = c.policy if (c.policy, c.kernel, self.most) in self.reference else _POINT
-            other, same = (self.reference[policy, k, self.most] for k in (c.kernel, self.kernel))
+            other, same = (self.reference[c.policy, k, self.most] for k in (c.kernel, self.kernel))
             share = c.micro_batch / self.most
             phases = {p: n + share * (other.phases[p] - same.phases[p]) for p, n in phases.items()}
             activations += share * (other.activations - same.activations)
         if c.setting not in ("zero1", _REFERENCE):  # those two are one but for accumulated gradients
-            stage, base = self.points[c.setting], self.reference[_POINT, self.kernel, self.most]
+            stage, base = self._line(self.points[c.setting], c.micro_batch), self._at(_POINT, c.micro_batch)
             more = {p: stage.phases[p] - base.phases[p] for p in phases}
             phases = self._stage_0(phases, stage, more) if c.stage == 0 else {p: n + more[p] for p, n in phases.items()}
             states, host = stage.states, stage.host
@@ -128,8 +132,12 @@ class Footprints:
         return Footprint(max(phases.values()), activations, states, host)
 
     def _at(self, policy: str, micro_batch: int) -> Profiled:
-        """ZeRO-2's with the reference kernel, along the line."""
-        low, high = (self.reference[policy, self.kernel, m] for m in (1, self.most))
+        """ZeRO-2's with the reference kernel."""
+        return self._line({m: self.reference[policy, self.kernel, m] for m in (1, self.most)}, micro_batch)
+
+    def _line(self, known: dict[int, Profiled], micro_batch: int) -> Profiled:
+        """Between the smallest and the largest micro-batch."""
+        low, high = known[1], known[self.most]
         share = (micro_batch - 1) / (self.most - 1) if self.most > 1 else 0.0
 
         def between(a: float, b: float) -> float:
@@ -181,7 +189,7 @@ class Jobs:
 
     def profile(self, c: Candidate, config: RunConfig, ds: dict[str, Any], ranks: int) -> Future[Profiled]:
         """An exact profile of a candidate's step."""
-        return self.pool.submit(_profile, self.as_run(c, config, ds), ranks)
+        return self.pool.submit(_one_profile, self.as_run(c, config, ds), ranks)
 
     def profiles(self, among: list[Candidate], config: RunConfig, ds: dict[str, Any], ranks: int) -> list[Profiled]:
         """Exact ones of these candidates."""
@@ -216,7 +224,7 @@ class Jobs:
         # the longest first, so that none is left over at the end
         reference = self.pool.submit(_sweep, self.as_run(base(_REFERENCE), config, ds), ranks, points)
         others = [s for s in sorted(settings, reverse=True) if s not in ("zero1", _REFERENCE)]
-        stages = {s: self.profile(base(s), config, ds, ranks) for s in others}
+        stages = {s: self.pool.submit(_profile, self.as_run(base(s), config, ds), ranks, (1, most)) for s in others}
         counts = {p: self.pool.submit(_count, _with_policy(config, p)) for p in dict.fromkeys((*policies, "none"))}
         model_flops = self.pool.submit(step_flops, config)
         counted = {p: f.result() for p, f in counts.items()}
@@ -240,11 +248,15 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _profile(config: RunConfig, ranks: int) -> Profiled:
+def _profile(config: RunConfig, ranks: int, micro_batches: tuple[int, ...] = ()) -> dict[int, Profiled]:
     from dit_ds.memory.worker import answer
 
-    (profile,) = answer(Question(config, ranks)).profiles.values()
-    return Profiled.of(profile)
+    return {m: Profiled.of(p) for m, p in answer(Question(config, ranks, micro_batches)).profiles.items()}
+
+
+def _one_profile(config: RunConfig, ranks: int) -> Profiled:
+    (profiled,) = _profile(config, ranks).values()
+    return profiled
 
 
 def _count(config: RunConfig) -> tuple:
