@@ -210,6 +210,7 @@ class Jobs:
         """
         policies = list(dict.fromkeys(c.policy for c in among))
         most = max(c.micro_batch for c in among)
+        ends = tuple(dict.fromkeys((1, most)))
         kernels = list(dict.fromkeys(c.kernel for c in among))
         settings = list(dict.fromkeys(c.setting for c in among))
 
@@ -217,17 +218,17 @@ class Jobs:
             bucket = BUCKETS[0] if SETTINGS[setting]["stage"] else 0
             return Candidate(setting, most, 1, _POINT, kernels[0], bucket)
 
-        points = [(p, kernels[0], m) for p in dict.fromkeys((*policies, _POINT)) for m in dict.fromkeys((1, most))]
-        points += [
-            (p, k, most) for k in kernels[1:] for p in dict.fromkeys(("none", _POINT)) if p in (*policies, _POINT)
-        ]
+        points = [(p, kernels[0], m) for p in dict.fromkeys((*policies, _POINT)) for m in ends]
+        points += dict.fromkeys((c.policy, c.kernel, most) for c in among if c.kernel != kernels[0])
         # the longest first, so that none is left over at the end
         reference = self.pool.submit(_sweep, self.as_run(base(_REFERENCE), config, ds), ranks, points)
         others = [s for s in sorted(settings, reverse=True) if s not in ("zero1", _REFERENCE)]
-        stages = {s: self.pool.submit(_profile, self.as_run(base(s), config, ds), ranks, (1, most)) for s in others}
-        counts = {p: self.pool.submit(_count, _with_policy(config, p)) for p in dict.fromkeys((*policies, "none"))}
+        stages = {s: self.pool.submit(_profile, self.as_run(base(s), config, ds), ranks, ends) for s in others}
+        # every_K computes all layers again, as block does
+        alike = {p: _POINT if p.startswith("every_") else p for p in (*policies, "none")}
+        counts = {p: self.pool.submit(_count, _with_policy(config, p)) for p in dict.fromkeys(alike.values())}
         model_flops = self.pool.submit(step_flops, config)
-        counted = {p: f.result() for p, f in counts.items()}
+        counted = {p: counts[like].result() for p, like in alike.items()}
         work = Counted(
             model_flops.result(), {p: c[0] for p, c in counted.items()}, {p: c[1] for p, c in counted.items()}
         )

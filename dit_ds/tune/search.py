@@ -18,7 +18,7 @@ from dit_ds.tune.footprint import Footprint, Jobs
 from dit_ds.tune.space import Candidate, candidates, own
 from dit_ds.tune.speed import Assumptions, Predictor
 
-_VERIFIED = 6  # exact profiles at most, seconds each
+_VERIFIED = 4  # exact profiles at most, seconds each
 
 
 @dataclass(frozen=True)
