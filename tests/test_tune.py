@@ -21,7 +21,7 @@ from dit_ds.config import load_config
 from dit_ds.errors import RunFailed
 from dit_ds.memory.plan import GIB, needed
 from dit_ds.scaling import Machine
-from dit_ds.tune import files, search, space, speed, trials
+from dit_ds.tune import command, files, search, space, speed, trials
 from dit_ds.tune.footprint import Footprint, Footprints, Profiled
 
 BASE = ROOT / "configs/base.yaml"
@@ -290,20 +290,28 @@ def test_a_stopped_trial_stops_the_search_with_75(tmp_path, config_file):
     assert not list(tmp_path.glob("trials/*/trial.json"))
 
 
-def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys):
-    """Predicted, then trained, from end to end."""
+def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, monkeypatch):
+    """Predicted, then trained, from end to end; few candidates, as each profile takes seconds."""
+    every = command.candidates
+
+    def few(*args) -> list[space.Candidate]:
+        return [
+            c for c in every(*args) if c.setting in ("zero1", "zero2") and c.policy == "block" and c.kernel == "auto"
+        ]
+
+    monkeypatch.setattr(command, "candidates", few)
+    monkeypatch.setattr(search, "_VERIFIED", 0)
     out = tmp_path / "tune"
-    options = ["--gpus", "1", "--measure", "--trials", "2", "--steps", "4", "--out", str(out), "--json"]
-    smaller = ["--train.batch_size", "2", "--train.activation_checkpointing", "none"]
-    assert main(["tune", "--config", str(config_file), *options, *smaller]) == 0
+    options = ["--gpus", "1", "--measure", "--trials", "1", "--steps", "4", "--out", str(out), "--json"]
+    assert main(["tune", "--config", str(config_file), *options, "--train.batch_size", "2"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["chosen"]["trial"]["status"] == 0 and not answer["predicted"]
-    made = [c for c in answer["candidates"] if c["trial"]]
-    assert len(made) == 2 and len(answer["candidates"]) >= 30
-    for c in made:
-        assert [m["step"] for m in metrics_of(out / "trials" / c["name"])] == [1, 2, 3, 4]
-        assert not (out / "trials" / c["name"] / "checkpoints").exists()
-    assert load_config(answer["files"]["overrides.yaml"]).train.batch_size == 2
+    (made,) = (c for c in answer["candidates"] if c["trial"])
+    assert made == answer["chosen"] and made["trial"]["status"] == 0 and not answer["predicted"]
+    assert made["exact_memory"] and 0 < made["peak_gib"] < 1
+    assert [m["step"] for m in metrics_of(out / "trials" / made["name"])] == [1, 2, 3, 4]
+    assert not (out / "trials" / made["name"] / "checkpoints").exists()
+    taken = load_config(answer["files"]["overrides.yaml"])
+    assert (taken.train.batch_size, taken.train.activation_checkpointing) == (2, "block")
 
 
 @pytest.mark.parametrize(
