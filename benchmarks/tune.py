@@ -32,7 +32,6 @@ CASES = [("vit_b", 1, 8), ("vit_h", 2, 8)]
 
 def answered(size: str, nodes: int, gpus: int, out: Path) -> dict:
     """The command's answer, without the candidates but for their number."""
-    load = os.getloadavg()[0]
     start = time.monotonic()
     request = command.Request(
         str(ROOT / "configs/base.yaml"), ("--model.size", size), nodes, gpus, gpu="H100", out=str(out)
@@ -42,7 +41,7 @@ def answered(size: str, nodes: int, gpus: int, out: Path) -> dict:
     return {
         "model": size,
         "seconds": seconds,
-        "load_before": round(load, 1),
+        "load_after": round(os.getloadavg()[0], 1),
         "count": len(found.rows),
         "chosen": result["chosen"],
         "own": result["own"],
@@ -89,7 +88,7 @@ def described(result: dict) -> str:
     text = f"# Tune\n\n{result['machine']}, {result['date']}. Predictions, not measurements; no GPU was used.\n"
     for case in result["cases"]:
         text += f"\n## {case['model']}: {case['count']} candidates in {case['seconds']:.0f} s\n\n"
-        text += f"(load average before: {case['load_before']})\n\n```\n" + "\n".join(case["text"]) + "\n```\n"
+        text += f"{result['note']}\n\n```\n" + "\n".join(case["text"]) + "\n```\n"
     if result["rule"]:
         text += "\n## The memory rule against exact profiles\n\n" + common.table(result["rule"], ROWS)
     return text + "\n![memory against speed, ViT-B](tune.png)\n"
@@ -100,9 +99,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     parser.add_argument("--check", type=int, default=14, help="candidates whose memory is profiled, too (default 14)")
     parser.add_argument("--seed", type=int, default=1, help="of their choice (default 1)")
+    parser.add_argument("--note", default="", help="a sentence for the report, as what else the machine did meanwhile")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
-    result = common.conditions("cpu") | {"benchmark": "tune", "cases": []}
+    result = common.conditions("cpu") | {"benchmark": "tune", "note": args.note, "cases": []}
     with tempfile.TemporaryDirectory() as folder:
         for size, nodes, gpus in CASES:
             result["cases"].append(answered(size, nodes, gpus, Path(folder) / size))
