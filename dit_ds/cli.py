@@ -255,6 +255,22 @@ def _from_one(text: str) -> int:
     return int(text)
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from dit_ds.scaling import Machine
+    from dit_ds.tune import command, report
+    from dit_ds.tune.speed import Assumptions
+
+    machine = Machine(link_gbit=args.link, intra_gb_s=args.intra, mfu=args.mfu, overlap=args.overlap,
+                      latency_us=args.latency_us)  # fmt: skip
+    assumed = Assumptions(machine, half_tokens=args.half_tokens, pcie_gb_s=args.pcie, host_gb_s=args.host_bandwidth)
+    result, found = command.tune(command.Request(
+        args.config, tuple(args.overrides), args.nodes, args.gpus, args.gpu, args.gpu_memory, args.host_memory, assumed,
+        args.out, args.measure, args.trials, args.steps, args.launch, args.retry_failed,
+    ))  # fmt: skip
+    _report(args, result, lambda: report.lines(found, result, args.explain))
+    return 0
+
+
 def _node_counts(text: str) -> list[int]:
     if not all(part.isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,2,4")
@@ -418,7 +434,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--latency-us", type=float, default=5, help="assumed microseconds a ring step (default 5)")
     p.set_defaults(takes_overrides=True)
+    _tune_parser(command(commands, "tune", _tune, "find the fastest settings that fit: predicted, or tried on GPUs"))
     return parser
+
+
+def _tune_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument("--nodes", type=int, default=1, help="nodes of the job (default 1)")
+    p.add_argument("--gpus", type=int, default=8, help="GPUs a node, a rank each (default 8)")
+    p.add_argument("--gpu", default="", help="as A100, H100 PCIe (default: this machine's with --measure, else H100)")
+    p.add_argument("--gpu-memory", metavar="SIZE", help="of a GPU, as 80GiB or 40GB (default: the GPU's)")
+    p.add_argument("--host-memory", metavar="SIZE", help="of a node, for offload (default: not looked at)")
+    p.add_argument("--explain", action="store_true", help="say why the others lost")
+    p.add_argument("--out", metavar="FOLDER", help="where the files go (default RUN_DIR/tune)")
+    g = p.add_argument_group("trials")
+    g.add_argument("--measure", action="store_true", help="train the most promising ones for some steps; resumable")
+    g.add_argument("--trials", type=int, default=5, help="candidates to try (default 5)")
+    g.add_argument("--steps", type=int, default=20, help="optimizer steps of each (default 20)")
+    g.add_argument("--launch", metavar="COMMAND", help="what starts the ranks, as 'srun --ntasks-per-node 8' "
+                   "(default: torchrun on this machine)")  # fmt: skip
+    g.add_argument("--retry-failed", action="store_true", help="try again what failed before")
+    g = p.add_argument_group("assumptions")
+    g.add_argument("--link", type=float, default=400, help="Gbit/s out of a node, all GPUs together (default 400)")
+    g.add_argument("--intra", type=float, default=300, help="GB/s from a GPU to others of its node (default 300)")
+    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak (default 0.4)")
+    g.add_argument("--overlap", type=float, default=0.5, help="share of a pass that hides communication (default 0.5)")
+    g.add_argument("--latency-us", type=float, default=5, help="microseconds a ring step (default 5)")
+    g.add_argument("--half-tokens", type=int, default=1024, help="tokens a micro-batch at which a GPU computes at half "
+                   "of --mfu (default 1024)")  # fmt: skip
+    g.add_argument("--pcie", type=float, default=25, help="GB/s between a GPU and its host (default 25)")
+    g.add_argument("--host-bandwidth", type=float, default=200, help="GB/s of a node's memory (default 200)")
+    p.set_defaults(takes_overrides=True)
 
 
 if __name__ == "__main__":

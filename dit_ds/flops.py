@@ -150,27 +150,47 @@ PEAKS: dict[str, tuple[float | None, ...]] = {
     "RTX 5090": (209.5, 209.5, 104.8, 104.8),
 }
 
-# GiB that CUDA shows of the memory that a data sheet promises; of a GPU that is sold with two sizes, the larger
+# GiB that CUDA finds free of the driver's share, rounded down. A100 is the one of 80 GB, V100 that of 16: a name that
+# says its size ("A100-SXM4-40GB") wins, see `memory_gib`.
 MEMORY_GIB: dict[str, float] = {
-    "V100": 31.7, "V100 PCIe": 31.7, "T4": 14.6, "A100": 79.2, "A30": 23.5, "A10": 22.1, "A40": 44.4, "RTX A6000": 47.5,
-    "H100": 79.2, "H100 PCIe": 79.2, "H100 NVL": 93.1, "GH200": 94.5, "H200": 139.8, "H200 NVL": 139.8, "B200": 178.3,
-    "GB200": 184.0, "L4": 22.0, "L40": 44.4, "L40S": 44.4, "RTX 6000 Ada": 47.5, "RTX 3090": 23.6, "RTX 4090": 23.6,
-    "RTX 5090": 31.4,
+    "V100": 15.7, "V100 PCIe": 15.7, "T4": 14.5, "A100": 79.1, "A30": 23.5, "A10": 22.0, "A40": 44.4,
+    "RTX A6000": 47.4, "H100": 79.1, "H100 PCIe": 79.1, "H100 NVL": 93.0, "GH200": 94.5, "H200": 139.7,
+    "H200 NVL": 139.7, "B200": 178.0, "GB200": 184.0, "L4": 22.0, "L40": 44.4, "L40S": 44.4, "RTX 6000 Ada": 47.4,
+    "RTX 3090": 23.5, "RTX 4090": 23.5, "RTX 5090": 31.3,
+}  # fmt: skip
+
+# GB/s of the GPU's memory, from the data sheets.
+BANDWIDTH: dict[str, float] = {
+    "V100": 900, "V100 PCIe": 900, "T4": 300, "A100": 2039, "A30": 933, "A10": 600, "A40": 696, "RTX A6000": 768,
+    "H100": 3350, "H100 PCIe": 2000, "H100 NVL": 3900, "GH200": 4000, "H200": 4800, "H200 NVL": 4800, "B200": 8000,
+    "GB200": 8000, "L4": 300, "L40": 864, "L40S": 864, "RTX 6000 Ada": 960, "RTX 3090": 936, "RTX 4090": 1008,
+    "RTX 5090": 1792,
 }  # fmt: skip
 
 
-def memory_of(device_name: str) -> float:
-    """Bytes of a GPU's memory.
-
-    Raises:
-        UserError: the GPU isn't known.
-    """
+def memory_gib(device_name: str) -> float | None:
+    """GiB that a GPU offers; None where the name isn't known. A size within the name counts before the table."""
     name = gpu(device_name)
     if name is None:
+        return None
+    said = re.search(r"(\d+) ?GB\b", device_name, re.IGNORECASE)
+    # a variant of another size: as much of it is free as of a usual one
+    other = said is not None and not 0.9 < float(said[1]) / MEMORY_GIB[name] < 1.1
+    return 0.985 * float(said[1]) if other else MEMORY_GIB[name]
+
+
+def memory_of(device_name: str) -> float:
+    """Bytes of the memory of a GPU that must be known.
+
+    Raises:
+        UserError: it isn't.
+    """
+    found = memory_gib(device_name)
+    if found is None:
         raise UserError(
             f"GPU '{device_name}' is not known: choose one of {', '.join(PEAKS)}, or say --gpu-memory 80GiB"
         )
-    return MEMORY_GIB[name] * 2**30
+    return found * 2**30
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

@@ -284,22 +284,35 @@ def test_a_cancelled_job_stays_cancelled(pretend):
 
 
 def test_tuning_compares_what_finished_records_what_failed_and_repeats_neither(pretend, tmp_path):
+    """The search is real, its trials are not: the first fails, the third is the fastest."""
     site = pretend(f"""
-case "$*" in *tune_table*) exec {sys.executable} "$@" ;; esac
+case "$*" in *"dit_ds.cli tune"*) exec {sys.executable} "$@" ;; esac
 while [ $# -gt 0 ]; do [ "$1" != --run_dir ] || run=$2; shift; done  # the last one counts
-case "$run" in *_mb8) echo 'dit-ds: error: does not fit'; exit 1 ;; esac
-speed=10; [[ "$run" != *zero3* ]] || speed=20
-[ "$SLURM_PROCID" = 1 ] || for s in 1 $speed $speed; do
+trial=$(ls -d "$run"/../*/ | wc -l)
+[ "$trial" != 1 ] || {{ echo 'dit-ds: error: does not fit'; exit 1; }}
+[ "$SLURM_PROCID" = 1 ] || for s in 1 ${{trial}}0 ${{trial}}0; do
     echo '{{"kind": "train", "samples_per_second": '$s', "peak_memory_gib": 3.5}}' >> "$run/metrics.jsonl"
 done""")
-    candidates = "configs/deepspeed/zero2.json configs/deepspeed/zero3.json"
-    args = ("tune", "--config", site.config, "--run_dir", tmp_path / "tune")
-    job = site.submit(*args, CANDIDATES=candidates, MICRO_BATCHES="4 8")
-    site.completed(job, "tune")
-    rows = (tmp_path / "tune/table.txt").read_text().splitlines()[2:]
-    assert rows[:2] == ["| zero3_mb4 | 20.0 | 3.50 |", "| zero2_mb4 | 10.0 | 3.50 |"]
-    assert len(rows) == 4 and all("failed, status 1: dit-ds: error: does not fit" in row for row in rows[2:])
-    again = site.submit(*args, CANDIDATES="configs/deepspeed/zero2.json", MICRO_BATCHES="4")
-    site.completed(again, "tune")
-    assert "zero2_mb4: done before, status 0" in site.read(again, "tune")
-    assert len((tmp_path / "tune/zero2_mb4/metrics.jsonl").read_text().splitlines()) == 3
+    out = tmp_path / "tune"
+    args = ("tune", "--config", site.config, "--out", out, "--trials", "3",
+            "--launch", f"bash slurm/on_ranks.sh {tmp_path / 'rank'}")  # fmt: skip
+    for _ in range(2):  # submitted again, nothing is tried again
+        job = site.submit(*args)
+        site.completed(job, "tune", timeout=280)
+        answer = json.loads((out / "candidates.json").read_text())
+        assert (answer["nodes"], answer["gpus"]) == (2, 1)
+        tried = [c["trial"] for c in answer["candidates"] if c["trial"]]
+        assert [t.get("samples_per_second") for t in tried] == [30, 20, None]
+        assert tried[2]["error"] == "does not fit" and answer["chosen"]["trial"] == tried[0]
+        metrics = out / "trials" / answer["chosen"]["name"] / "metrics.jsonl"
+        assert len(metrics.read_text().splitlines()) == 3
+    assert "sbatch --nodes=2 --gpus-per-node=1 slurm/train.sbatch" in site.read(job, "tune")
+
+
+def test_an_interrupted_trial_puts_the_job_back_into_the_queue(pretend, tmp_path):
+    site = pretend(f"""
+case "$*" in *"dit_ds.cli tune"*) exec bash slurm/on_ranks.sh {tmp_path / "rank"} --run_dir x ;; esac
+[ -n "$SLURM_RESTART_COUNT" ] || exit 75""")
+    job = site.submit("tune", "--config", site.config)
+    assert site.completed(job, "tune", timeout=60)["Restarts"] == "1"
+    assert "ended with status 75: requeued" in site.read(job, "tune")
