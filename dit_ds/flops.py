@@ -73,11 +73,16 @@ def _passes(
         if watch is not None:
             watch(model.train())
         inputs, mask, weight = fake_batch(1, one.data.image_size, one.data.tokens)
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with count_flops() as counter:
             loss = model.loss(model(**inputs), mask, weight)
             forward = counter.get_total_flops()
             loss.backward()
         return Passes(forward, counter.get_total_flops() - forward)
+
+
+def count_flops() -> FlopCounterMode:
+    """A context that counts, our own operators' FLOPs by formula."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
 def _cuda_devices() -> list[int]:

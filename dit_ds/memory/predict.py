@@ -23,22 +23,28 @@ class Question:
         ranks: GPUs, one a rank.
         micro_batches: those to profile; where there are none, the run's own.
         capacity: bytes; if given, the largest micro-batch whose peak is at most this is looked for.
+        flops: count those of a sample's step, too.
     """
 
     config: RunConfig
     ranks: int = 1
     micro_batches: tuple[int, ...] = ()
     capacity: int | None = None
+    flops: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Profiles by micro-batch; `largest` is 0 where not even one sample fits, None where it was not asked for."""
+    """Profiles by micro-batch; `largest` is 0 where not even one sample fits; None is what was not asked for.
+
+    `flops` are those really computed in a sample's step, by this run's kernels and with what it computes again.
+    """
 
     profiles: dict[int, Any]
     parameters: int
     trained: int
     largest: int | None = None
+    flops: int | None = None
 
     def peak(self, micro_batch: int) -> float:
         """Bytes at most at once; between and beyond the profiled micro-batches along a line."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dit_ds.config import RunConfig, load_config, merge, validate
 from dit_ds.errors import RunFailed, UserError
+from dit_ds.flops import require_peak
 from dit_ds.memory import plan
 from dit_ds.memory.measure import in_process
 from dit_ds.memory.predict import GIB, Answer, Question, predict
@@ -45,6 +46,9 @@ _RELEASED_LDIT = {
     "train": {"ema": 0.9997},
 }
 _BERT_LAYERS_UNUSED = 77_972_736  # parameters of BERT-base's layers 2 to 12: on the GPU, without gradients
+
+
+_GPU, _MFU = "H100", 0.4  # of predicted step times, which are computation alone
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,22 @@ def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str
         memory that the device shows, as the paper's figures; for ours what PyTorch has allocated at most.
     """
     asked = rows(which, folder)
-    answers = predict(Question(row.config, row.gpus, (row.batch_per_gpu,)) for row in asked)
+    answers = predict(Question(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in asked)
     bar = tqdm(zip(asked, answers), "table 8", len(asked), unit="row", mininterval=1)
     return {
         "predicted": True,
         "date": str(datetime.date.today()),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "assumed": {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE},
+        "assumed": {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE}
+        | {"step_time_of": f"{_GPU} at {_MFU:.0%} of its peak, computation alone"},
         "rows": [_result(row, answer, _measured(row)) for row, answer in bar],
     }
+
+
+def _rate(precision: str) -> float:
+    """FLOP/s that are assumed."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return require_peak(_GPU, dtype) * _MFU
 
 
 def _measured(row: Row) -> dict[str, Any] | None:
@@ -192,6 +203,7 @@ def _result(row: Row, answer: Answer, measured: dict[str, Any] | None) -> dict[s
         "gib_per_sample": round(allocated / GIB / row.batch_per_gpu, 3),
         "measured_gib": measured.get(figure),
         "step_seconds": measured.get("step_seconds"),
+        "predicted_step_seconds": round(answer.flops * row.batch_per_gpu / _rate(precision), 4),
         "out_of_memory": bool(measured.get("oom")),
         "failed": measured.get("failed"),
     }

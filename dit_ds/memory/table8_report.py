@@ -16,6 +16,7 @@ _COLUMNS = {
     "precision": "precision", "checkpointing": "recomputed", "zero_stage": "ZeRO", "batch_per_gpu": "batch/GPU",
     "gpus": "GPUs", "paper_gb": "paper GB", "predicted_gib": "predicted GiB", "counts": "counts",
     "measured_gib": "measured GiB", "gib_per_sample": "GiB/sample", "step_seconds": "s/step",
+    "predicted_step_seconds": "predicted s/step",
 }  # fmt: skip
 
 _WHY = f"""
@@ -39,7 +40,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Two tables, the paper's rows and others, and what explains them."""
     kinds = {"The paper's rows": lambda r: r["paper_gb"], "More": lambda r: not r["paper_gb"]}
     text = f"# Table 8: GPU memory\n\n{result['machine']}, {result['date']}. "
-    text += "Predicted figures are counted on fake tensors"
+    text += f"Predicted step times: {result['assumed']['step_time_of']} (fp32 without TF32). "
+    text += "Predicted memory is counted on fake tensors"
     text += ".\n" if any(r["measured_gib"] for r in result["rows"]) else "; nothing here was measured on a GPU.\n"
     for title, of in kinds.items():
         rows = [r for r in result["rows"] if of(r)]

@@ -11,7 +11,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 from dit_ds import engine as ds
-from dit_ds.flops import offline_text
+from dit_ds.flops import count_flops, offline_text
 from dit_ds.memory.fake import fake_cluster, fake_tensors
 from dit_ds.memory.ledger import Ledger, Profile
 from dit_ds.memory.predict import Answer, Question, on_gpu
@@ -35,7 +35,12 @@ def answer(question: Question) -> Answer:
         counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
         trained = sum(n for n, p in zip(counts, parameters) if p.requires_grad)
         largest = None if question.capacity is None else _largest(steps, profiles, question.capacity)
-    return Answer(profiles, sum(counts), trained, largest)
+        flops = None
+        if question.flops:
+            with count_flops() as counter:
+                steps.take(1)
+            flops = counter.get_total_flops() // min(2, steps.engine.gradient_accumulation_steps())
+    return Answer(profiles, sum(counts), trained, largest, flops)
 
 
 def _largest(steps: Steps, profiles: dict[int, Profile], capacity: int) -> int:
