@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from dit_ds import __version__
+from dit_ds import __version__, cli_planning
+from dit_ds.cli_output import command, report
 from dit_ds.errors import Interrupted, RunFailed, UserError
 
 
@@ -50,31 +49,13 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
-def _report(
-    args: argparse.Namespace,
-    result: dict[str, Any],
-    lines: Callable[[], list[str]] | None = None,
-    any_rank: bool = False,
-) -> None:
-    """Print the result, on rank 0 or the one that is told to: one JSON object with --json, else lines for people."""
-    if int(os.environ.get("RANK", 0)) and not any_rank:
-        return
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for line in (
-            lines() if lines else [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]
-        ):
-            print(line)
-
-
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
 def _data_sample(args: argparse.Namespace) -> int:
     from dit_ds.data.sample_set import write_sample_set
 
-    _report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
+    report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
     return 0
 
 
@@ -110,7 +91,7 @@ def _data_shard(args: argparse.Namespace) -> int:
         args.skip_bad,
         args.overwrite,
     )
-    _report(args, _totals(manifest["splits"]))
+    report(args, _totals(manifest["splits"]))
     return 0
 
 
@@ -118,7 +99,7 @@ def _data_verify(args: argparse.Namespace) -> int:
     from dit_ds.data.shards import verify_shards
 
     report = verify_shards(args.folder)
-    _report(args, report, lambda: [*report["errors"], "ok" if report["ok"] else f"{len(report['errors'])} errors"])
+    report(args, report, lambda: [*report["errors"], "ok" if report["ok"] else f"{len(report['errors'])} errors"])
     return 0 if report["ok"] else 1
 
 
@@ -132,7 +113,7 @@ def _train(args: argparse.Namespace) -> int:
     from dit_ds.train import train
 
     result = train(config, args.resume)
-    _report(args, result)
+    report(args, result)
     return 0
 
 
@@ -146,7 +127,7 @@ def _doctor(args: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from dit_ds import doctor
 
-    return doctor.examine(config, args.timeout, lambda result: _report(args, result, lambda: doctor.lines(result)))
+    return doctor.examine(config, args.timeout, lambda result: report(args, result, lambda: doctor.lines(result)))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -162,21 +143,21 @@ def _eval(args: argparse.Namespace) -> int:
         args.threshold,
         args.predictions,
     )
-    _report(args, result)
+    report(args, result)
     return 0
 
 
 def _predict(args: argparse.Namespace) -> int:
     from dit_ds.predict import predict_image
 
-    _report(args, predict_image(args.checkpoint, args.image, args.text, args.out, args.threshold))
+    report(args, predict_image(args.checkpoint, args.image, args.text, args.out, args.threshold))
     return 0
 
 
 def _sheet(args: argparse.Namespace) -> int:
     from dit_ds.predict import contact_sheet
 
-    _report(args, contact_sheet(args.run_or_checkpoint, args.out, args.split, args.data_root, args.rows))
+    report(args, contact_sheet(args.run_or_checkpoint, args.out, args.split, args.data_root, args.rows))
     return 0
 
 
@@ -185,96 +166,8 @@ def _export(args: argparse.Namespace) -> int:
 
     from dit_ds.weights import export
 
-    _report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
+    report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
     return 0
-
-
-def _scaling(args: argparse.Namespace) -> int:
-    from dit_ds.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    from dit_ds import scaling
-
-    machine = scaling.Machine(
-        args.gpu, args.gpus_per_node, args.link, args.intra, args.mfu, args.overlap, args.latency_us
-    )
-    result = scaling.table(config, machine, args.nodes)
-    _report(args, result, lambda: scaling.lines(result))
-    return 0
-
-
-def _gpu_memory(args: argparse.Namespace) -> float:
-    """Bytes: what --gpu-memory says, or the GPU's by name."""
-    from dit_ds.flops import memory_of
-    from dit_ds.memory.plan import parse_memory
-
-    return parse_memory(args.gpu_memory) if args.gpu_memory else memory_of(args.gpu)
-
-
-def _memory_plan(args: argparse.Namespace) -> int:
-    from dit_ds.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    from dit_ds.memory import plan
-
-    result = plan.plan(config, args.gpus, args.nodes, _gpu_memory(args), timeline=args.timeline)
-    _report(args, result, lambda: plan.lines(result))
-    return 0
-
-
-def _memory_table8(args: argparse.Namespace) -> int:
-    from dit_ds.memory import table8, table8_report
-
-    result = table8.table8(args.rows, args.configs)
-    written = table8_report.write(result, args.out) if args.out else []
-    _report(args, result | {"written": written}, lambda: table8_report.lines(result) + written)
-    return 0
-
-
-def _memory_measure(args: argparse.Namespace) -> int:
-    from dit_ds.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    from dit_ds.memory import measure
-
-    request = measure.Request(args.steps, args.warmup, args.timeline, args.snapshot)
-    return measure.run(
-        config, args.config, request, lambda result: _report(args, result, lambda: measure.lines(result), any_rank=True)
-    )
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
-
-
-def _from_one(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError("at least one is needed")
-    return int(text)
-
-
-def _tune(args: argparse.Namespace) -> int:
-    from dit_ds.scaling import Machine
-    from dit_ds.tune import command, report
-    from dit_ds.tune.speed import Assumptions
-
-    machine = Machine(link_gbit=args.link, intra_gb_s=args.intra, mfu=args.mfu, overlap=args.overlap,
-                      latency_us=args.latency_us)  # fmt: skip
-    assumed = Assumptions(machine, half_tokens=args.half_tokens, pcie_gb_s=args.pcie, host_gb_s=args.host_bandwidth)
-    result, found = command.tune(command.Request(
-        args.config, tuple(args.overrides), args.nodes, args.gpus, args.gpu, args.gpu_memory, args.host_memory, assumed,
-        args.out, args.measure, args.trials, args.steps, args.launch, args.retry_failed,
-    ))  # fmt: skip
-    _report(args, result, lambda: report.lines(found, result, args.explain))
-    return 0
-
-
-def _node_counts(text: str) -> list[int]:
-    if not all(part.isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,2,4")
-    return [int(part) for part in text.split(",")]
 
 
 def _seconds(text: str) -> float:
@@ -290,12 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
     parser.set_defaults(group=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = parent.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        return sub
 
     data = commands.add_parser("data", help="make, shard and check datasets")
     data.set_defaults(group=data)
@@ -382,89 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data-root", help="where the shards are, if they moved since training")
     p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
 
-    memory = commands.add_parser("memory", help="what training takes of a GPU's memory")
-    memory.set_defaults(group=memory)
-    memory_commands = memory.add_subparsers(metavar="COMMAND")
-
-    p = command(memory_commands, "plan", _memory_plan, "predict a run's memory and what fits; needs no GPU, no weights")
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--gpus", type=int, default=1, help="of a node, one rank each (default 1)")
-    p.add_argument("--nodes", type=int, default=1, help="default 1")
-    p.add_argument("--gpu", default="H100", help="whose memory, as A100 or a name that CUDA gives (default H100)")
-    p.add_argument("--gpu-memory", help="of a GPU, as 80GiB, instead")
-    p.add_argument("--timeline", metavar="PNG", help="draw the step, by category")
-    p.set_defaults(takes_overrides=True)
-
-    p = command(
-        memory_commands, "table8", _memory_table8, "the paper's Table 8: what it says, predicted, measured, and why"
-    )
-    p.add_argument("--rows", choices=["paper", "all"], default="all", help="the paper's only, or more (default all)")
-    p.add_argument("--out", metavar="FOLDER", help="write table8.md, .csv, .json and .png there")
-    p.add_argument("--configs", default="configs/paper", help="where its configurations are (default configs/paper)")
-
-    p = command(
-        memory_commands,
-        "measure",
-        _memory_measure,
-        "take a few steps on this GPU, or on all ranks under srun or torchrun",
-    )
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--steps", type=_from_one, default=5, help="steps to measure (default 5)")
-    p.add_argument("--warmup", type=_count, default=2, help="steps before them (default 2)")
-    p.add_argument("--timeline", metavar="PNG", help="draw a step of rank 0, by category")
-    p.add_argument(
-        "--snapshot",
-        metavar="FILE",
-        help="write PyTorch's snapshot, as memory.pickle: drop it on pytorch.org/memory_viz",
-    )
-    p.set_defaults(takes_overrides=True)
-
-    p = command(
-        commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"
-    )
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--nodes", type=_node_counts, default=[1, 2, 4, 8, 16, 32, 64], help="default 1,2,4,8,16,32,64")
-    p.add_argument("--gpus-per-node", type=int, default=8, help="and ranks (default 8)")
-    p.add_argument("--gpu", default="H100", help="as A100, H100 PCIe, or a name that CUDA gives (default H100)")
-    p.add_argument("--link", type=float, default=400, help="Gbit/s out of a node, all GPUs together (default 400)")
-    p.add_argument("--intra", type=float, default=300, help="GB/s from a GPU to others of its node (default 300)")
-    p.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak (default 0.4)")
-    p.add_argument(
-        "--overlap", type=float, default=0.5, help="assumed share of a pass that hides communication (default 0.5)"
-    )
-    p.add_argument("--latency-us", type=float, default=5, help="assumed microseconds a ring step (default 5)")
-    p.set_defaults(takes_overrides=True)
-    _tune_parser(command(commands, "tune", _tune, "find the fastest settings that fit: predicted, or tried on GPUs"))
+    cli_planning.add(commands)
     return parser
-
-
-def _tune_parser(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--nodes", type=int, default=1, help="nodes of the job (default 1)")
-    p.add_argument("--gpus", type=int, default=8, help="GPUs a node, a rank each (default 8)")
-    p.add_argument("--gpu", default="", help="as A100, H100 PCIe (default: this machine's with --measure, else H100)")
-    p.add_argument("--gpu-memory", metavar="SIZE", help="of a GPU, as 80GiB or 40GB (default: the GPU's)")
-    p.add_argument("--host-memory", metavar="SIZE", help="of a node, for offload (default: not looked at)")
-    p.add_argument("--explain", action="store_true", help="say why the others lost")
-    p.add_argument("--out", metavar="FOLDER", help="where the files go (default RUN_DIR/tune)")
-    g = p.add_argument_group("trials")
-    g.add_argument("--measure", action="store_true", help="train the most promising ones for some steps; resumable")
-    g.add_argument("--trials", type=int, default=5, help="candidates to try (default 5)")
-    g.add_argument("--steps", type=int, default=20, help="optimizer steps of each (default 20)")
-    g.add_argument("--launch", metavar="COMMAND", help="what starts the ranks, as 'srun --ntasks-per-node 8' "
-                   "(default: torchrun on this machine)")  # fmt: skip
-    g.add_argument("--retry-failed", action="store_true", help="try again what failed before")
-    g = p.add_argument_group("assumptions")
-    g.add_argument("--link", type=float, default=400, help="Gbit/s out of a node, all GPUs together (default 400)")
-    g.add_argument("--intra", type=float, default=300, help="GB/s from a GPU to others of its node (default 300)")
-    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak (default 0.4)")
-    g.add_argument("--overlap", type=float, default=0.5, help="share of a pass that hides communication (default 0.5)")
-    g.add_argument("--latency-us", type=float, default=5, help="microseconds a ring step (default 5)")
-    g.add_argument("--half-tokens", type=int, default=1024, help="tokens a micro-batch at which a GPU computes at half "
-                   "of --mfu (default 1024)")  # fmt: skip
-    g.add_argument("--pcie", type=float, default=25, help="GB/s between a GPU and its host (default 25)")
-    g.add_argument("--host-bandwidth", type=float, default=200, help="GB/s of a node's memory (default 200)")
-    p.set_defaults(takes_overrides=True)
 
 
 if __name__ == "__main__":
