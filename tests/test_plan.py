@@ -50,19 +50,37 @@ def test_room_is_what_is_needed_the_other_way_round():
     assert plan.allowed(0.5 * GIB, 1) == 0  # the context alone is larger
 
 
-@pytest.mark.parametrize("run", [(4,), (1,), (300,), (4, 8)])
-@pytest.mark.parametrize("most", [0, 1, 2, 3, 57, 1000])
-def test_the_search_ends_at_the_largest(run, most):
-    """Over a peak of two lines, the second steeper, as where the backward pass overtakes the optimizer's step."""
+def search(peak, capacity, share, known=()):
+    """`_largest`, and how many steps it took; a micro-batch below the share comes with waiting gradients."""
+    taken = []
+
+    def take(b, micro_batches):
+        assert micro_batches == (2 if b < share else 1)
+        taken.append(b)
+        return SimpleNamespace(peak=peak(b))
+
+    steps = SimpleNamespace(take=take)
+    return worker._largest(steps, {b: SimpleNamespace(peak=peak(b)) for b in known}, capacity, share), len(taken)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4, 300])
+@pytest.mark.parametrize("most", [1, 2, 3, 57, 299, 300, 1000])
+def test_the_search_ends_at_the_largest(share, most):
+    """Over two lines, the second steeper, as where the backward pass overtakes the step; gradients wait below the share."""
 
     def peak(b):
-        return max(1000 + 3 * b, 10 * b + 800)
+        return max(1000 + 3 * b, 10 * b + 800) + (7 if b < share else 0)
 
-    taken = []
-    steps = SimpleNamespace(take=lambda b: taken.append(b) or SimpleNamespace(peak=peak(b)))
-    profiles = {b: SimpleNamespace(peak=peak(b)) for b in run}
-    assert worker._largest(steps, profiles, peak(most) if most else 900) == most
-    assert len(taken) <= 10
+    room = max(peak(b) for b in range(1, most + 1))
+    want = max(b for b in range(1, 1100) if peak(b) <= room)
+    assert search(peak, room, share) == (want, pytest.approx(8, abs=7))
+    assert search(peak, 900, share)[0] == 0
+
+
+def test_the_search_ends_where_the_peak_does_not_grow():
+    """The optimizer's step may be the peak whatever the micro-batch; at some number of samples nobody asks on."""
+    assert search(lambda b: 1000, 1000, 8) == (4096, pytest.approx(6, abs=2))
+    assert search(lambda b: max(1000, 10 * b), 3000, 8)[0] == 300
 
 
 def test_peaks_between_and_beyond_are_on_lines():

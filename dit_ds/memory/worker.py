@@ -17,7 +17,7 @@ from dit_ds.memory.ledger import Ledger, Profile
 from dit_ds.memory.predict import Answer, Question, on_gpu
 from dit_ds.memory.step import Steps
 
-_TRIES = 12  # micro-batches looked at in a search; it ends long before
+_MOST, _TRIES = 4096, 40  # micro-batches, and how many are looked at in a search, which ends long before
 
 
 def answer(question: Question) -> Answer:
@@ -25,7 +25,9 @@ def answer(question: Question) -> Answer:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     config = on_gpu(question.config)
-    sizes = question.micro_batches or (ds.deepspeed_config(config, question.ranks)["train_micro_batch_size_per_gpu"],)
+    ds_config = ds.deepspeed_config(config, question.ranks)
+    sizes = question.micro_batches or (ds_config["train_micro_batch_size_per_gpu"],)
+    share = config.train.batch_size // question.ranks
     ledger = Ledger(host=lambda x: x.device.type == "cpu")
     with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(ledger):
         steps = Steps(config, world, ledger)
@@ -34,7 +36,7 @@ def answer(question: Question) -> Answer:
         parameters = list(steps.engine.module.parameters())
         counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
         trained = sum(n for n, p in zip(counts, parameters) if p.requires_grad)
-        largest = None if question.capacity is None else _largest(steps, profiles, question.capacity)
+        largest = None if question.capacity is None else _largest(steps, profiles, question.capacity, share)
         flops = None
         if question.flops:
             with count_flops() as counter:
@@ -43,41 +45,36 @@ def answer(question: Question) -> Answer:
     return Answer(profiles, sum(counts), trained, largest, flops)
 
 
-def _largest(steps: Steps, profiles: dict[int, Profile], capacity: int) -> int:
-    """The largest micro-batch that fits.
+def _largest(steps: Steps, profiles: dict[int, Profile], capacity: int, share: int) -> int:
+    """The largest micro-batch that fits, of at most `_MOST`.
 
-    A peak over micro-batches is the largest of several lines, so it is convex: what a line through two of its points
-    says beyond them is too little, and between them too much. Mostly it is one line, and the first guess right.
+    Up to a rank's share of the global batch a step has several micro-batches, whose gradients wait for one another; from
+    there on it has one. On either side the peak is the largest of several lines over the micro-batch, mostly one: a line
+    through two points says what to try next, and where it leads astray halving does.
     """
 
     def peak(b: int) -> int:
         if b not in profiles:
-            profiles[b] = steps.take(b)
+            profiles[b] = steps.take(b, 2 if b < share else 1)
         return profiles[b].peak
 
-    known = sorted(profiles)
-    low = next((b for b in reversed(known) if peak(b) <= capacity), 0)
-    high = next((b for b in known if peak(b) > capacity), 0)
-    if not low:
-        low = int(peak(1) <= capacity)
-        if not low:
-            return 0
-    below = 2 if low == 1 else low // 2  # another point for the line
-    peak(below)
-    if below > low and peak(below) <= capacity:
-        low, below = below, low
-    for _ in range(_TRIES):
-        if high == low + 1:
+    if peak(share) <= capacity:
+        low, high, other = share, 0, 0
+    elif share > 1 and peak(1) <= capacity:
+        low, high, other = 1, share, share
+    else:
+        return 0
+    for i in range(_TRIES):
+        if high == low + 1 or low >= _MOST:
             break
-        other = high or below
-        slope = max(1.0, (peak(other) - peak(low)) / (other - low))
-        guess = low + int((capacity - peak(low)) / slope)
+        rise = (peak(other) - peak(low)) / (other - low) if other else 0.0
+        guess = low + int((capacity - peak(low)) / rise) if rise > 0 else 4 * low
         if high:
-            guess = min(max(guess, low + 1), high - 1)
-        elif guess == low:
-            break
-        if peak(guess) <= capacity:
-            low, below = guess, low
+            guess = (low + high) // 2 if i % 3 == 2 else min(max(guess, low + 1), high - 1)
         else:
-            high = guess
-    return low
+            guess = min(max(guess, low + 1), 4 * low)
+        if peak(guess) <= capacity:
+            low, other = guess, high or low
+        else:
+            high = other = guess
+    return min(low, _MOST)
