@@ -112,7 +112,8 @@ def _gpu_memory(args: argparse.Namespace) -> float:
     from dit_ds.flops import memory_of
     from dit_ds.memory.plan import parse_memory
 
-    return parse_memory(args.gpu_memory) if args.gpu_memory else memory_of(args.gpu)
+    of_name = memory_of(args.gpu)
+    return parse_memory(args.gpu_memory) if args.gpu_memory else of_name
 
 
 def _memory_plan(args: argparse.Namespace) -> int:

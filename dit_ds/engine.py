@@ -50,6 +50,11 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
     ds["train_micro_batch_size_per_gpu"] = micro
     if config.deepspeed.precision:
         ds |= {kind: ds.get(kind, {}) | {"enabled": kind == config.deepspeed.precision} for kind in ("bf16", "fp16")}
+    if all(ds.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+        raise UserError(f"{path} enables bf16 and fp16: use one, as by --deepspeed.precision fp16")
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}, it must be 0, 1, 2 or 3")
     # said, where the JSON leaves it open: in what type gradients are added up, between micro-batches and between ranks
     name = next(k for k, v in _PRECISIONS.items() if v == dtype(ds))
     ds.setdefault("communication_data_type", name)

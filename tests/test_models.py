@@ -194,6 +194,18 @@ def test_the_naive_formulation_computes_the_same(scheme):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["eager", "chunked", "naive"])
+def test_autocast_trains(backend):
+    """`torch_autocast` in the DeepSpeed JSON: fp32 weights, bf16 products."""
+    model = small_model(attention=backend)
+    exact = model(**batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch())
+    segmentation_loss(logits, torch.ones(3, 64, 64), torch.ones(3)).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_end_to_end_words_flow_through_every_layer():
     """Projected once; where the image encoder is frozen, a linear layer between two layers, the identity at first."""
     free, frozen = small_model("end_to_end"), small_model("end_to_end", freeze_image_encoder=True)

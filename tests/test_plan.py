@@ -10,10 +10,11 @@ import pytest
 from conftest import MINILM, ROOT
 
 from dit_ds.cli import main
-from dit_ds.config import validate
+from dit_ds.config import merge, validate
 from dit_ds.errors import UserError
 from dit_ds.memory import plan, table8, table8_report, worker
 from dit_ds.memory.predict import GIB, Answer, Question, predict
+from dit_ds.tune.space import SETTINGS
 
 
 def tiny(**train):
@@ -103,15 +104,19 @@ def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
 
 
 def test_a_run_that_does_not_fit_is_told_what_would():
-    """210 MiB have no room for all the states, but for half of them with fewer samples; 60 have none for anything."""
+    """285 MiB have no room for all the states, but for half of them; one has none for anything."""
     config = tiny(batch_size=64)
     config.deepspeed.config = str(ROOT / "configs/deepspeed/zero0.json")
-    found = plan.closest(config, 2, 210 * 2**20)
-    assert found["fits"] and any("ZeRO" in change for change in found["changes"]), found
-    assert found["needed_gib"] * GIB <= plan.needed(210 * 2**20, 2) + 1e-3 * GIB
+    found = plan.closest(config, 2, 285 * 2**20)
+    assert found["fits"] and "zero2.json" in found["changes"][-1], found
+    assert found["needed_gib"] * GIB <= plan.needed(285 * 2**20, 2) + 1e-3 * GIB
     assert 32 % found["micro_batch"] == 0
-    nothing = plan.closest(config, 2, 2**20)
-    assert not nothing["fits"] and "offload" in nothing["changes"][-1]
+    most = validate(merge(config.model_dump(), {
+        "train": {"activation_checkpointing": "block"},
+        "deepspeed": {"override": {"zero_optimization": SETTINGS["zero3_offload"]}},
+    }))  # fmt: skip
+    nothing = plan.closest(most, 2, 2**20)  # it is frugal already
+    assert (nothing["fits"], nothing["changes"], nothing["micro_batch"]) == (False, [], 1)
 
 
 def line(capsys, *arguments):
@@ -129,6 +134,9 @@ def test_requests_that_make_no_sense_are_refused_in_one_line(capsys, tmp_path, m
     assert "--gpus is 0" in line(capsys, *config, "--gpus", "0")
     assert "use 1, 2, 4, 8, 16, 32, 64 ranks" in line(capsys, *config, "--gpus", "6")
     assert "which the run owns" in line(capsys, *config, "--deepspeed.override.gradient_clipping", "1")
+    assert "enables bf16 and fp16" in line(capsys, *config, "--deepspeed.override.fp16.enabled", "true")
+    assert "stage is 4" in line(capsys, *config, "--deepspeed.override.zero_optimization.stage", "4")
+    assert "offloads to NVMe" in line(capsys, *config, "--deepspeed.config", "configs/deepspeed/zero3_nvme.json")
     assert "no picture is called .docx" in line(capsys, *config, "--timeline", "step.docx")
     monkeypatch.chdir(tmp_path)
     assert "run from dit-ds's folder" in line(capsys, "table8")

@@ -334,10 +334,8 @@ def _maker() -> str:
 
 @functools.cache
 def _kind(file: str) -> str:
-    for part, kind in _FILES.items():
-        if part in file:
-            return kind
-    return ""
+    found = [(file.rfind(part), len(part), kind) for part, kind in _FILES.items() if part in file]
+    return max(found)[2] if found else ""  # the innermost: any folder above may be called so
 
 
 _FILES = {

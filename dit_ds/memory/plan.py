@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,24 @@ from dit_ds.errors import UserError
 from dit_ds.memory.ledger import Profile
 from dit_ds.memory.predict import GIB, Answer, Question, predict
 from dit_ds.memory.timeline import draw, require
+from dit_ds.tune.space import SETTINGS
 
+# train.compile is left out: what compiled kernels don't materialise is counted, too
 CONTEXT_GIB, NCCL_GIB, RESERVE = 0.6, 0.5, 0.05
-_UNITS = {"": GIB, "g": 10**9, "gb": 10**9, "gib": GIB, "m": 10**6, "mb": 10**6, "mib": 2**20, "tib": 2**40}
+_UNITS = {
+    "": GIB,
+    "g": 10**9,
+    "gb": 10**9,
+    "gib": GIB,
+    "m": 10**6,
+    "mb": 10**6,
+    "mib": 2**20,
+    "tb": 10**12,
+    "tib": 2**40,
+}
 
 # settings from the fastest to the most frugal: tried in this order for a run that doesn't fit
-_LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("train.activation_checkpointing block", {"train": {"activation_checkpointing": "block"}}),
-    ("ZeRO stage 2", {"deepspeed": {"config": "configs/deepspeed/zero2.json"}}),
-    ("ZeRO stage 3", {"deepspeed": {"config": "configs/deepspeed/zero3.json"}}),
-    ("ZeRO stage 3 with offload", {"deepspeed": {"config": "configs/deepspeed/zero3_offload.json"}}),
-)
+_LADDER = ("zero2", "zero3", "zero3_offload")
 
 
 def needed(peak: float, ranks: int) -> float:
@@ -92,7 +100,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     }
     fits = answer.profiles[micro].peak <= room
     result |= {"fits": fits, "largest_micro_batch": answer.largest}
-    result["advice"] = _advice(result, config, ranks)
+    result["advice"] = _advice(result, ds_config, ranks)
     if timeline:
         draw(
             answer.profiles[micro],
@@ -145,11 +153,11 @@ def _gib(size: float) -> float:
     return round(size / GIB, 3)
 
 
-def _advice(result: dict[str, Any], config: RunConfig, ranks: int) -> list[str]:
+def _advice(result: dict[str, Any], ds_config: dict[str, Any], ranks: int) -> list[str]:
     """What would lower the peak, by what it mostly consists of."""
     at, stage, advice = defaultdict(float, result["categories"]), result["stage"], []
     kept = at["activations"]
-    if kept > 0.3 * result["peak_gib"] and config.train.activation_checkpointing == "none":
+    if kept > 0.3 * result["peak_gib"] and result["checkpointing"] == "none":
         advice.append(f"activations take {kept:.1f} GiB: train.activation_checkpointing block keeps each layer's input")
     elif kept > 0.5 * result["peak_gib"]:
         advice.append(f"activations take {kept:.1f} GiB: a smaller micro-batch takes less in proportion")
@@ -158,8 +166,9 @@ def _advice(result: dict[str, Any], config: RunConfig, ranks: int) -> list[str]:
         if stage == 0 and ranks > 1:
             saved = states * (1 - 1 / ranks)
             advice.append(f"masters and Adam's states take {states:.1f} GiB: zero1.json to share out {saved:.1f} of it")
-        elif "offload_optimizer" not in config.deepspeed.config:
-            advice.append(f"masters and Adam's states take {states:.1f} GiB: zero2_offload.json puts them on the host")
+        elif "offload_optimizer" not in ds_config.get("zero_optimization", {}):
+            name = "zero3_offload" if stage == 3 else "zero2_offload"
+            advice.append(f"masters and Adam's states take {states:.1f} GiB: {name}.json puts them on the host")
     if weights + grads > 0.25 * result["peak_gib"] and stage < 3 and ranks > 1:
         advice.append(f"weights and gradients take {weights + grads:.1f} GiB: zero3.json shares them out, too")
     if at["buffers"] > 0.2 * result["peak_gib"]:
@@ -175,30 +184,35 @@ def closest(config: RunConfig, ranks: int, room: int) -> dict[str, Any]:
     Returns:
         `changes` in words, `micro_batch`, `needed_gib`; `fits` False where none does, with the most frugal one.
     """
-    changes: list[str] = []
-    values = config.model_dump()
-    shapes: list[tuple[list[str], RunConfig]] = [([], config)]
-    for words, change in _LADDER:
-        if ranks == 1 and words in ("ZeRO stage 2", "ZeRO stage 3"):  # there is nobody to share with
-            continue
-        if change.get("train", {}).items() <= values["train"].items() and "train" in change:
-            continue
-        values, changes = (
-            merge(values, change),
-            [c for c in changes if "ZeRO" not in c or "ZeRO" not in words] + [words],
-        )
-        shapes.append((changes, validate(values)))
-    for words, shape in shapes:
+    for words, shape in _frugal(config, ranks):
         (answer,) = predict([Question(shape, ranks, (1,), capacity=room)])
+        micro, peak = 1, answer.peak(1)
         if answer.largest:
             micro = _dividing(config.train.batch_size, ranks, answer.largest)
-            return {
-                "fits": True,
-                "changes": words,
-                "micro_batch": micro,
-                "needed_gib": _gib(needed(answer.peak(micro), ranks)),
-            }
-    return {"fits": False, "changes": words, "micro_batch": 1, "needed_gib": _gib(needed(answer.peak(1), ranks))}
+            override = {"deepspeed": {"override": {"train_micro_batch_size_per_gpu": micro}}}
+            (answer,) = predict([Question(validate(merge(shape.model_dump(), override)), ranks)])
+            peak = answer.peak(micro)
+        found = {"fits": peak <= room, "changes": words, "micro_batch": micro, "needed_gib": _gib(needed(peak, ranks))}
+        if found["fits"]:
+            break
+    return found
+
+
+def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfig]]:
+    """The run as it is, with each layer computed again, and shared out or offloaded further and further."""
+    values, words = config.model_dump(), []
+    yield words, config
+    if config.train.activation_checkpointing != "block":
+        words = ["train.activation_checkpointing block"]
+        values = merge(values, {"train": {"activation_checkpointing": "block"}})
+        yield words, validate(values)
+    zero = ds.read_deepspeed_json(config).get("zero_optimization", {})
+    for name in _LADDER:
+        setting = SETTINGS[name]
+        further = setting["stage"] > zero.get("stage", 0) if ranks > 1 else False  # alone there is nobody to share with
+        if further or ("offload_optimizer" in setting and "offload_param" not in zero):
+            changes = {"deepspeed": {"override": {"zero_optimization": setting}}}
+            yield [*words, f"the zero_optimization of configs/deepspeed/{name}.json"], validate(merge(values, changes))
 
 
 def _dividing(batch: int, ranks: int, most: int) -> int:

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 from dit_ds.config import RunConfig, merge, validate
+from dit_ds.errors import RunFailed
 
 GIB = 2**30
 
@@ -64,6 +66,7 @@ def predict(questions: Iterable[Question], processes: int | None = None) -> Iter
         processes: at once; by default one a core.
     Raises:
         UserError: a run that can't be built.
+        RunFailed: a process died.
     """
     questions = list(questions)
     processes = min(len(questions), processes or len(os.sched_getaffinity(0)))
@@ -71,7 +74,12 @@ def predict(questions: Iterable[Question], processes: int | None = None) -> Iter
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dit_ds.memory.worker"])
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
-        yield from pool.map(_answer, questions)
+        try:
+            yield from pool.map(_answer, questions)
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a prediction's process was killed: if the host was out of memory, ask on another"
+            ) from None
 
 
 def _answer(question: Question) -> Answer:

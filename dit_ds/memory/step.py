@@ -42,6 +42,8 @@ class Steps:
         ledger.enter("load")
         model = build_model(config, text_weights=False)
         model.checkpoint_activations(config.train.activation_checkpointing)
+        if config.train.compile and world.device.type == "cuda":  # tensors without data can't be compiled for
+            model.compile_blocks()
         self.engine = ds.initialize(model, config, world)
         del model
         self.state = TrainingState(self.engine, config.train.ema)

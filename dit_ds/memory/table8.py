@@ -129,15 +129,18 @@ def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str
         memory that the device shows, as the paper's figures; for ours what PyTorch has allocated at most.
     """
     asked = rows(which, folder)
-    answers = predict(Question(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in asked)
-    bar = tqdm(zip(asked, answers), "table 8", len(asked), unit="row", mininterval=1)
+    questions = [Question(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in asked]
+    answers = list(tqdm(predict(questions), "predict", len(asked), unit="row", mininterval=1))
+    # only then: a GPU's steps are not timed beside predictions that take all cores
+    measured = [_measured(row) for row in tqdm(asked, "measure", unit="row", disable=not torch.cuda.is_available())]
+    device = next((m["device"] for m in measured if m and "device" in m), None)
+    assumed = {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE}
     return {
         "predicted": True,
         "date": str(datetime.date.today()),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "assumed": {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE}
-        | {"step_time_of": f"{_GPU} at {_MFU:.0%} of its peak, computation alone"},
-        "rows": [_result(row, answer, _measured(row)) for row, answer in bar],
+        "machine": device or "no GPU",
+        "assumed": assumed | {"step_time_of": f"{_GPU} at {_MFU:.0%} of its peak, computation alone"},
+        "rows": [_result(*row) for row in zip(asked, answers, measured)],
     }
 
 

@@ -23,16 +23,21 @@ _WHY = f"""
 What the paper's figures mean, as far as its released code and plain counting tell:
 
 - **Its batches are of different kinds.** A naive L-DIT (maps of attention whole, fp32, as released) takes about
-  1.2 GiB a sample, so that 32 on one GPU don't fit its 11.9 to 17.1 GB: 8 on each of 4 GPUs do. ReLA's 12 GB is 4 on each
-  of 8 GPUs; LAVT's 24 GB is its published 8 on *each* GPU. Per GPU, the table compares 8, 8 and 4 samples.
+  1.2 GiB a sample, so that 32 on one GPU don't fit its 11.9 to 17.1 GB: 8 on each of 4 GPUs do. LAVT's 24 GB goes with
+  its published 8 on *each* GPU. ReLA's 12 GB is nearest to 4 on each of 8 GPUs. Per GPU, the table would then compare 8,
+  8 and 4 samples. This is inferred from what fits; the paper doesn't say it.
 - **`counts`.** Rows of what was released give what the device shows, as the paper does: what is allocated at most, with
   what DistributedDataParallel and the released code hold beyond it (`beyond_ours` in the JSON), {plan.RESERVE:.0%} for the
   allocator's reserve, {plan.CONTEXT_GIB} GiB for CUDA's context and libraries and, with several GPUs, {plan.NCCL_GIB} for NCCL.
   These three are assumptions. Rows of ours give `torch.cuda.max_memory_allocated`; the JSON has both for all.
 - **LAVT** is counted well below its 24 GB. Its authors report about 26 GB with the same settings; cuDNN's workspaces and
-  fragmentation, which are not counted, are the likely rest.
-- **Ours** keeps queries, keys, values and the output of attention instead of its maps, drops the words' rows that
-  nobody reads, and recomputes each layer: same results, a tenth of the memory.
+  fragmentation, which are not counted, are the likely rest. **ReLA** is counted above its 12 GB: with windows' maps of
+  attention kept and everything but the pixel decoder in bf16 it allocates 11.0 GiB, and gradients, buckets and context
+  come on top; its authors' fp16 autocast and PyTorch of the time may have kept less.
+- **Ours**, of L-DIT, keeps queries, keys, values and the output of attention instead of its maps, leaves out the words'
+  rows that nobody reads (both exact, but for rounding), computes in bf16 with fp32 masters, and each layer once more in
+  the backward pass. Of LAVT and ReLA, ours is bf16 and recomputation.
+- **Measured** rows of what was released are our engine's runs of it, without `beyond_ours`.
 """
 
 

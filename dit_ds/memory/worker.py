@@ -11,6 +11,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 from dit_ds import engine as ds
+from dit_ds.errors import UserError
 from dit_ds.flops import count_flops, offline_text
 from dit_ds.memory.fake import fake_cluster, fake_tensors
 from dit_ds.memory.ledger import Ledger, Profile
@@ -27,6 +28,8 @@ def answer(question: Question) -> Answer:
     config = on_gpu(question.config)
     ds_config = ds.deepspeed_config(config, question.ranks)
     sizes = question.micro_batches or (ds_config["train_micro_batch_size_per_gpu"],)
+    if "nvme" in str(ds_config.get("zero_optimization", {})):
+        raise UserError(f"{config.deepspeed.config} offloads to NVMe, which is not predicted: 'device': 'cpu' is")
     share = config.train.batch_size // question.ranks
     ledger = Ledger(host=lambda x: x.device.type == "cpu")
     with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(ledger):

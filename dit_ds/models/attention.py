@@ -65,7 +65,8 @@ def relative_position_attention(
     b, n, _, heads, d = qkv.shape
     if backend == "auto":
         backend = best_backend(qkv.device.type, qkv.dtype, n)
-    rel_h, rel_w = relative_table(table_h, grid[0]), relative_table(table_w, grid[1])
+    # under autocast the tables are of a longer type than what came out of a linear layer
+    rel_h, rel_w = (relative_table(t, n).to(qkv.dtype) for t, n in zip((table_h, table_w), grid))
     if words is not None and words.shape[1] == 0:
         words = None
     if words is None:

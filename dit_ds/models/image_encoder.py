@@ -114,6 +114,8 @@ class LinearOfGELU(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., in_features) before the activation to (.., out_features)."""
+        if torch.is_autocast_enabled(x.device.type):  # which doesn't look into a function with its own gradient
+            return super().forward(F.gelu(x))
         return _LinearOfGELU.apply(x, self.weight, self.bias)
 
 
