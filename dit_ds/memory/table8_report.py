@@ -87,13 +87,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in result["rows"] if r["paper_gb"]]
-    names = [f"{r['method']}\nvisual {r['visual']}, text {r['text']}" for r in rows[::4]]
-    bars = {"paper": ("#4d4d4d", [r["paper_gb"] for r in rows[::4]])}
+    of_paper = {(r["method"], r["visual"], r["text"]): r["paper_gb"] for r in rows}
+    names = [f"{method}\nvisual {visual}, text {text}" for method, visual, text in of_paper]
+    bars = {"paper": ("#4d4d4d", list(of_paper.values()))}
     for form, shades in {"released": ("#e69f00", "#f5d48a"), "ours": ("#0072b2", "#8cc5e8")}.items():
         for reading, color in zip(("inferred", "literal"), shades):
-            of = [r for r in rows if r["form"] == form and r["reading"] == reading]
+            of = {
+                (r["method"], r["visual"], r["text"]): r["measured_gib"] or r["predicted_gib"]
+                for r in rows
+                if (r["form"], r["reading"]) == (form, reading)
+            }
             label = "share of 4 or 8 GPUs" if reading == "inferred" else "whole batch on one GPU"
-            bars[f"{form}, {label}"] = (color, [r["measured_gib"] or r["predicted_gib"] for r in of])
+            bars[f"{form}, {label}"] = (color, [of.get(key, 0.0) for key in of_paper])
     figure, axis = plt.subplots(figsize=(11, 5))
     width = 0.8 / len(bars)
     for i, (label, (color, values)) in enumerate(bars.items()):
