@@ -329,6 +329,7 @@ def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, 
         (["--deepspeed.override.optimizer.type", "Adam"], "which the run owns"),
         (["--deepspeed.config", str(ROOT / "configs/deepspeed/zero3_nvme.json")], "NVMe"),
         (["--model.size", "vit_x"], "vit_x"),
+        (["--model.name", "lavt", "--model.size", "swin_b"], "memory plan predicts lavt's memory"),
     ],
 )
 def test_impossible_requests_are_refused_in_a_line(capsys, options, says):
