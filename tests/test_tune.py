@@ -45,6 +45,9 @@ def test_candidates_divide_the_batch_and_leave_out_what_a_gpu_lacks():
     assert space.own(config, ds, among).name == "zero2-mb8-none"
     assert "sdpa_flash" not in {c.kernel for c in space.candidates(config, ds, 8, "V100")}
     assert {c.bucket for c in space.candidates(config, ds, 1)} == {0, space.BUCKETS[0]}
+    config = load_config(BASE, ["--deepspeed.override.data_types.grad_accum_dtype", "fp32"])
+    settings = {c.setting for c in space.candidates(config, engine.read_deepspeed_json(config), 8)}
+    assert settings == space.SETTINGS.keys() - {"zero0"}  # which the engine refuses
 
 
 # --- memory and time by hand
@@ -290,6 +293,18 @@ def test_a_stopped_trial_stops_the_search_with_75(tmp_path, config_file):
     assert not list(tmp_path.glob("trials/*/trial.json"))
 
 
+def test_statuses_are_found_behind_torchrun(tmp_path, config_file):
+    """Which ends with 1 whatever its ranks end with: what was refused is tried again, and 75 stops the search."""
+    fake, launch = tmp_path / "fake.py", trials.launcher(None, 1, 2)[:-1]
+    for status, error in ((2, RunFailed), (75, trials.Interrupted)):
+        code = "import os, sys, time; time.sleep(60 * int(os.environ['RANK'])); "
+        fake.write_text(code + f"print('dit-ds: error: no shards', file=sys.stderr); sys.exit({status})")
+        with pytest.raises(error):
+            tried(config_file, tmp_path / "trials", [*launch, fake])
+        made = [json.loads(path.read_text()) for path in tmp_path.glob("trials/*/trial.json")]
+        assert {(t["status"], t["error"]) for t in made} == {(2, "no shards")}
+
+
 def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, monkeypatch):
     """Predicted, then trained, from end to end; few candidates, as each profile takes seconds."""
     every = command.candidates
@@ -319,7 +334,7 @@ def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, 
     [
         (["--gpu", "abacus"], "GPU 'abacus' is not known"),
         (["--gpu", "V100"], "no rate in bfloat16"),
-        (["--gpu-memory", "lots"], "--gpu-memory lots is no amount of memory"),
+        (["--gpu-memory", "lots"], "is no amount of memory"),
         (["--gpus", "0"], "at least one node"),
         (["--gpus", "6"], "64 is not a multiple of micro-batch 1 x 6 ranks"),
         (["--nodes", "16"], "128 GPUs share train.batch_size 64"),
