@@ -21,7 +21,7 @@ from dit_ds.config import load_config
 from dit_ds.errors import RunFailed
 from dit_ds.memory.plan import GIB, needed
 from dit_ds.scaling import Machine
-from dit_ds.tune import command, files, search, space, speed, trials
+from dit_ds.tune import command, files, report, search, space, speed, trials
 from dit_ds.tune.footprint import Footprint, Footprints, Profiled
 
 BASE = ROOT / "configs/base.yaml"
@@ -280,6 +280,8 @@ def test_killed_trials_are_made_again_and_finished_or_failed_ones_are_not(tmp_pa
     assert [r.candidate.setting for r in found.rows] == ["zero3", "zero2", "zero1"]
     assert found.chosen.trial["samples_per_second"] == 9.0
     assert found.rows[2].why == "failed in its trial: torch.OutOfMemoryError: CUDA out of memory. Tried"
+    said = report.lines(found, {"seconds": 1, "files": {"sbatch": ""}}, explain=False)
+    assert said[0].startswith("predicted, 2 of them measured: 3 candidates for 1 x 1 H100 of 60.0 GiB")
     assert not (out / "zero3-mb4-none/checkpoints").exists()
     tried(config_file, out, [sys.executable, fake], again=True)
     assert (out / "started").read_text().split() == [*names, "zero1-mb4-none"]

@@ -18,7 +18,7 @@ from dit_ds.tune.footprint import Footprint, Jobs
 from dit_ds.tune.space import Candidate, candidates, own
 from dit_ds.tune.speed import Assumptions, Predictor
 
-_VERIFIED = 4  # exact profiles at most, seconds each
+_VERIFIED = 4  # of the front at most get exact profiles, seconds each; the chosen one always does
 
 
 @dataclass(frozen=True)
