@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, dit_ds, environment, refused
@@ -14,13 +15,14 @@ from memory_worker import CountingAllocator, configuration
 from dit_ds.memory import measure
 
 GIB = 2**30
+WORKER = ROOT / "tests/memory_worker.py"
 
 
-def on_ranks(ranks: int, *settings: dict) -> subprocess.CompletedProcess:
-    """`memory_worker.py measure` under torchrun."""
+def on_ranks(ranks: int, *settings: dict, program: Path = WORKER) -> subprocess.CompletedProcess:
+    """`memory_worker.py measure` under torchrun, or a variation on it."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-         str(ROOT / "tests/memory_worker.py"), "measure", *map(json.dumps, settings)],
+         str(program), "measure", *map(json.dumps, settings)],
         capture_output=True, text=True, timeout=200, env=environment(),
     )  # fmt: skip
 
@@ -73,6 +75,34 @@ def test_one_ranks_lack_of_memory_ends_all():
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["oom"] | {"message": ""} == json.loads(line)["oom"] | {"rank": 1, "message": ""}
     assert "RuntimeError" not in done.stderr and "OutOfMemoryError" not in done.stderr
+
+
+VARIATION = """
+import json, sys, time
+sys.path.insert(0, {tests!r})
+import memory_worker as worker
+{change}
+world = worker.connect()
+worker.measured(json.loads(sys.argv[2]), world, {folder!r})
+"""
+
+
+def variation(tmp_path: Path, change: str) -> Path:
+    """Ranks of `memory_worker.py measure` with something changed."""
+    program = tmp_path / "variation.py"
+    program.write_text(VARIATION.format(tests=str(ROOT / "tests"), change=change, folder=str(tmp_path / "text")))
+    return program
+
+
+def test_ranks_stay_until_the_first_has_spoken(tmp_path):
+    """Rank 1 alone runs out, and takes its time to write the snapshot; torchrun ends it as soon as rank 0 ends."""
+    slow = "worker.CountingAllocator.snapshot = lambda self, path: (time.sleep(3), path.write_text('whole'))"
+    settings = {"stage": 2, "capacity": 60 << 20, "snapshot": str(tmp_path / "s.pickle")}
+    done = on_ranks(2, settings, program=variation(tmp_path, slow))
+    assert done.returncode == 1, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["oom"]["rank"] == 1 and (tmp_path / "s.pickle").read_text() == "whole"
+    assert "RuntimeError" not in done.stderr
 
 
 @pytest.mark.skipif(measure.torch.cuda.is_available(), reason="there is a GPU")

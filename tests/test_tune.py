@@ -21,7 +21,7 @@ from dit_ds.config import load_config
 from dit_ds.errors import RunFailed
 from dit_ds.memory.plan import GIB, needed
 from dit_ds.scaling import Machine
-from dit_ds.tune import command, files, search, space, speed, trials
+from dit_ds.tune import command, files, report, search, space, speed, trials
 from dit_ds.tune.footprint import Footprint, Footprints, Profiled
 
 BASE = ROOT / "configs/base.yaml"
@@ -45,6 +45,9 @@ def test_candidates_divide_the_batch_and_leave_out_what_a_gpu_lacks():
     assert space.own(config, ds, among).name == "zero2-mb8-none"
     assert "sdpa_flash" not in {c.kernel for c in space.candidates(config, ds, 8, "V100")}
     assert {c.bucket for c in space.candidates(config, ds, 1)} == {0, space.BUCKETS[0]}
+    config = load_config(BASE, ["--deepspeed.override.data_types.grad_accum_dtype", "fp32"])
+    settings = {c.setting for c in space.candidates(config, engine.read_deepspeed_json(config), 8)}
+    assert settings == space.SETTINGS.keys() - {"zero0"}  # which the engine refuses
 
 
 # --- memory and time by hand
@@ -277,6 +280,8 @@ def test_killed_trials_are_made_again_and_finished_or_failed_ones_are_not(tmp_pa
     assert [r.candidate.setting for r in found.rows] == ["zero3", "zero2", "zero1"]
     assert found.chosen.trial["samples_per_second"] == 9.0
     assert found.rows[2].why == "failed in its trial: torch.OutOfMemoryError: CUDA out of memory. Tried"
+    said = report.lines(found, {"seconds": 1, "files": {"sbatch": ""}}, explain=False)
+    assert said[0].startswith("predicted, 2 of them measured: 3 candidates for 1 x 1 H100 of 60.0 GiB")
     assert not (out / "zero3-mb4-none/checkpoints").exists()
     tried(config_file, out, [sys.executable, fake], again=True)
     assert (out / "started").read_text().split() == [*names, "zero1-mb4-none"]
@@ -288,6 +293,18 @@ def test_a_stopped_trial_stops_the_search_with_75(tmp_path, config_file):
     with pytest.raises(trials.Interrupted):
         tried(config_file, tmp_path / "trials", [sys.executable, fake])
     assert not list(tmp_path.glob("trials/*/trial.json"))
+
+
+def test_statuses_are_found_behind_torchrun(tmp_path, config_file):
+    """Which ends with 1 whatever its ranks end with: what was refused is tried again, and 75 stops the search."""
+    fake, launch = tmp_path / "fake.py", trials.launcher(None, 1, 2)[:-1]
+    for status, error in ((2, RunFailed), (75, trials.Interrupted)):
+        code = "import os, sys, time; time.sleep(60 * int(os.environ['RANK'])); "
+        fake.write_text(code + f"print('dit-ds: error: no shards', file=sys.stderr); sys.exit({status})")
+        with pytest.raises(error):
+            tried(config_file, tmp_path / "trials", [*launch, fake])
+        made = [json.loads(path.read_text()) for path in tmp_path.glob("trials/*/trial.json")]
+        assert {(t["status"], t["error"]) for t in made} == {(2, "no shards")}
 
 
 def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, monkeypatch):
@@ -319,7 +336,7 @@ def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, 
     [
         (["--gpu", "abacus"], "GPU 'abacus' is not known"),
         (["--gpu", "V100"], "no rate in bfloat16"),
-        (["--gpu-memory", "lots"], "--gpu-memory lots is no amount of memory"),
+        (["--gpu-memory", "lots"], "is no amount of memory"),
         (["--gpus", "0"], "at least one node"),
         (["--gpus", "6"], "64 is not a multiple of micro-batch 1 x 6 ranks"),
         (["--nodes", "16"], "128 GPUs share train.batch_size 64"),
@@ -329,6 +346,7 @@ def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, 
         (["--deepspeed.override.optimizer.type", "Adam"], "which the run owns"),
         (["--deepspeed.config", str(ROOT / "configs/deepspeed/zero3_nvme.json")], "NVMe"),
         (["--model.size", "vit_x"], "vit_x"),
+        (["--model.name", "lavt", "--model.size", "swin_b"], "memory plan predicts lavt's memory"),
     ],
 )
 def test_impossible_requests_are_refused_in_a_line(capsys, options, says):

@@ -8,12 +8,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from dit_ds.distributed import World, gather_objects
 
 _POLL = 0.2  # seconds
+_SPEECH = datetime.timedelta(minutes=10)  # at most, to write a snapshot
 
 
 class Alarm:
@@ -34,41 +37,52 @@ class Alarm:
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
         self._thread.start()
 
-    def give_up(self) -> bool:
-        """This rank can't go on. Whether it is the first, which is to say why and then call `end`."""
-        if self.world.world_size == 1:
-            return True
-        self._over.set()
-        with contextlib.suppress(RuntimeError):  # the store went with rank 0, which has spoken then
-            return self._store.add("given_up", 1) == 1
-        return False
+    @contextlib.contextmanager
+    def last_words(self) -> Iterator[bool]:
+        """This rank can't go on. Inside, whether it is the first, which is to say why.
 
-    def end(self) -> None:
-        """End this rank with status 1, unless it is alone; the first to give up waits until the others have heard."""
+        After that all ranks end with status 1, but for one that is alone. None ends before the first has spoken, as
+        launchers kill the ranks that are left when one has ended.
+        """
         if self.world.world_size == 1:
+            yield True
             return
-        sys.stdout.flush()
-        time.sleep(5 * _POLL)
-        os._exit(1)  # an orderly end would wait for the others' part in collectives
+        self._over.set()
+        first = False
+        with contextlib.suppress(RuntimeError):  # the store went with rank 0, which has heard it then
+            first = self._store.add("claimed", 1) == 1
+        try:
+            yield first
+            sys.stdout.flush()
+        finally:
+            if first:
+                self._store.set("spoken", "")
+        if not first:
+            self._hear_out()
+        self._leave(late=True)
 
     def close(self) -> None:
         """Hear no more. If a rank gave up, that is why whatever failed here did: end then, and say nothing."""
         self._over.set()
         if self.world.world_size > 1:
             self._thread.join()
-            self._ask()
+            self._hear_out()
 
     def _listen(self) -> None:
-        while not self._over.wait(_POLL):
-            if not self._ask():
-                return
+        with contextlib.suppress(RuntimeError):  # the store went with rank 0: the process group notices
+            while not self._over.wait(_POLL):
+                if self._store.check(["spoken"]):
+                    self._leave()
 
-    def _ask(self) -> bool:
-        """Whether the store is there; this process ends where a rank gave up."""
-        try:
-            given_up = self._store.check(["given_up"])
-        except RuntimeError:  # it went with rank 0: the process group notices
-            return False
-        if given_up:
-            os._exit(1)
-        return True
+    def _hear_out(self) -> None:
+        """If a rank gave up, wait until it has said why, and end."""
+        with contextlib.suppress(RuntimeError):
+            if self._store.check(["claimed"]):
+                self._store.wait(["spoken"], _SPEECH)
+                self._leave()
+
+    def _leave(self, late: bool = False) -> NoReturn:
+        """End this rank; `late` when the others have heard of it, as always on rank 0, where the store is."""
+        if late or self.world.main:
+            time.sleep(5 * _POLL)
+        os._exit(1)  # an orderly end would wait for the others' part in collectives

@@ -100,11 +100,11 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
             alarm.close()
             raise
         result |= _failed(e, world, meter, result["micro_batch"])
-        if alarm.give_up():
-            if request.snapshot:
+        with alarm.last_words() as first:
+            if first and request.snapshot:
                 allocator.snapshot(Path(request.snapshot))
-            report(result)
-        alarm.end()
+            if first:
+                report(result)
         return result
     result |= _together(gather_objects(mine), config, profile)
     alarm.close()

@@ -14,10 +14,10 @@ _COLUMNS = f"{'candidate':<44} {'a GPU':>7} {'GiB':>6} {'samples/s':>10} {'measu
 def lines(found: Found, result: dict[str, Any], explain: bool) -> list[str]:
     """What was assumed, the front with the chosen one, and where the files are."""
     a, place = found.assumed.as_dict(), found.place
-    fitting = sum(r.fits for r in found.rows)
+    fitting, measured = sum(r.fits for r in found.rows), sum(_measured(r) for r in found.rows)
     out = [
-        f"predicted, not measured: {len(found.rows)} candidates for {place.nodes} x {place.gpus} {a['gpu']} of "
-        f"{place.capacity / GIB:.1f} GiB, of which {fitting} fit; {result['seconds']:.0f} s",
+        f"predicted, {f'{measured} of them' if measured else 'not'} measured: {len(found.rows)} candidates for "
+        f"{place.nodes} x {place.gpus} {a['gpu']} of {place.capacity / GIB:.1f} GiB, of which {fitting} fit; {result['seconds']:.0f} s",
         f"assumed: {a['mfu']:.0%} of the GPU's peak, half of that at {a['half_tokens']} tokens a micro-batch; "
         f"{a['hbm_share']:.0%} of {a['hbm_gb_s']:g} GB/s of its memory; {a['link_gbit']:g} Gbit/s out of a node, "
         f"{a['intra_gb_s']:g} GB/s a GPU inside, {a['overlap']:.0%} of a pass hides communication, {a['latency_us']:g} us a "
@@ -46,10 +46,14 @@ def _line(found: Found, row: Row) -> str:
     marks += ["does not fit"] * (not row.fits)
     measured = ""
     if row.trial:
-        measured = f"{row.trial['samples_per_second']:.1f}" if row.trial["status"] == 0 else "failed"
+        measured = f"{row.trial['samples_per_second']:.1f}" if _measured(row) else "failed"
     memory = f"{'' if row.footprint.exact else '~'}{found.memory(row) / GIB:.1f}"
     each = f"{c.micro_batch} x {c.accumulation}"
     return f"{c.name:<44} {each:>7} {memory:>6} {row.speed:>10.0f} {measured:>9}  {', '.join(marks)}".rstrip()
+
+
+def _measured(row: Row) -> bool:
+    return row.trial is not None and row.trial["status"] == 0
 
 
 _DIMENSIONS = {

@@ -18,7 +18,7 @@ from dit_ds.tune.footprint import Footprint, Jobs
 from dit_ds.tune.space import Candidate, candidates, own
 from dit_ds.tune.speed import Assumptions, Predictor
 
-_VERIFIED = 4  # exact profiles at most, seconds each
+_VERIFIED = 4  # of the front at most get exact profiles, seconds each; the chosen one always does
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,12 @@ def check(config: RunConfig, place: Place, assumed: Assumptions) -> dict[str, An
     """Refuse what can't be; return the run's DeepSpeed JSON.
 
     Raises:
-        UserError: an unknown GPU, an impossible number or type, a batch that does not divide.
+        UserError: another model, an unknown GPU, an impossible number or type, a batch that does not divide.
     """
+    if (model := config.model.name) != "dit_sam":
+        raise UserError(
+            f"dit-ds tune knows dit_sam only: dit-ds memory plan predicts {model}'s memory, dit-ds scaling its step time"
+        )
     if place.nodes < 1 or place.gpus < 1:
         raise UserError(f"--nodes {place.nodes} --gpus {place.gpus}: there is at least one node, with one GPU")
     assumed.check()

@@ -119,8 +119,12 @@ def candidates(config: RunConfig, ds: dict[str, Any], ranks: int, gpu: str = "")
     # refuses what does not divide
     engine.deepspeed_config(_with_micro_batch(config, 1), ranks)
     policies = dict.fromkeys((*POLICIES, config.train.activation_checkpointing))
+    # stage 0 adds gradients up in the model's type only
+    other_type = ds["data_types"]["grad_accum_dtype"] != engine.precision(ds)
     found = []
     for setting, zero in SETTINGS.items():
+        if other_type and not zero["stage"]:
+            continue
         # with one rank nothing is sent, so that larger buckets would only take room
         buckets = BUCKETS if zero["stage"] and ranks > 1 else BUCKETS[: bool(zero["stage"])] or (0,)
         for micro_batch in (m for m in range(1, each + 1) if each % m == 0):

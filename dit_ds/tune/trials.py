@@ -32,6 +32,7 @@ from dit_ds.tune.space import Candidate
 
 _log = logging.getLogger("dit_ds")
 _TRY_AGAIN = 75  # a training that a signal stopped
+_REFUSED = 2  # a request that was wrong
 _GRACE = 200  # seconds for a training to stop when asked to
 
 
@@ -127,7 +128,7 @@ def _trial(c: Candidate, trials: Trials, config_path: str, config: RunConfig, ds
     if (folder / "trial.json").exists():
         before = read_json(folder / "trial.json", "trial")
         # a refusal may be due to what has been put right since: a missing file, a busy machine
-        final = before["status"] == 0 or (before["status"] != 2 and not trials.again)
+        final = before["status"] == 0 or (before["status"] != _REFUSED and not trials.again)
         if before["of"] == of and final:
             return before
     _clear(folder)
@@ -140,6 +141,7 @@ def _trial(c: Candidate, trials: Trials, config_path: str, config: RunConfig, ds
     start = time.monotonic()
     with open(folder / "trial.log", "wb") as log:
         status = _run(command, log)
+    status = _of_ranks(folder / "trial.log", status)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # large, and of no use
     if status == _TRY_AGAIN:
         raise Interrupted(f"{c.name} was stopped by a signal: the same command goes on with it")
@@ -147,6 +149,13 @@ def _trial(c: Candidate, trials: Trials, config_path: str, config: RunConfig, ds
     result |= {"error": _error(folder / "trial.log", status)} if status else _figures(folder)
     write_json(folder / "trial.json", result)
     return result
+
+
+def _of_ranks(log: Path, status: int) -> int:
+    """The training's own status where a launcher ended with another: of the rank that, it reports, failed first."""
+    report = r"^Root Cause.*\n(?:.*\n){0,6}? *exitcode *: (\d+) "  # torchrun's, which itself ends with 1
+    reported = [int(code) for code in re.findall(report, log.read_text(errors="replace"), re.MULTILINE)]
+    return reported[-1] if reported and status == 1 and reported[-1] in (_REFUSED, _TRY_AGAIN) else status
 
 
 def _fingerprint(folder: Path, config: RunConfig, trials: Trials) -> str:
