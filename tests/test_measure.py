@@ -105,6 +105,41 @@ def test_ranks_stay_until_the_first_has_spoken(tmp_path):
     assert "RuntimeError" not in done.stderr
 
 
+def test_a_breakdown_that_does_not_fit_leaves_the_measurement(tmp_path):
+    """Rank 1 alone runs out in the step under the ledger, whose collectives rank 0 waits in."""
+    change = """
+def breakdown(taken, *rest, before=worker.measure.__globals__["_breakdown"]):
+    if taken.world.rank == 1:
+        raise worker.torch.OutOfMemoryError("CUDA out of memory. Tried")
+    return before(taken, *rest)
+worker.measure.__globals__["_breakdown"] = breakdown
+"""
+    files = {"timeline": str(tmp_path / "t.png"), "snapshot": str(tmp_path / "s.pickle")}
+    done = on_ranks(2, {"stage": 2} | files, program=variation(tmp_path, change))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["oom"] is None and result["categories"] == {} == result["modules"]
+    assert result["peak_gib"] == max(result["ranks_gib"]) > 0 < result["step_seconds"]
+    assert (tmp_path / "s.pickle").exists() and not (tmp_path / "t.png").exists()
+    assert "no categories: the extra step that finds them didn't fit: CUDA out of memory. Tried" in measure.lines(
+        result
+    )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "NCCL error: Cuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_libraries_lack_of_memory_is_recognised(said):
+    assert measure._out_of_memory(RuntimeError(said))
+    assert not measure._out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+
+
 @pytest.mark.skipif(measure.torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_points_to_plan():
     base = str(ROOT / "configs/base.yaml")

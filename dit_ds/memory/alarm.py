@@ -22,7 +22,7 @@ _SPEECH = datetime.timedelta(minutes=10)  # at most, to write a snapshot
 class Alarm:
     """A thread of each rank asks a store on rank 0, apart from the process group, whether a rank has given up.
 
-    Collective. A rank that hears of it ends at once with status 1 and says nothing: the one that gave up first speaks.
+    Collective. A rank that hears of it ends at once with its status and says nothing: the one that gave up first speaks.
     """
 
     def __init__(self, world: World):
@@ -38,11 +38,11 @@ class Alarm:
         self._thread.start()
 
     @contextlib.contextmanager
-    def last_words(self) -> Iterator[bool]:
+    def last_words(self, status: int = 1) -> Iterator[bool]:
         """This rank can't go on. Inside, whether it is the first, which is to say why.
 
-        After that all ranks end with status 1, but for one that is alone. None ends before the first has spoken, as
-        launchers kill the ranks that are left when one has ended.
+        After that all ranks end with its status, but for one that is alone. None ends before the first has spoken, as
+        launchers kill the ranks that are left when one has failed.
         """
         if self.world.world_size == 1:
             yield True
@@ -56,10 +56,10 @@ class Alarm:
             sys.stdout.flush()
         finally:
             if first:
-                self._store.set("spoken", "")
+                self._store.set("spoken", str(status))
         if not first:
             self._hear_out()
-        self._leave(late=True)
+        self._leave(status, late=True)
 
     def close(self) -> None:
         """Hear no more. If a rank gave up, that is why whatever failed here did: end then, and say nothing."""
@@ -72,17 +72,17 @@ class Alarm:
         with contextlib.suppress(RuntimeError):  # the store went with rank 0: the process group notices
             while not self._over.wait(_POLL):
                 if self._store.check(["spoken"]):
-                    self._leave()
+                    self._leave(int(self._store.get("spoken")))
 
     def _hear_out(self) -> None:
         """If a rank gave up, wait until it has said why, and end."""
         with contextlib.suppress(RuntimeError):
             if self._store.check(["claimed"]):
                 self._store.wait(["spoken"], _SPEECH)
-                self._leave()
+                self._leave(int(self._store.get("spoken")))
 
-    def _leave(self, late: bool = False) -> NoReturn:
+    def _leave(self, status: int, late: bool = False) -> NoReturn:
         """End this rank; `late` when the others have heard of it, as always on rank 0, where the store is."""
         if late or self.world.main:
             time.sleep(5 * _POLL)
-        os._exit(1)  # an orderly end would wait for the others' part in collectives
+        os._exit(status)  # an orderly end would wait for the others' part in collectives

@@ -1,7 +1,7 @@
 """What a training step really takes: the run's own model, engine and ranks on their GPUs, a few steps of a made-up batch.
 
 The first steps run as in training, and the allocator is asked for its peaks phase by phase. One more step is taken under
-the ledger, which says what the memory consists of.
+the ledger, which says what the memory consists of; where it doesn't fit, what was measured before is the result.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
 
     A rank that runs out of memory can't gather anything, as the others wait for it in some collective: it reports what
     it knows of itself, and all of several ranks end here with status 1, by the alarm or, where that fails, by the
-    collective's time-out.
+    collective's time-out. In the step under the ledger it reports what all have measured, and they end with 0.
 
     Args:
         allocator: of the world's device.
@@ -94,19 +95,27 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
     if request.snapshot:
         allocator.record()
     try:
-        mine, profile = _take(config, world, meter, request, result["micro_batch"])
+        mine, breakdown = _take(config, world, meter, request, result["micro_batch"])
+        result |= _together(gather_objects(mine), config)
+        meter.enter("breakdown")
+        profile = breakdown()
+        gather_objects(None)  # all have theirs
     except RuntimeError as e:
         if not _out_of_memory(e):
             alarm.close()
             raise
-        result |= _failed(e, world, meter, result["micro_batch"])
-        with alarm.last_words() as first:
-            if first and request.snapshot:
+        measured = result["step_seconds"] is not None
+        if measured:
+            result["breakdown_failed"] = _message(e)
+        else:
+            result |= _failed(e, world, meter, result["micro_batch"])
+        with alarm.last_words(0 if measured else 1) as first:
+            if first and request.snapshot and not measured:
                 allocator.snapshot(Path(request.snapshot))
             if first:
                 report(result)
         return result
-    result |= _together(gather_objects(mine), config, profile)
+    result |= _categories(profile, _peak(mine))
     alarm.close()
     if world.main:
         if request.timeline:
@@ -148,12 +157,16 @@ def _described(config: RunConfig, world: World) -> dict[str, Any]:
         "precision": ds.precision(ds_config),
         "peak_gib": None, "reserved_gib": None, "device_used_gib": None, "phases": {}, "categories": {}, "after": {},
         "modules": {}, "host_gib": None, "step_seconds": None, "samples_per_second": None, "ranks_gib": [], "oom": None,
+        "breakdown_failed": None,
     }  # fmt: skip
 
 
+_IN_STEP = ("forward", "backward", "step")
+
+
 def _take(config: RunConfig, world: World, meter: Meter, request: Request,
-          micro_batch: int) -> tuple[dict[str, Any], Profile]:  # fmt: skip
-    """This rank's numbers (bytes, seconds) of steps as in training, and the profile of one more."""
+          micro_batch: int) -> tuple[dict[str, Any], Callable[[], Profile]]:  # fmt: skip
+    """This rank's numbers (bytes, seconds) of steps as in training, and what takes one more and profiles it."""
     allocator, seconds, before = meter.allocator, [], _tensors()
     with offline_text(config):
         taken = Steps(config, world, meter)
@@ -169,8 +182,7 @@ def _take(config: RunConfig, world: World, meter: Meter, request: Request,
     if request.snapshot and world.main:
         allocator.snapshot(Path(request.snapshot))
     mine = {"peaks": dict(meter.peaks), "used": allocator.used(), "seconds": statistics.median(seconds)}
-    meter.enter("breakdown")
-    return mine, _breakdown(taken, micro_batch, before)
+    return mine, lambda: _breakdown(taken, micro_batch, before)
 
 
 def _breakdown(taken: Steps, micro_batch: int, before: list[Tensor]) -> Profile:
@@ -194,28 +206,38 @@ def _tensors() -> list[Tensor]:
     return [x for x in found if x.device.type != "meta" and x.layout == torch.strided]
 
 
-def _together(ranks: list[dict[str, Any]], config: RunConfig, profile: Profile) -> dict[str, Any]:
-    """The result from all ranks' numbers and this rank's profile."""
+def _together(ranks: list[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
+    """The result from all ranks' numbers."""
 
     def most(phase: str, kind: int) -> int:
         return max(r["peaks"].get(phase, (0, 0))[kind] for r in ranks)
 
     names = [n for n in ("load", "warmup", "forward", "backward", "step") if n in ranks[0]["peaks"]]
-    in_step, seconds = ("forward", "backward", "step"), max(r["seconds"] for r in ranks)
-    peaks = [max(r["peaks"][n][0] for n in in_step) for r in ranks]
+    peaks, seconds = [_peak(r) for r in ranks], max(r["seconds"] for r in ranks)
     return {
         "peak_gib": max(peaks) / GIB,
-        "reserved_gib": max(most(n, 1) for n in in_step) / GIB,
+        "reserved_gib": max(most(n, 1) for n in _IN_STEP) / GIB,
         "device_used_gib": max(r["used"] for r in ranks) / GIB,
         "phases": {n: most(n, 0) / GIB for n in names},
-        # what the ledger can't see: workspaces of cuBLAS and cuDNN, memory held for other streams
-        "categories": _gib(profile.at_peak) | {"unseen": (peaks[0] - profile.peak) / GIB},
-        "after": _gib(profile.after),
-        "modules": _gib(by_block(profile.kept)),
-        "host_gib": profile.host / GIB,
         "step_seconds": seconds,
         "samples_per_second": config.train.batch_size / seconds,
         "ranks_gib": [p / GIB for p in peaks],
+    }
+
+
+def _peak(mine: dict[str, Any]) -> int:
+    """Bytes at most in a measured step."""
+    return max(mine["peaks"][n][0] for n in _IN_STEP)
+
+
+def _categories(profile: Profile, peak: int) -> dict[str, Any]:
+    """The result's part from this rank's profile and measured peak."""
+    return {
+        # what the ledger can't see: workspaces of cuBLAS and cuDNN, memory held for other streams
+        "categories": _gib(profile.at_peak) | {"unseen": (peak - profile.peak) / GIB},
+        "after": _gib(profile.after),
+        "modules": _gib(by_block(profile.kept)),
+        "host_gib": profile.host / GIB,
     }
 
 
@@ -237,9 +259,13 @@ def by_block(kept: dict[str, int]) -> dict[str, int]:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """PyTorch's own, and what NCCL, cuBLAS and the driver say."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "cublas_status_alloc" in said
+    """PyTorch's own, and what NCCL, cuBLAS, cuDNN and the driver say."""
+    said = re.search(r"out of memory|_STATUS_\w*ALLOC\w*_FAILED", str(error), re.IGNORECASE)
+    return isinstance(error, torch.OutOfMemoryError) or said is not None
+
+
+def _message(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _failed(error: RuntimeError, world: World, meter: Meter, micro_batch: int) -> dict[str, Any]:
@@ -257,7 +283,7 @@ def _failed(error: RuntimeError, world: World, meter: Meter, micro_batch: int) -
             "phase": phase,
             "rank": world.rank,
             "micro_batch": micro_batch,
-            "message": " ".join(str(error).split())[:400],
+            "message": _message(error),
             "allocated_gib": allocated / GIB,
             "capacity_gib": meter.allocator.capacity() / GIB,
         },
@@ -291,6 +317,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         largest = sorted(r["modules"].items(), key=lambda item: -item[1])[:12]
         out += ["", "kept for the backward pass, GiB, the largest:"]
         out += [f"  {n or '(the model itself)'}  {x:.3f}" for n, x in largest]
+    if r["breakdown_failed"]:
+        out += ["", f"no categories: the extra step that finds them didn't fit: {r['breakdown_failed']}"]
     if len(set(r["ranks_gib"])) > 1:
         out += ["", "peaks of the ranks: " + ", ".join(f"{x:.2f}" for x in r["ranks_gib"])]
     return out
