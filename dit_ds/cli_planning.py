@@ -162,7 +162,8 @@ def _from_one(text: str) -> int:
 
 def _tune(args: argparse.Namespace) -> int:
     from dit_ds.scaling import Machine
-    from dit_ds.tune import command, report
+    from dit_ds.tune import command
+    from dit_ds.tune.report import lines
     from dit_ds.tune.speed import Assumptions
 
     machine = Machine(link_gbit=args.link, intra_gb_s=args.intra, mfu=args.mfu, overlap=args.overlap,
@@ -172,7 +173,7 @@ def _tune(args: argparse.Namespace) -> int:
         args.config, tuple(args.overrides), args.nodes, args.gpus, args.gpu, args.gpu_memory, args.host_memory, assumed,
         args.out, args.measure, args.trials, args.steps, args.launch, args.retry_failed,
     ))  # fmt: skip
-    report(args, result, lambda: report.lines(found, result, args.explain))
+    report(args, result, lambda: lines(found, result, args.explain))
     return 0
 
 
