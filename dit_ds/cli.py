@@ -98,9 +98,9 @@ def _data_shard(args: argparse.Namespace) -> int:
 def _data_verify(args: argparse.Namespace) -> int:
     from dit_ds.data.shards import verify_shards
 
-    report = verify_shards(args.folder)
-    report(args, report, lambda: [*report["errors"], "ok" if report["ok"] else f"{len(report['errors'])} errors"])
-    return 0 if report["ok"] else 1
+    found = verify_shards(args.folder)
+    report(args, found, lambda: [*found["errors"], "ok" if found["ok"] else f"{len(found['errors'])} errors"])
+    return 0 if found["ok"] else 1
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
