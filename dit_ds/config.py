@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dit_ds.combinations import check_combinations
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write
 
@@ -41,6 +42,23 @@ class DataConfig(_Section):
         "ref", description="what an epoch runs over: one sentence of each ref (the paper's code), or every sentence"
     )
     workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
+    prompts: list[Literal["text", "point", "box"]] = Field(
+        ["text"],
+        min_length=1,
+        description="what tells the model which object is meant: text, point, box; of several, each sample draws one "
+        "(the paper's Table 6)",
+    )
+    points: int = Field(5, ge=1, description="points of a point prompt, drawn on the mask")
+    mask_rule: Literal["half", "any", "soft"] = Field(
+        "half",
+        description="what of a pixel counts in the resized mask to train on: half, in where at least half of what it "
+        "covers was; any, where any was, and soft, the share that was, as the paper's released code",
+    )
+    scales: list[int] = Field(
+        [],
+        description="training only: the longer side is drawn from these sizes, in pixels, none larger than image_size; "
+        "none: always image_size",
+    )
     color: float = Field(0.4, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share")
     blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
     flip: float = Field(
@@ -55,10 +73,25 @@ class ModelConfig(_Section):
     size: Literal["vit_t", "vit_b", "vit_l", "vit_h", "swin_b", "swin_t_tiny"] = Field(
         "vit_b", description="SAM's sizes, and vit_t for CPUs; of lavt and rela: swin_b, and swin_t_tiny for CPUs"
     )
-    scheme: Literal["default", "end_to_end", "layer_wise"] = Field(
+    scheme: str = Field(
         "layer_wise",
         description="default: words meet the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
-        "layer_wise: L-DIT, equation 8",
+        "layer_wise: L-DIT, equation 8; cascade: Table 9's; cross_attention, cross_attention_ffn: Table 4's",
+    )
+    word_init: Literal["auto", "zero", "uniform"] = Field(
+        "auto",
+        description="what the words' projections into the ViT start from: zero, as the paper's released code, where all "
+        "words are the same blank token at first; uniform, PyTorch's; auto: zero where model.checkpoint is given",
+    )
+    adapters: Literal["frozen", "always", "never"] = Field(
+        "frozen",
+        description="end_to_end's linear layer on the words between two layers: where the ViT is frozen (the paper), "
+        "always (its released code), or never",
+    )
+    static_tokens: int = Field(0, ge=0, description="learnable tokens beside the words in each layer (Table 2)")
+    static_form: Literal["concat", "add"] = Field(
+        "concat",
+        description="concat: beside the words; add: onto them, one for each of data.tokens (the released code)",
     )
     decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
     checkpoint: str | None = Field(
@@ -67,7 +100,20 @@ class ModelConfig(_Section):
         "starts from random weights",
     )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
-    mask_padding: bool = Field(True, description="don't attend to padding words in the image encoder")
+    freeze_mask_decoder: bool = Field(False, description="don't train the mask decoder and the prompts' embeddings")
+    freeze_projections: bool = Field(
+        False,
+        description="freeze the words' way into the ViT together with it, as the paper's released code: with "
+        "word_init zero, words then never enter",
+    )
+    mask_padding: bool = Field(
+        True,
+        description="padding is no word: not attended to in the ViT, SAM's not_a_point in the decoder; false: as the "
+        "paper's released code",
+    )
+    align_corners: bool = Field(
+        False, description="of the logits' bilinear upsampling; true in the paper's released code"
+    )
     attention: Literal[
         "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "naive"
     ] = Field(
@@ -90,7 +136,7 @@ class TextConfig(_Section):
 
     name: str = Field(
         "bert-base-uncased",
-        description="a BERT of transformers: hub id, folder, or package:NAME for an installed package",
+        description="a BERT or a CLIP of transformers: hub id, folder, or package:NAME for an installed package",
     )
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the encoder")
     layers: int | None = Field(None, ge=1, description="use the first so many layers only; none for all")
@@ -117,8 +163,9 @@ class TrainConfig(_Section):
     )
     warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
     decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
+    min_lr: float = Field(0.0, ge=0, description="where the schedule cosine ends")
     schedule: Literal["step", "cosine", "poly"] = Field(
-        "step", description="step: times decay at each milestone; cosine: to zero; poly: (1 - done)^poly_power"
+        "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
     )
     poly_power: float = Field(0.9, gt=0, description="of the schedule poly")
     milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
@@ -239,39 +286,8 @@ def validate(values: dict[str, Any]) -> RunConfig:
             near = difflib.get_close_matches(str(error["input"]), options, 1)
             hint = f": did you mean '{near[0]}'?" if near else ""
         raise UserError(f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}") from None
-    _check_method(config)
+    check_combinations(config)
     return config
-
-
-_OF_DIT_SAM = {
-    "model": ("scheme", "decoder_layers", "freeze_image_encoder", "mask_padding", "window_size", "word_dropout"),
-    "train": ("dice_weight",),
-}
-
-
-def _check_method(config: RunConfig) -> None:
-    """Refuse what the chosen method doesn't have."""
-    m, policy = config.model, config.train.activation_checkpointing
-    swin = m.size.startswith("swin")
-    if swin == (m.name == "dit_sam"):
-        fitting = "vit_t, vit_b, vit_l or vit_h" if swin else "swin_b or swin_t_tiny"
-        raise UserError(f"model.name {m.name} has no size {m.size}: set model.size {fitting}")
-    if not swin:
-        return
-    if m.attention not in ("auto", "eager", "sdpa"):
-        raise UserError(f"model.name {m.name} has no attention {m.attention}: set model.attention auto, eager or sdpa")
-    if policy not in ("none", "block"):
-        raise UserError(
-            f"model.name {m.name} can't recompute {policy}: set train.activation_checkpointing none or block"
-        )
-    for section, keys in _OF_DIT_SAM.items():
-        for key in keys:
-            value, default = (
-                getattr(getattr(config, section), key),
-                type(getattr(config, section)).model_fields[key].default,
-            )
-            if value != default:
-                raise UserError(f"model.name {m.name} knows no {section}.{key}: leave it out")
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
     total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
     done = min(1.0, max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps))
     if t.schedule == "cosine":
-        return t.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+        return warm * (t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
     if t.schedule == "poly":
         return t.lr * warm * (1 - done) ** t.poly_power
     return t.lr * warm * t.decay ** sum(epoch >= m for m in t.milestones)
