@@ -47,6 +47,16 @@ def test_without_words_the_encoder_is_segment_anythings(backend, window):
         torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_at_1024_pixels_with_windows_of_14_the_encoder_is_segment_anythings():
+    torch.manual_seed(0)
+    sam = sam_encoder(1024, depth=2, dim=32, heads=2, window_size=14, global_attn_indexes=(1,))
+    ours = ImageEncoder(1024, 16, 32, 2, 2, 32, "auto", 14, global_layers=(1,))
+    ours.load_state_dict(sam.state_dict())
+    x = torch.randn(1, 3, 1024, 1024)
+    with torch.no_grad():
+        assert (ours(x) - sam(x)).abs().max() <= 1e-5
+
+
 def test_windows_attend_to_themselves_and_to_the_words():
     """A windowed block over one image is a block over each window, of its words; on every backend."""
     torch.manual_seed(0)
