@@ -10,6 +10,7 @@ from conftest import ROOT, dit_ds, on_ranks, refused
 from dit_ds import engine
 from dit_ds.config import validate
 from dit_ds.errors import UserError
+from dit_ds.models.schemes import SCHEMES
 
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
@@ -41,6 +42,15 @@ def test_zero_3_with_everything_frozen_that_can_be():
     for stage, got in zip((3, "3_offload"), on_ranks(2, *({"stage": s} | settings for s in (3, "3_offload")))):
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
         assert got["ema_error"] <= 1e-4 < 5e-4 < got["ema_matters"], stage
+
+
+def test_every_scheme_trains_at_zero_3():
+    """With static tokens, which are one parameter that each layer takes a part of."""
+    schemes = [s for s in SCHEMES if s not in ("default", "layer_wise")]
+    settings = {"stage": 3, "policy": "every_2", "dropout": False, "plain": True, "freeze_image": True}
+    runs = [settings | {"model": {"scheme": s, "adapters": "frozen", "static_tokens": 3}} for s in schemes]
+    for scheme, got in zip(schemes, on_ranks(2, *runs), strict=True):
+        assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4, scheme
 
 
 def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():
