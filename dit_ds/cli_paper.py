@@ -37,9 +37,9 @@ def _compare(args: argparse.Namespace) -> int:
     from dit_ds import compare, compare_report
 
     result = compare.compare(args.runs, args.table, args.configs)
-    form = "json" if args.json else args.format or compare_report.format_of(args.out)
+    form = args.format or compare_report.format_of(args.out)
     if args.out:
         report(args, {"written": compare_report.write(result, form, args.out)})
     else:
-        print(compare_report.render(result, form), end="")
+        print(compare_report.render(result, "json" if args.json else form), end="")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,12 @@ def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -
 
 
 def text_encoder(name: str) -> str:
-    """clip or bert, by what `text.name` says of itself."""
-    return "clip" if "clip" in Path(name).name.lower() else "bert"
+    """clip or bert: by what the folder `text.name` says of itself, or by its name where it is no folder."""
+    try:
+        kind = json.loads((Path(name) / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = Path(name).name
+    return "clip" if "clip" in kind.lower() else "bert"
 
 
 def differences(config: RunConfig, other: RunConfig) -> list[str]:
