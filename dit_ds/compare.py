@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dit_ds import experiments
-from dit_ds.config import load_config
 from dit_ds.errors import UserError
 from dit_ds.experiments import FOLDER, Experiment
 from dit_ds.published import TABLES, Column, Table
@@ -111,8 +110,8 @@ def _line(
         line.notes += [f"{s.run}: {note}" for note in s.notes]
         if experiment is None:
             line.notes.append(f"{s.run}: no row has its settings; {_nearest(s.settings, others)}")
-        elif changed := experiments.differences(s.config, load_config(experiment.config)):
-            line.notes.append(f"{s.run} differs from {experiment.config} in {', '.join(changed)}")
+        elif changed := experiments.differences(s.config, experiment.config):
+            line.notes.append(f"{s.run} differs from {experiment.path} in {', '.join(changed)}")
     return line
 
 

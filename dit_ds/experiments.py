@@ -23,12 +23,13 @@ _OF_NO_MATTER = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of a table on one dataset; `row` is its cells, `config` a file, `settings` see `settings_of`."""
+    """A row of a table on one dataset: its configuration, the file that has it, and what `settings_of` says of it."""
 
     table: Table
     row: Row
     dataset: str
-    config: Path
+    path: Path
+    config: RunConfig
     settings: dict[str, Any]
 
     def paper(self) -> dict[str, dict[str, float]]:
@@ -64,8 +65,9 @@ def experiments(number: int | None = None, folder: str | Path = FOLDER) -> list[
                 path = Path(folder) / f"{name}.yaml"
                 if not path.exists():
                     raise UserError(f"no {path} here: run from dit-ds's folder, or give --configs")
-                settings = settings_of(load_config(path), row.prompt, row.trained)
-                found.append(Experiment(t, row, dataset, path, settings))
+                config = load_config(path)
+                settings = settings_of(config, row.prompt, row.trained)
+                found.append(Experiment(t, row, dataset, path, config, settings))
     return found
 
 
@@ -133,10 +135,10 @@ def listing(number: int | None = None, folder: str | Path = FOLDER) -> dict[str,
     """`dit-ds experiments`: `experiments`, and where the paper disagrees with itself, `misprints`."""
     rows = [
         {
-            "config": str(e.config),
+            "config": str(e.path),
             "table": e.table.number,
             "row": e.row.name,
-            "run": load_config(e.config).run_dir,
+            "run": e.config.run_dir,
             "settings": e.settings,
             "paper": e.paper(),
         }

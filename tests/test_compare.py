@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, dit_ds, metrics_of
 
 from dit_ds.cli import main
 from dit_ds.compare import compare
@@ -229,3 +229,14 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, says):
     assert main(["compare", *(folders.get(a, a) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_run_of_ours_is_read(config_file, tmp_path):
+    """As `dit-ds train` leaves it: one evaluation, in metrics.jsonl."""
+    dit_ds("train", "--config", config_file, "--train.max_steps", "1")
+    run = tmp_path / "run"
+    (line,) = metrics_of(run, "eval")
+    (table,) = compare([str(run)])["tables"]
+    (row,) = table["rows"]
+    assert at(table, row, "val", "miou") == round(100 * line["miou"], 2) and not row["comparable"]
+    assert f"val has {line['n']} expressions instead of 10,834" in table["notes"][0]
