@@ -55,7 +55,7 @@ def compare(runs: list[str], number: int | None = None, folder: str | Path = FOL
     if number == 8:
         raise UserError("Table 8 is about memory, not about figures of runs: see dit-ds memory table8")
     rows = [e for e in experiments.experiments(number, folder) if e.table.number != 8]
-    scored = [s for run in dict.fromkeys(runs) for s in read_run(run)]
+    scored = [s for run in dict.fromkeys(map(Path, runs)) for s in read_run(run)]
     fits = {id(s): [e for e in rows if e.settings == s.settings] for s in scored}
     numbers = [number] if number else sorted({e.table.number for found in fits.values() for e in found})
     tables = [_of_paper(TABLES[n], scored, fits, rows if number else None) for n in numbers]

@@ -74,11 +74,16 @@ def read_run(folder: str | Path) -> list[Scored]:
 
 
 def _checked(entry: Any, path: Path, config: RunConfig) -> dict[str, Any]:
-    """An evaluation with what older ones lack: prompt and step."""
-    if not isinstance(entry, dict) or not {"split", "n", *_METRICS} <= entry.keys():
+    """An evaluation with what that of training lacks: the prompt."""
+    numbers = ("n", "step", *_METRICS)  # null where it was not finite
+    if not isinstance(entry, dict) or "split" not in entry or not all(_is_number(entry.get(k, "")) for k in numbers):
         raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
     prompts = config.data.prompts
-    return {"prompt": "text" if "text" in prompts else prompts[0], "step": 0} | entry
+    return {"prompt": "text" if "text" in prompts else prompts[0]} | entry
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:  # a line that a kill cut short
             continue
-        if entry.get("kind") == "eval":
+        if isinstance(entry, dict) and entry.get("kind") == "eval":
             found.append(_checked(entry, path, config))
     return found
 

@@ -68,6 +68,22 @@ def test_a_row_is_what_the_paper_says(name, settings):
         assert (d.image_size, d.resize, config.eval.threshold, t.ema) == (512, "pad", 0.35, 0)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "--model.scheme end_to_end --model.adapters always",
+        "--model.freeze_image_encoder true --model.freeze_projections true",
+        "--model.static_tokens 20 --model.static_form add",
+    ],
+)
+def test_the_released_codes_preset_takes_what_it_says(overrides):
+    """Its comments name these, and it departs from no row in settings."""
+    assert overrides in (FOLDER / "released_code.yaml").read_text()
+    config = load("released_code", *overrides.split())
+    assert (config.text.layers, config.train.ema, config.train.gradient_clipping) == (1, 0.9997, 0.15)
+    assert settings_of(load("released_code")) == settings_of(load("table1_layer_wise"))
+
+
 def test_rows_that_share_a_run_share_all_and_others_nothing():
     """No two rows write into one folder with different settings, and no settings are trained twice."""
     by_run: dict[str, RunConfig] = {}

@@ -134,6 +134,8 @@ def test_misprints_are_there():
         distances = sorted(round(ours.values[c] - r.values[c], 2) for r in others if c in r.values)
         assert f"{distances[0]:.2f}" in said
         assert (claimed in distances) == (split == "val")
+    twice = figure(6, "Default SAM, not tuned, Point", "testB"), figure(6, "Default SAM, not tuned, Box", "testA")
+    assert twice == (75.38, 75.38)
     # points against CARIS and PolyFormer
     point = row(6, "Default SAM, not tuned, Point").values
     for name, splits in {"CARIS (MM23), Swin-B, BERT, none": ("val", "testA", "testB"),
