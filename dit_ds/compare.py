@@ -48,7 +48,8 @@ def compare(runs: list[str], number: int | None = None, folder: str | Path = FOL
 
     Returns:
         `tables`, each with `table` (None for runs alone), `title`, `labels`, `columns`, `rows`, `notes`. A row's
-        `values`, `deltas`, `spread` and `marks` (best, second) go by the columns, None where there is nothing.
+        `values`, `deltas`, `spread` and `marks` (best, second) go by the columns, None where there is nothing; its
+        `steps`, by the runs, say which step of it was evaluated on each split.
     Raises:
         UserError: no such table, no run, or one that was not evaluated.
     """
@@ -177,6 +178,7 @@ def _finished(
             "kind": line.kind,
             "label": line.label + [""] * (len(labels) - len(line.label)),
             "runs": [s.run for s in line.scored],
+            "steps": [s.steps for s in line.scored],
             **{name: [getattr(line, name).get(c) for c in columns] for name in ("values", "deltas", "spread", "marks")},
             "comparable": line.comparable,
             "notes": [notes.index(note) + 1 for note in line.notes],

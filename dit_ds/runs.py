@@ -75,21 +75,17 @@ def read_run(folder: str | Path) -> list[Scored]:
 
 def _checked(entry: Any, path: Path, config: RunConfig) -> dict[str, Any]:
     """An evaluation with what that of training lacks: the prompt."""
-    numbers = ("n", "step", *_METRICS)  # null where it was not finite
-    if not isinstance(entry, dict) or "split" not in entry or not all(_is_number(entry.get(k, "")) for k in numbers):
+    kinds = {"split": str, "n": int, "step": int} | dict.fromkeys(_METRICS, float | None)  # null: it was not finite
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ...), kind) for k, kind in kinds.items()):
         raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
     prompts = config.data.prompts
     return {"prompt": "text" if "text" in prompts else prompts[0]} | entry
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float))
-
-
 def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # a line that a kill cut short

@@ -131,6 +131,7 @@ def test_runs_on_several_datasets_share_table_7s_row(tmp_path):
     ]
     table = table_of(runs, 7)
     (row,) = mine(table)
+    assert row["steps"][2] == {"val": 26000, "test": 26000}
     assert row["runs"] == runs and None not in row["values"] and table["notes"] == []
     assert at(table, row, "test", "oiou", "deltas", "refcocog") == 0.08  # 67.92
     assert at(table, row, "val", "oiou", "marks", "refcoco+") == "second"  # 69.33 is PolyFormer's
