@@ -86,7 +86,8 @@ def _of_paper(
 
 
 def _alone(scored: list[Scored], fits: dict[int, list[Experiment]], rows: list[Experiment]) -> dict[str, Any]:
-    columns = tuple(dict.fromkeys(c for s in scored for c in s.scores))
+    found = dict.fromkeys(c for s in scored for c in s.scores)
+    columns = tuple(sorted(found, key=lambda c: (c.dataset, c.split != "val", c.split)))
     lines = [_line([(s, (fits[id(s)] or [None])[0])], columns, rows) for s in scored]
     return _finished(None, "All runs", ("Run",), columns, lines, "no table of the paper has a row for some")
 

@@ -67,7 +67,9 @@ def read_run(folder: str | Path) -> list[Scored]:
         steps = {e["step"] for e in newest.values()}
         same_step = [e for e in in_training if e["step"] in steps]
         newest.setdefault(in_training[-1]["split"], (same_step or in_training)[-1])
-    scored = [_scored(folder, config, prompt, splits) for prompt, splits in by_prompt.items() if splits]
+    scored = [
+        _scored(folder, config, prompt, splits) for prompt, splits in sorted(by_prompt.items(), reverse=True) if splits
+    ]
     if not scored:
         raise UserError(f"{folder} has no evaluation yet: run dit-ds eval {folder} --split {config.data.val_split}")
     return scored
@@ -75,7 +77,9 @@ def read_run(folder: str | Path) -> list[Scored]:
 
 def _checked(entry: Any, path: Path, config: RunConfig) -> dict[str, Any]:
     """An evaluation with what that of training lacks: the prompt."""
-    kinds = {"split": str, "n": int, "step": int} | dict.fromkeys(_METRICS, float | None)  # null: it was not finite
+    kinds = {"split": str, "n": int, "step": int} | dict.fromkeys(
+        _METRICS, float | int | None
+    )  # null: it was not finite
     if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ...), kind) for k, kind in kinds.items()):
         raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
     prompts = config.data.prompts
