@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from dit_ds import __version__, cli_planning
+from dit_ds import __version__, cli_paper, cli_planning
 from dit_ds.cli_output import command, report
 from dit_ds.errors import Interrupted, RunFailed, UserError
 
@@ -270,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
 
     cli_planning.add(commands)
+    cli_paper.add(commands)
     return parser
 
 
