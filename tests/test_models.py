@@ -224,9 +224,9 @@ def test_end_to_end_words_flow_through_every_layer():
 
 def test_a_trained_text_encoder_trains():
     model = DITSAM(TextEncoder(MINILM, layers=1, frozen=False), "vit_t", 64)
-    assert "text_encoder.model.encoder.layer.0.attention.self.query.weight" in gradients(model)
-    assert model.train().text_encoder.model.training
-    assert not small_model().train().text_encoder.model.training  # frozen: dropout stays off
+    assert "text_encoder.bert.encoder.layer.0.attention.self.query.weight" in gradients(model)
+    assert model.train().text_encoder.bert.training
+    assert not small_model().train().text_encoder.bert.training  # frozen: dropout stays off
 
 
 def test_the_loss_is_the_mean_over_real_samples():

@@ -274,10 +274,10 @@ def test_clips_text_tower_reads_the_words(tiny_clip):
     whole = transformers.CLIPModel.from_pretrained(tiny_clip).eval()
     want = whole.text_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
     torch.testing.assert_close(encoder(tokens, mask), want * mask[..., None])
-    assert encoder.dim == 32 and not encoder.train().model.training
+    assert encoder.dim == 32 and not encoder.train().bert.training
     assert not encoder(tokens, mask).requires_grad
     assert torch.isfinite(encoder(tokens, torch.zeros_like(mask))).all()  # no words at all
-    assert len(list(TextEncoder(str(tiny_clip), layers=2).model.modules())) < len(list(encoder.model.modules()))
+    assert len(list(TextEncoder(str(tiny_clip), layers=2).bert.modules())) < len(list(encoder.bert.modules()))
 
 
 # --- one's own ----------------------------------------------------------------------------------------------------

@@ -120,12 +120,13 @@ class TextEncoder(nn.Module):
         clip = config.model_type == "clip_text_model"
         library = _transformers()
         of, options = (library.CLIPTextModel, {}) if clip else (library.AutoModel, {"add_pooling_layer": False})
+        # CLIP's tower goes by this name, too: checkpoints have it
         if random_init:
-            self.model = of._from_config(config) if clip else of.from_config(config, **options)
+            self.bert = of._from_config(config) if clip else of.from_config(config, **options)
         else:
             folder = resolve_name(name)
             try:
-                self.model = of.from_pretrained(folder, config=config, **options)
+                self.bert = of.from_pretrained(folder, config=config, **options)
             except (OSError, ValueError) as e:
                 raise _absent(folder, e) from None
         self.dim: int = config.hidden_size
@@ -133,7 +134,7 @@ class TextEncoder(nn.Module):
         self.cache_size = cache if frozen else 0
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
         if frozen:
-            self.model.requires_grad_(False)
+            self.bert.requires_grad_(False)
 
     def train(self, mode: bool = True) -> TextEncoder:
         """A frozen encoder stays in evaluation mode: its dropout must not blur fixed features."""
@@ -144,7 +145,7 @@ class TextEncoder(nn.Module):
         if self.cache_size:
             return self._from_cache(tokens, token_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.model(input_ids=tokens, attention_mask=token_mask.long()).last_hidden_state
+            features = self.bert(input_ids=tokens, attention_mask=token_mask.long()).last_hidden_state
             return features * token_mask[..., None] if self.zero_padding else features
 
     @torch.no_grad()
@@ -152,12 +153,12 @@ class TextEncoder(nn.Module):
         lengths = token_mask.sum(1).tolist() if self.zero_padding else [tokens.shape[1]] * len(tokens)
         keys = [row[:n].tobytes() for row, n in zip(tokens.cpu().numpy(), lengths)]
         new = {k: i for i, k in enumerate(keys) if k not in self._cache}
-        out = tokens.new_zeros(*tokens.shape, self.dim, dtype=self.model.dtype)
+        out = tokens.new_zeros(*tokens.shape, self.dim, dtype=self.bert.dtype)
         if new:
             rows = list(new.values())
             longest = max(lengths[i] for i in rows)  # positions beyond it are padding in all of them
             part = (tokens[rows, :longest], token_mask[rows, :longest].long())
-            features = self.model(input_ids=part[0], attention_mask=part[1]).last_hidden_state
+            features = self.bert(input_ids=part[0], attention_mask=part[1]).last_hidden_state
             for key, i, f in zip(new, rows, features):
                 self._cache[key] = f[: lengths[i]].clone()
         for i, key in enumerate(keys):
