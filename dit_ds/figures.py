@@ -144,9 +144,9 @@ def _predictions(
 # --- figure 5 -----------------------------------------------------------------------------------------------------
 
 _NOTE = (
-    "With words in the encoder: where the words' queries look, mean over heads and words (“words”: share of the image's "
-    "attention that goes to words).\nWithout: what each place receives from all places. “peak”: largest over mean. Each "
-    "panel has its own colours, dark least, bright most."
+    "With words in the encoder: where the words' queries look, mean over heads and words;\n"
+    "“words”: share of the image's attention that goes to words. Without: what each place “received” from all.\n"
+    "“peak”: largest over mean. Each panel has its own colours, from its least (dark) to its most (bright)."
 )
 
 
@@ -243,9 +243,9 @@ def _peak(values: Tensor) -> float:
 
 def _row(of: _Attended, title: str, prediction: np.ndarray | None, maps: dict[int, Tensor]) -> AttentionRow:
     labels = {i: f"peak {_peak(x):.1f}" for i, x in maps.items()}
-    for i, layer in of.layers.items():
-        if prediction is not None and layer.to_words is not None:
-            labels[i] = f"words {layer.to_words:.1%}, {labels[i]}"
+    for i, layer in of.layers.items() if prediction is not None else ():
+        what = "received" if layer.to_words is None else f"words {layer.to_words:.1%}"
+        labels[i] = f"{what}, {labels[i]}"
     return AttentionRow(title, prediction, {i: (x.numpy(), labels[i]) for i, x in maps.items()}, of.place)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,9 +153,11 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
 
     h, w = pixels.shape[:2]
     layers = sorted({layer for row in rows for layer in row.maps})
-    columns, height = 2 + len(layers), 1.5 * min(1.5, max(0.5, h / w)) + 0.35
-    figure = Figure(figsize=(1.5 * columns, height * len(rows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    # inches: panels of 1.5, a line under each, the titles over a row that has a prediction
+    panel, columns = 1.5 * min(1.5, max(0.5, h / w)), 2 + len(layers)
+    heights = [panel + (0.22 if row.prediction is None else 0.5) for row in rows]
+    figure = Figure(figsize=(max(6, 1.5 * columns), sum(heights) + 0.8), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0), aspect="equal")
         axis.set_frame_on(False)
@@ -163,10 +166,13 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
     axes[0, 0].set_title("image", fontsize=9)
     grey = pixels.mean(axis=2)
     for i, row in enumerate(rows):
-        axes[i, 1].set_ylabel(row.title, fontsize=9)
-        if row.prediction is not None:
+        if row.prediction is None:
+            axes[i, 1].text(0.95, 0.5, row.title, transform=axes[i, 1].transAxes, ha="right", va="center", fontsize=9,
+                            parse_math=False)  # fmt: skip
+        else:
             axes[i, 1].imshow(overlay(pixels, row.prediction), **whole)
-            axes[i, 1].set_title("prediction", fontsize=9)
+            axes[i, 1].set_title(row.title.replace(" (", "\n("), fontsize=8)
+            axes[i, 1].set_xlabel("prediction", fontsize=7, labelpad=2)
         for layer, (values, label) in row.maps.items():
             axis = axes[i, 2 + layers.index(layer)]
             axis.imshow(grey, cmap="gray", **whole)
@@ -181,7 +187,8 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
             axis.set_xlabel(label, fontsize=7, labelpad=2)
             if i == 0:
                 axis.set_title(f"layer {layer}", fontsize=9)
-    figure.suptitle(f"“{text}”", fontsize=11)
+    title = textwrap.fill(f"“{text}”", width=int(10 * figure.get_figwidth()))
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a dollar is a dollar
     figure.supxlabel(note, fontsize=7)
     figure.savefig(picture, format=kind.lower(), dpi=150)
     with atomic_write(out) as f:
