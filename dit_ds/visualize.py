@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -159,37 +161,39 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
     figure = Figure(figsize=(max(6, 1.5 * columns), sum(heights) + 0.8), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0), aspect="equal")
-        axis.set_frame_on(False)
-    whole = {"extent": (0, w, h, 0), "interpolation": "bilinear"}
-    axes[0, 0].imshow(pixels, **whole)
+        axis.set(xticks=[], yticks=[], frame_on=False, xlim=(0, w), ylim=(h, 0), aspect="equal")
+    thin = slice(None, None, math.ceil(max(h, w) / 800))  # a photo's pixels, once a panel, would fill the memory
+    small = pixels[thin, thin]
+    grey = small.mean(axis=2)
+    axes[0, 0].imshow(small, extent=(0, w, h, 0))
     axes[0, 0].set_title("image", fontsize=9)
-    grey = pixels.mean(axis=2)
-    for i, row in enumerate(rows):
+    for row, (_, first, *others) in zip(rows, axes):
         if row.prediction is None:
-            axes[i, 1].text(0.95, 0.5, row.title, transform=axes[i, 1].transAxes, ha="right", va="center", fontsize=9,
-                            parse_math=False)  # fmt: skip
+            first.text(
+                0.95, 0.5, row.title, transform=first.transAxes, ha="right", va="center", fontsize=9, parse_math=False
+            )
         else:
-            axes[i, 1].imshow(overlay(pixels, row.prediction), **whole)
-            axes[i, 1].set_title(row.title.replace(" (", "\n("), fontsize=8)
-            axes[i, 1].set_xlabel("prediction", fontsize=7, labelpad=2)
-        for layer, (values, label) in row.maps.items():
-            axis = axes[i, 2 + layers.index(layer)]
-            axis.imshow(grey, cmap="gray", **whole)
-            ends = (
-                0,
-                values.shape[1] * row.place[1],
-                values.shape[0] * row.place[0],
-                0,
-            )  # the last place may stand out
-            axis.imshow(values, cmap="inferno", alpha=0.65, extent=ends, interpolation="bilinear")
-            axis.set(xlim=(0, w), ylim=(h, 0))
-            axis.set_xlabel(label, fontsize=7, labelpad=2)
-            if i == 0:
-                axis.set_title(f"layer {layer}", fontsize=9)
+            first.imshow(overlay(small, row.prediction[thin, thin]), extent=(0, w, h, 0))
+            first.set_title(row.title.replace(" (", "\n("), fontsize=8)
+            first.set_xlabel("prediction", fontsize=7, labelpad=2)
+        for layer, axis in zip(layers, others):
+            if layer in row.maps:
+                _heat(axis, grey, *row.maps[layer], row.place)
+    for layer, axis in zip(layers, axes[0, 2:]):
+        axis.set_title(f"layer {layer}", fontsize=9)
+    # a dollar in the words is no mathematics
     title = textwrap.fill(f"“{text}”", width=int(10 * figure.get_figwidth()))
-    figure.suptitle(title, fontsize=11, parse_math=False)  # a dollar is a dollar
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.supxlabel(note, fontsize=7)
     figure.savefig(picture, format=kind.lower(), dpi=150)
     with atomic_write(out) as f:
         f.write(picture.getvalue())
+
+
+def _heat(axis: Any, grey: np.ndarray, values: np.ndarray, label: str, place: tuple[float, float]) -> None:
+    (bottom, top), right = axis.get_ylim(), axis.get_xlim()[1]
+    axis.imshow(grey, cmap="gray", extent=(0, right, bottom, top))
+    ends = [n * size for n, size in zip(values.shape, place)]  # the last place may stand out
+    axis.imshow(values, cmap="inferno", alpha=0.65, interpolation="bilinear", extent=(0, ends[1], ends[0], 0))
+    axis.set(xlim=(0, right), ylim=(bottom, top))
+    axis.set_xlabel(label, fontsize=7, labelpad=2)
