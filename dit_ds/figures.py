@@ -284,6 +284,6 @@ def attention_lines(result: dict[str, Any]) -> list[str]:
         if of["shows"] == "places":
             lines.append(f"{of['title']}: no words in the encoder; shown is what each place receives")
         else:
-            shares = "  ".join(f"{x['layer']}: {x['to_words']:.1%}" for x in of["layers"])
+            shares = "  ".join(f"{x['layer']}: {x['to_words']:.1%}" for x in of["layers"] if x["to_words"] is not None)
             lines.append(f"{of['title']}: the image's attention to words by layer  {shares}")
     return lines

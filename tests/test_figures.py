@@ -17,6 +17,7 @@ from dit_ds.config import RunConfig, merge, validate
 from dit_ds.metrics import intersection_and_union
 from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_places
 from dit_ds.models.image_encoder import WordAttention
+from dit_ds.models.sam import Size
 from dit_ds.visualize import GridRow, write_grid
 from dit_ds.weights import build_model, load_model, save_tensors
 
@@ -80,7 +81,13 @@ def a_picture(height: int, width: int, side: int = 64) -> tuple[torch.Tensor, ..
     return image, torch.tensor([[height, width]]), tokens, tokens > 0, words
 
 
-@pytest.mark.parametrize("window", [0, 3])  # four places a side: windows of three are padded
+@pytest.fixture(params=[0, 3])
+def window(request, monkeypatch) -> int:
+    """No windows, or windows of three, which are padded, as there are four places a side; in all layers but one."""
+    monkeypatch.setattr(Size, "global_layers", (1,))
+    return request.param
+
+
 @pytest.mark.parametrize("scheme", ["default", "end_to_end", "layer_wise"])
 @torch.no_grad()
 def test_every_layer_of_a_model_is_explained(scheme, window):
@@ -101,7 +108,6 @@ def test_every_layer_of_a_model_is_explained(scheme, window):
     assert torch.equal(model(*inputs), logits) and len(given) == 4  # nobody looks any more
 
 
-@pytest.mark.parametrize("window", [0, 3])
 @torch.no_grad()
 def test_what_is_shown_is_the_mean_over_the_pictures_places(window):
     """Place by place and window by window, of a picture that fills 3 x 4 of 4 x 4 places."""
@@ -115,6 +121,7 @@ def test_what_is_shown_is_the_mean_over_the_pictures_places(window):
     assert torch.equal(logits, expected) and sorted(found) == [0, 1, 2, 3]
     for layer, (attn, x, of_words, mask) in enumerate(given):
         side = x.shape[1]  # of a window, or of the whole
+        assert side == (3 if window and layer != 1 else 4)
         maps, across = layer_maps(attn, x, of_words, mask), -(-4 // side)
         received, by_word, to_words = torch.zeros(3, 4), torch.zeros(4, 3, 4), 0.0
         for place in range(12):
