@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.models.image_encoder import ImageEncoder
+from dit_ds.models.instruction import Options, StaticTokens, make_instruction
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint
 from dit_ds.models.segmenter import Segmenter, upscale
 from dit_ds.models.text_encoder import TextEncoder
@@ -22,10 +23,16 @@ class DITSAM(Segmenter):
         text_encoder: F_t.
         size: a key of `sam.SIZES`.
         image_size: side of the square input.
-        scheme: how words enter the image encoder, one of `instruction.SCHEMES`.
+        scheme: how words enter the image encoder, a key of `schemes.SCHEMES`.
+        zero_words: they enter as blank tokens at first, see `instruction.Options`.
+        adapters: `end_to_end` has linear layers between the ViT's.
+        static_tokens: learnable tokens beside the words in each layer (paper Table 2).
+        add_static: onto the words instead.
         decoder_layers: depth of the mask decoder's transformer; SAM's is 2.
-        freeze_image_encoder: train nothing of SAM's ViT; the words' projections into it still train.
-        mask_padding: don't attend to padding words in the image encoder.
+        freeze_image_encoder: train nothing of SAM's ViT; the words' way into it still trains.
+        freeze_projections: that neither, as in the paper's released code.
+        freeze_mask_decoder: train neither the mask decoder nor the prompts' embeddings.
+        mask_padding: padding is no word: not attended to in the image encoder, `not_a_point` in the mask decoder.
         attention: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the ViT's attention; 0 attends globally in every layer, 14 as SAM in all but four.
         word_dropout: of the words that enter the image encoder.
@@ -38,8 +45,15 @@ class DITSAM(Segmenter):
         size: str = "vit_b",
         image_size: int = 512,
         scheme: str = "layer_wise",
+        *,
+        zero_words: bool = False,
+        adapters: bool = False,
+        static_tokens: int = 0,
+        add_static: bool = False,
         decoder_layers: int = 2,
         freeze_image_encoder: bool = False,
+        freeze_projections: bool = False,
+        freeze_mask_decoder: bool = False,
         mask_padding: bool = True,
         attention: str = "auto",
         window_size: int = 0,
@@ -57,19 +71,19 @@ class DITSAM(Segmenter):
             s.depth,
             s.num_heads,
             s.prompt_dim,
-            scheme,
-            text_encoder.dim,
             attention,
             window_size,
             s.global_layers,
-            word_dropout,
-            freeze_image_encoder,
         )
+        options = Options(zero_words, adapters, word_dropout)
+        self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)
+        if static_tokens:
+            self.image_encoder.static_tokens = StaticTokens(static_tokens, s.embed_dim, s.depth, add_static)
         self.prompt_encoder = WordPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
         self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7
         self._initialize()
-        self._freeze(freeze_image_encoder)
+        self._freeze(freeze_image_encoder, freeze_projections, freeze_mask_decoder)
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -84,24 +98,27 @@ class DITSAM(Segmenter):
         self.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight.mul_(6)
         self.image_encoder.patch_embed.proj.weight.mul_(0.4)
 
-    def _freeze(self, image_encoder: bool) -> None:
+    def _freeze(self, image_encoder: bool, projections: bool, mask_decoder: bool) -> None:
         """Every trainable parameter gets a gradient in every step: ZeRO-3 counts on it."""
-        used = [self.prompt_encoder.no_mask_embed.weight, self.prompt_encoder.not_a_point_embed.weight]
         self.prompt_encoder.requires_grad_(False)
-        for p in used:
-            p.requires_grad_(True)
+        if not mask_decoder:
+            self.prompt_encoder.no_mask_embed.requires_grad_(True)
+            self.prompt_encoder.not_a_point_embed.requires_grad_(self.mask_padding)
+        self.mask_decoder.requires_grad_(not mask_decoder)
         for p in self.mask_decoder.unused_parameters():
             p.requires_grad_(False)
         if image_encoder:
             self.image_encoder.requires_grad_(False)
-            if self.image_encoder.instruction is not None:
-                self.image_encoder.instruction.requires_grad_(True)
+            for words_way in (self.image_encoder.instruction, self.image_encoder.static_tokens):
+                if words_way is not None:
+                    words_way.requires_grad_(not projections)
 
     def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """As `Segmenter.forward`: (B, 4S/patch, 4S/patch) fp32 logits over the padded square, in training, too."""
         words = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
         x = self.image_encoder(self.preprocess(image, size), words, token_mask if self.mask_padding else None)
-        sparse, dense, positions = self.prompt_encoder(self.text_projection(words), token_mask)
+        real = token_mask if self.mask_padding else torch.ones_like(token_mask)
+        sparse, dense, positions = self.prompt_encoder(self.text_projection(words), real)
         return self.mask_decoder(x, positions, sparse, dense).float()
 
     def loss(self, output: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
@@ -119,7 +136,7 @@ class DITSAM(Segmenter):
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
         """See `load_sam_checkpoint`; `missing` is of SAM's own parts."""
         report = load_sam_checkpoint(self, path)
-        added = ("text_encoder.", "text_projection.", "image_encoder.instruction.")
+        added = ("text_encoder.", "text_projection.", "image_encoder.instruction.", "image_encoder.static_tokens.")
         return report | {"missing": [n for n in report["missing"] if not n.startswith(added)]}
 
 
