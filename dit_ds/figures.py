@@ -22,14 +22,22 @@ from dit_ds.predict import dataset_of, device, model_inputs, predicted_mask, rea
 from dit_ds.visualize import AttentionRow, GridRow, draw_attention, picture_format, write_grid
 from dit_ds.weights import load_model
 
-_TITLES = {"default": "default SAM", "end_to_end": "E-DIT", "layer_wise": "L-DIT"}
+_TITLES = {
+    "default": "default SAM",
+    "end_to_end": "E-DIT",
+    "layer_wise": "L-DIT",
+    "cascade": "Cascade DIT",
+    "cross_attention": "CrossAtt",
+    "cross_attention_ffn": "CrossAtt + FFN",
+}
 _METHODS = {"lavt": "LAVT", "rela": "ReLA"}
 
 
 def title_of(config: RunConfig) -> str:
-    """A run's name in a figure: its scheme, and what didn't train."""
+    """A run's name in a figure: its scheme, as the paper's tables call it, and what didn't train."""
     m = config.model
     name = _METHODS.get(m.name) or _TITLES.get(m.scheme, m.scheme)
+    name += f" + {m.static_tokens} static" if m.static_tokens else ""
     frozen = [what for what, is_so in (("image", m.freeze_image_encoder), ("text", config.text.freeze)) if is_so]
     return f"{name} ({' and '.join(frozen)} frozen)" if frozen else name
 

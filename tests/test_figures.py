@@ -18,6 +18,7 @@ from dit_ds.metrics import intersection_and_union
 from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_places
 from dit_ds.models.image_encoder import WordAttention
 from dit_ds.models.sam import Size
+from dit_ds.models.schemes import SCHEMES
 from dit_ds.visualize import GridRow, write_grid
 from dit_ds.weights import build_model, load_model, save_tensors
 
@@ -88,7 +89,7 @@ def window(request, monkeypatch) -> int:
     return request.param
 
 
-@pytest.mark.parametrize("scheme", ["default", "end_to_end", "layer_wise"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
 def test_every_layer_of_a_model_is_explained(scheme, window):
     model = random_model(tiny(scheme, model={"window_size": window}))
@@ -143,11 +144,9 @@ def test_what_is_shown_is_the_mean_over_the_pictures_places(window):
 
 @torch.no_grad()
 def test_only_the_expressions_rows_are_words():
-    """A layer may read further tokens behind them; they take their share and are not shown."""
-    model = random_model(tiny(model={"mask_padding": False}))
+    """Static tokens behind them take their share and are not shown."""
+    model = random_model(tiny(model={"static_tokens": 3}))
     *inputs, words = a_picture(64, 64)
-    project = model.image_encoder.instruction.forward
-    model.image_encoder.instruction.forward = lambda x, i: torch.cat([project(x, i), torch.ones(1, 3, 128)], dim=1)
     _, found = attention_of_picture(model, *inputs, words, layers={2})
     assert list(found) == [2] and found[2].by_word.shape == (4, 4, 4)
     assert 0 < found[2].to_words < 1 - float(found[2].received.sum()) - 1e-3
