@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from dit_ds import __version__, cli_figures, cli_planning
@@ -142,15 +144,30 @@ def _eval(args: argparse.Namespace) -> int:
         args.shuffle_text,
         args.threshold,
         args.predictions,
+        args.prompt,
     )
     report(args, result)
     return 0
 
 
+def _numbers(names: str) -> Callable[[str], tuple[float, ...]]:
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            numbers = tuple(float(x) for x in text.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != len(names.split(",")) or not all(map(math.isfinite, numbers)):
+            raise argparse.ArgumentTypeError(f"'{text}' does not read {names}, in pixels of the picture")
+        return numbers
+
+    return parse
+
+
 def _predict(args: argparse.Namespace) -> int:
     from dit_ds.predict import predict_image
 
-    report(args, predict_image(args.checkpoint, args.image, args.text, args.out, args.threshold))
+    result = predict_image(args.checkpoint, args.image, args.text, args.out, args.threshold, args.point, args.box)
+    report(args, result)
     return 0
 
 
@@ -234,8 +251,17 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(takes_overrides=True)
 
     p = command(commands, "eval", _eval, "evaluate a run's best checkpoint, or a given one, on one split")
-    p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument(
+        "run_or_checkpoint",
+        help="a run's folder or one of its checkpoints/step_*; or a YAML file: its model.checkpoint, not tuned",
+    )
     p.add_argument("--split", default="val", help="val, testA, testB, test, ... (default val)")
+    p.add_argument(
+        "--prompt",
+        choices=["text", "point", "box"],
+        help="what says which object is meant; points and boxes are made of the ground truth (default: text, if the run "
+        "was trained on it)",
+    )
     p.add_argument("--data-root", help="where the shards are, if they moved since training")
     p.add_argument("--batch-size", type=int, help="expressions at once on a rank (default: the run's)")
     p.add_argument("--workers", type=int, help="loader processes a rank (default: the run's)")
@@ -243,10 +269,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--shuffle-text", action="store_true", help="control: give each image another image's expressions")
     p.add_argument("--predictions", metavar="DIR", help="write each predicted mask as DIR/IMAGE_EXPRESSION.png")
 
-    p = command(commands, "predict", _predict, "segment what the words mean in one picture")
+    p = command(commands, "predict", _predict, "segment what words, points or a box mean in one picture")
     p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
     p.add_argument("--image", required=True, help="the picture")
-    p.add_argument("--text", required=True, help="the words, as 'the left star'")
+    p.add_argument("--text", help="the words, as 'the left star'")
+    p.add_argument(
+        "--point",
+        metavar="X,Y",
+        type=_numbers("X,Y"),
+        action="append",
+        default=[],
+        help="a point on the object, in pixels of the picture; may be repeated",
+    )
+    p.add_argument("--box", metavar="X0,Y0,X1,Y1", type=_numbers("X0,Y0,X1,Y1"), help="a box around the object")
     p.add_argument("--out", required=True, help="PNG to write: the picture beside the prediction")
     p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
 

@@ -68,8 +68,10 @@ def _check_scheme(config: RunConfig) -> None:
         raise UserError(f"model.adapters are of model.scheme end_to_end, not of {m.scheme}: leave them out")
     if m.freeze_projections and not m.freeze_image_encoder:
         raise UserError("model.freeze_projections goes with model.freeze_image_encoder: set both, or neither")
-    words_enter = m.scheme != "default" and not m.freeze_projections
-    if m.freeze_image_encoder and m.freeze_mask_decoder and config.text.freeze and not words_enter:
+    words = "text" in config.data.prompts
+    words_enter = words and m.scheme != "default" and not m.freeze_projections
+    text_trains = words and not config.text.freeze
+    if m.freeze_image_encoder and m.freeze_mask_decoder and not text_trains and not words_enter:
         raise UserError(
             "nothing is left to train: set one of model.freeze_image_encoder, model.freeze_mask_decoder and "
             "text.freeze to false, or model.scheme to layer_wise"
@@ -78,6 +80,8 @@ def _check_scheme(config: RunConfig) -> None:
 
 def _check_other_method(config: RunConfig) -> None:
     m, policy = config.model, config.train.activation_checkpointing
+    if config.data.mask_rule == "soft":
+        raise UserError(f"model.name {m.name} learns masks of 0 and 1: set data.mask_rule half or any")
     if m.attention not in ("auto", "eager", "sdpa"):
         raise UserError(f"model.name {m.name} has no attention {m.attention}: set model.attention auto, eager or sdpa")
     if policy not in ("none", "block"):

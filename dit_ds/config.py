@@ -189,6 +189,11 @@ class EvalConfig(_Section):
     threshold: float = Field(
         0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)"
     )
+    mask_rule: Literal["probability", "resize_then_any"] = Field(
+        "probability",
+        description="probability: thresholded at the image's own size; resize_then_any: as the paper's released code, "
+        "thresholded before the mask is resized, of which then all above 0 is in",
+    )
 
 
 class DeepSpeedConfig(_Section):

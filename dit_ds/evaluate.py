@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,64 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dit_ds.config import RunConfig
 from dit_ds.data.loader import EvalBatches, ExpressionDataset, checked, make_loader
 from dit_ds.distributed import World, gather_objects
 from dit_ds.metrics import intersection_and_union, summarize
 from dit_ds.models.segmenter import upscale
 
-INPUTS = ("image", "size", "tokens", "token_mask")  # what the model's forward takes, by the batch's names
+# what the model's forward takes, by the batch's names; words, and points with boxes, only where the batch has them
+INPUTS = ("image", "size", "tokens", "token_mask", "points", "labels")
 
 
-def original_probabilities(logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
+def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What of a batch the model takes, on its device."""
+    return {k: batch[k].to(device, non_blocking=True) for k in INPUTS if k in batch}
+
+
+def original_probabilities(
+    logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int, align_corners: bool = False
+) -> Tensor:
     """One sample's (s, s) logits to (H, W) probabilities: up to the padded square, padding cut, to the original size."""
+    return _to_original(_without_padding(logits, size, image_size, align_corners), shape).sigmoid()
+
+
+def _without_padding(logits: Tensor, size: Tensor, image_size: int, align_corners: bool) -> Tensor:
     h, w = (int(x) for x in size)
-    whole = upscale(logits[None], image_size)[:, :h, :w]
-    return F.interpolate(whole[:, None], shape, mode="bilinear", align_corners=False)[0, 0].sigmoid()
+    return upscale(logits[None], image_size, align_corners)[0, :h, :w]
+
+
+def _to_original(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return F.interpolate(values[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
+
+
+@dataclass(frozen=True)
+class Binarize:
+    """From one sample's logits to the mask that is predicted.
+
+    Attributes:
+        threshold: a pixel is in if its probability exceeds this.
+        rule: probability, the logits go to the original size before they are thresholded; or resize_then_any, as the
+            paper's released code: thresholded in the square, the 0/1 mask resized, and in is whatever then is above 0,
+            which makes masks grow by up to a pixel of the square.
+        align_corners: of the logits' upsampling to the square.
+    """
+
+    threshold: float
+    rule: str = "probability"
+    align_corners: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig, threshold: float | None = None) -> Binarize:
+        """As configured; another threshold lies over the configuration's."""
+        return cls(threshold or config.eval.threshold, config.eval.mask_rule, config.model.align_corners)
+
+    def __call__(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
+        """(s, s) logits to an (H, W) bool mask; `size`, `shape`, `image_size` as for `original_probabilities`."""
+        if self.rule == "probability":
+            return original_probabilities(logits, size, shape, image_size, self.align_corners) > self.threshold
+        inside = _without_padding(logits, size, image_size, self.align_corners).sigmoid() > self.threshold
+        return _to_original(inside.float(), shape) > 0
 
 
 @torch.no_grad()
@@ -31,7 +77,7 @@ def evaluate(
     model: Callable[..., Tensor],
     dataset: ExpressionDataset,
     batch_size: int,
-    threshold: float,
+    binarize: Binarize,
     workers: int,
     world: World,
     collect: Callable[[dict[str, Any], int, np.ndarray], None] | None = None,
@@ -42,7 +88,7 @@ def evaluate(
     the result doesn't either.
 
     Args:
-        model: images and words to logits, in evaluation mode; a DeepSpeed engine or a module.
+        model: images and prompts, by name, to logits, in evaluation mode; a DeepSpeed engine or a module.
         collect: called with (batch, row, (H, W) prediction) for each expression of this rank.
     Returns:
         `n` and the metrics of `metrics.summarize`, the same on every rank.
@@ -51,12 +97,11 @@ def evaluate(
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda")
     rows: list[tuple[int, int, int]] = []
     for batch in tqdm(checked(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
-        logits = model(*(batch[k].to(world.device, non_blocking=True) for k in INPUTS))
+        logits = model(**model_inputs(batch, world.device))
         for i, truth in enumerate(batch["original"]):
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
                 continue
-            probability = original_probabilities(logits[i], batch["size"][i], truth.shape, dataset.image_size)
-            prediction = (probability > threshold).cpu().numpy()
+            prediction = binarize(logits[i], batch["size"][i], truth.shape, dataset.image_size).cpu().numpy()
             rows.append((int(batch["sample"][i]), *intersection_and_union(prediction, truth)))
             if collect is not None:
                 collect(batch, i, prediction)

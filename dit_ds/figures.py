@@ -12,13 +12,13 @@ from torch import Tensor
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.config import RunConfig
-from dit_ds.data.loader import ExpressionDataset, checked, make_loader, make_tokenize
+from dit_ds.data.loader import ExpressionDataset, checked, make_loader
 from dit_ds.errors import UserError
-from dit_ds.evaluate import INPUTS
+from dit_ds.evaluate import Binarize, model_inputs
 from dit_ds.metrics import intersection_and_union
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.text_encoder import load_tokenizer
-from dit_ds.predict import dataset_of, device, model_inputs, predicted_mask, read_expression, read_picture
+from dit_ds.predict import dataset_of, device, picture_inputs, read_expression, read_picture
 from dit_ds.visualize import AttentionRow, GridRow, draw_attention, picture_format, write_grid
 from dit_ds.weights import load_model
 
@@ -141,10 +141,11 @@ def _predictions(
     model: Any, config: RunConfig, dataset: ExpressionDataset, chosen: list[int]
 ) -> Iterator[tuple[dict[str, Any], np.ndarray, float]]:
     """The batch of each sample, its (H, W) prediction and IoU."""
+    binarize = Binarize.of(config)
     for batch in checked(make_loader(dataset, [[(0, s, 1.0)] for s in chosen], workers=0, pin=False)):
         truth = batch["original"][0]
-        logits = model(*(batch[k].to(device()) for k in INPUTS)).cpu()
-        prediction = predicted_mask(logits[0], batch["size"][0], truth.shape, config)
+        logits = model(**model_inputs(batch, device())).cpu()
+        prediction = binarize(logits[0], batch["size"][0], truth.shape, config.data.image_size).numpy()
         shared, union = intersection_and_union(prediction, truth)
         yield batch, prediction, shared / max(1, union)
 
@@ -224,16 +225,16 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
     if missing:
         raise UserError(f"no layer {missing[0]} in {path}: it has 1 to {len(encoder.blocks)}")
     tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
-    inputs = model_inputs(config, pixels, text, make_tokenize(tokenizer, config.data.tokens))
-    _, size, tokens, token_mask = inputs
+    inputs = picture_inputs(config, pixels, text)
+    tokens, size = inputs["tokens"].cpu(), inputs["size"].cpu()
     ends = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
-    words = token_mask[0] & ~torch.isin(tokens[0], ends)
+    words = inputs["token_mask"][0].cpu() & ~torch.isin(tokens[0], ends)
     if not words.any():
         raise UserError(f"--text '{text}' has no word for the text encoder: use others")
     chosen = None if layers is None else {i - 1 for i in layers}
-    on_device = (x.to(device()) for x in (*inputs, words))
-    logits, found = attention_of_picture(model, *on_device, chosen)
-    prediction = predicted_mask(logits[0].cpu(), size[0], pixels.shape[:2], config)
+    logits, found = attention_of_picture(model, inputs, words.to(device()), chosen)
+    binarize = Binarize.of(config)
+    prediction = binarize(logits[0].cpu(), size[0], pixels.shape[:2], config.data.image_size).numpy()
     patch = model.image_size / encoder.pos_embed.shape[1]
     place = tuple(patch * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))
     names = tokenizer.convert_ids_to_tokens(tokens[0][words].tolist())

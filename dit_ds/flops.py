@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.config import RunConfig
+from dit_ds.data.prompts import Prompts
 from dit_ds.errors import UserError
 from dit_ds.memory.fake import fake_tensors
 from dit_ds.memory.ledger import LiveTensors
@@ -72,7 +73,8 @@ def _passes(
         model.checkpoint_activations(policy)
         if watch is not None:
             watch(model.train())
-        inputs, mask, weight = fake_batch(1, one.data.image_size, one.data.tokens)
+        d = one.data
+        inputs, mask, weight = fake_batch(1, d.image_size, d.tokens, Prompts.of(d.prompts, d.points))
         with count_flops() as counter:
             loss = model.loss(model(**inputs), mask, weight)
             forward = counter.get_total_flops()

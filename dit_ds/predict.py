@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +13,43 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dit_ds import checkpoint
 from dit_ds.config import RunConfig
 from dit_ds.data.loader import ExpressionDataset, SplitIndex, make_tokenize
+from dit_ds.data.prompts import Prompts, default_kind, scale_places
 from dit_ds.data.transforms import pad_square, resize_image
 from dit_ds.distributed import connect, disconnect
 from dit_ds.errors import UserError
-from dit_ds.evaluate import evaluate, original_probabilities
-from dit_ds.files import full_disk_is_user_error
+from dit_ds.evaluate import Binarize, evaluate, model_inputs
+from dit_ds.files import full_disk_is_user_error, write_json
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize import side_by_side
 from dit_ds.weights import load_model
 
+_log = logging.getLogger("dit_ds")
 
-def dataset_of(config: RunConfig, split: str, data_root: str | None, sentence_shift: int = 0) -> ExpressionDataset:
-    """A split as a run's evaluation sees it; `data_root` where its shards are, if not where the run had them."""
+
+def dataset_of(
+    config: RunConfig, split: str, data_root: str | None, kind: str | None = None, sentence_shift: int = 0
+) -> ExpressionDataset:
+    """A split to evaluate on, with prompts of one kind; `data_root` where its shards are, if not where the run had them."""
     d = config.data
     index = SplitIndex.load(Path(data_root or d.root) / d.dataset / d.split_by, split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
-    return ExpressionDataset(index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize)
+    asked = Prompts.of(d.prompts, d.points, [kind or default_kind(d.prompts)])
+    return ExpressionDataset(
+        index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize, prompts=asked
+    )
 
 
 def device() -> torch.device:
     """Where one process computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_kind(config: RunConfig, kind: str) -> None:
+    if kind != "text" and config.model.name != "dit_sam":
+        raise UserError(f"model.name {config.model.name} reads words only: it can't be prompted with a {kind}")
 
 
 def evaluate_checkpoint(
@@ -44,15 +61,23 @@ def evaluate_checkpoint(
     shuffle_text: bool = False,
     threshold: float | None = None,
     predictions: str | None = None,
+    prompt: str | None = None,
 ) -> dict[str, Any]:
     """`dit-ds eval`: the metrics of one split, the same digits on any number of ranks.
 
     Args:
+        path: as for `load_model`. A run's result is left in its folder, too, see `_leave_in_run`.
         shuffle_text: give each image the expressions of another: what remains is what the image alone gives away.
         predictions: folder for the predicted masks, as `IMAGEID_EXPRESSION.png`.
+        prompt: text, point or box; by default text, if the model was trained on it. Points are drawn once for all: a
+            sample has the same in each evaluation.
     """
-    model, config, _ = load_model(path)
-    dataset = dataset_of(config, split, data_root, sentence_shift=1 if shuffle_text else 0)
+    model, config, meta = load_model(path)
+    kind = prompt or default_kind(config.data.prompts)
+    _check_kind(config, kind)
+    if shuffle_text and kind != "text":
+        raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
+    dataset = dataset_of(config, split, data_root, kind, sentence_shift=1 if shuffle_text else 0)
     collect = None
     if predictions is not None:
         folder = Path(predictions)
@@ -64,18 +89,39 @@ def evaluate_checkpoint(
                 name = f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png"
                 Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
 
-    world = connect()
+    world, binarize = connect(), Binarize.of(config, threshold)
     metrics = evaluate(
         model.to(world.device),
         dataset,
         batch_size or config.eval.batch_size,
-        threshold or config.eval.threshold,
+        binarize,
         config.data.workers if workers is None else workers,
         world,
         collect,
     )
     disconnect()
-    return {"split": split} | metrics
+    result = {"split": split, "prompt": kind} | metrics
+    if world.main and not shuffle_text:
+        d = config.data
+        how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
+        how |= {"step": meta["step"], "dataset": d.dataset, "split_by": d.split_by}
+        _leave_in_run(path, result | how)
+    return result
+
+
+def _leave_in_run(path: str | Path, result: dict[str, Any]) -> None:
+    """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run that the checkpoint is
+    of, if it is in one. A folder that can't be written is a warning: the result is on stdout."""
+    if Path(path).is_file():
+        return
+    found = checkpoint.find(path).resolve()
+    if found.parent.name != "checkpoints":
+        return
+    name = f"{result['split']}-{result['prompt']}-step_{result['step']:08d}.json"
+    try:
+        write_json(found.parent.parent / "evaluations" / name, result)
+    except UserError as e:
+        _log.warning(f"warning: the result is not kept: {e}")
 
 
 def read_expression(text: str) -> str:
@@ -102,41 +148,99 @@ def read_picture(path: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def predict_image(path: str, image: str, text: str, out: str, threshold: float | None = None) -> dict[str, Any]:
-    """`dit-ds predict`: write the picture beside the picture with the mask; return how much of it the mask covers."""
-    expression, pixels = read_expression(text), read_picture(image)
+def predict_image(
+    path: str,
+    image: str,
+    text: str | None,
+    out: str,
+    threshold: float | None = None,
+    points: Sequence[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+) -> dict[str, Any]:
+    """`dit-ds predict`: write the picture beside the picture with the mask; return how much of it the mask covers.
+
+    Args:
+        text, points, box: at least one of them; see `segment`.
+    """
+    if text is None and not points and box is None:
+        raise UserError("nothing says what to segment: give --text, --point or --box")
+    words = None if text is None else read_expression(text)
+    pixels = read_picture(image)
+    _check_places(points, box, *pixels.shape[:2])
     model, config, _ = load_model(path)
+    if points or box is not None:
+        _check_kind(config, "point" if points else "box")
     model.to(device())
-    tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), config.data.tokens)
-    mask = segment(model, config, pixels, expression, tokenize, threshold)
+    mask = segment(model, config, pixels, words, points, box, threshold)
+    said = {"text": text} if text is not None else {}
+    said |= {"points": [list(p) for p in points]} if points else {}
+    said |= {"box": list(box)} if box is not None else {}
     with full_disk_is_user_error(out):
-        side_by_side(pixels, mask, text).save(out, "PNG")
-    return {"out": out, "text": text, "covered": round(float(mask.mean()), 4)}
+        side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in said.items())).save(out, "PNG")
+    return {"out": out} | said | {"covered": round(float(mask.mean()), 4)}
+
+
+def _check_places(points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None, height: int, width: int) -> None:
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(f"--point {x:g},{y:g} is outside the picture, which is {width} wide and {height} high")
+    if box is None:
+        return
+    x0, y0, x1, y1 = box
+    said = f"--box {x0:g},{y0:g},{x1:g},{y1:g}"
+    if not (x0 < x1 and y0 < y1):
+        raise UserError(f"{said} has no inside: give X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
+    if not (0 <= x0 and 0 <= y0 and x1 <= width and y1 <= height):
+        raise UserError(f"{said} is not within the picture, which is {width} wide and {height} high")
 
 
 @torch.no_grad()
 def segment(
-    model: Any, config: RunConfig, pixels: np.ndarray, text: str, tokenize: Any, threshold: float | None = None
+    model: Any,
+    config: RunConfig,
+    pixels: np.ndarray,
+    text: str | None = None,
+    points: Sequence[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+    threshold: float | None = None,
 ) -> np.ndarray:
-    """(H, W, 3) uint8 and words to a (H, W) bool mask."""
-    inputs = model_inputs(config, pixels, text, tokenize)
-    logits = model(*(x.to(device()) for x in inputs)).cpu()
-    return predicted_mask(logits[0], inputs[1][0], pixels.shape[:2], config, threshold)
+    """Segment one picture.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        text: words.
+        points: x and y of points on the object, in pixels of the picture.
+        box: XYXY around it.
+    Returns:
+        (H, W) bool.
+    """
+    inputs = picture_inputs(config, pixels, text, points, box)
+    logits = model(**inputs).cpu()
+    binarize = Binarize.of(config, threshold)
+    return binarize(logits[0], inputs["size"][0], pixels.shape[:2], config.data.image_size).numpy()
 
 
-def model_inputs(config: RunConfig, pixels: np.ndarray, text: str, tokenize: Any) -> tuple[Tensor, ...]:
-    """(H, W, 3) uint8 and words to what `Segmenter.forward` takes, of one sample."""
-    size = config.data.image_size
-    small = np.asarray(resize_image(pixels, size, config.data.resize))
-    tokens, real = tokenize(text)
-    image = torch.from_numpy(pad_square(small, size).transpose(2, 0, 1).copy())[None]
+def picture_inputs(
+    config: RunConfig,
+    pixels: np.ndarray,
+    text: str | None = None,
+    points: Sequence[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+) -> dict[str, Tensor]:
+    """What the model takes, of one sample, by name and on its device; arguments as of `segment`."""
+    d = config.data
+    small = np.asarray(resize_image(pixels, d.image_size, d.resize))
     shape = torch.tensor([small.shape[:2]])
-    return image, shape, torch.from_numpy(tokens)[None], torch.from_numpy(real)[None]
-
-
-def predicted_mask(
-    logits: Tensor, size: Tensor, shape: tuple[int, int], config: RunConfig, threshold: float | None = None
-) -> np.ndarray:
-    """One sample's (s, s) logits to a (H, W) bool mask; `size` and `shape` as in `original_probabilities`."""
-    probability = original_probabilities(logits, size, shape, config.data.image_size)
-    return (probability > (threshold or config.eval.threshold)).numpy()
+    given = {"text": text is not None, "point": bool(points), "box": box is not None}
+    prompts = Prompts.of(d.prompts, d.points, [k for k, is_given in given.items() if is_given])
+    places = functools.partial(scale_places, original=pixels.shape[:2], resized=small.shape[:2])
+    sample = prompts.lay_out(
+        places(points) if points else None, None if box is None else places(np.reshape(box, (2, 2)))
+    )
+    if prompts.words:
+        tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
+        tokens, real = make_tokenize(tokenizer, d.tokens)(text or "")
+        sample |= {"tokens": tokens, "token_mask": real & (text is not None)}
+    batch = {k: torch.from_numpy(x)[None] for k, x in sample.items()}
+    batch["image"] = torch.from_numpy(pad_square(small, d.image_size).transpose(2, 0, 1).copy())[None]
+    return model_inputs(batch | {"size": shape}, device())

@@ -19,10 +19,11 @@ from dit_ds import engine as ds
 from dit_ds.config import RunConfig
 from dit_ds.control import Control, StallWatch
 from dit_ds.data.loader import ExpressionDataset, SplitIndex, TrainBatches, checked, make_loader, make_tokenize
+from dit_ds.data.prompts import Prompts, default_kind
 from dit_ds.data.transforms import Augmentation
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
 from dit_ds.errors import Interrupted, RunFailed, UserError
-from dit_ds.evaluate import INPUTS, evaluate
+from dit_ds.evaluate import Binarize, evaluate, model_inputs
 from dit_ds.flops import peak_flops, step_flops
 from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
@@ -92,8 +93,20 @@ class _Data:
         self.index, val_index = SplitIndex.load(folder, d.train_split), SplitIndex.load(folder, d.val_split)
         tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
         how = Augmentation(d.color, d.blur, d.flip)
-        self.train = ExpressionDataset(self.index, d.unit, d.image_size, tokenize, how, config.seed, resize=d.resize)
-        self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize, resize=d.resize)
+        self.train = ExpressionDataset(
+            self.index,
+            d.unit,
+            d.image_size,
+            tokenize,
+            how,
+            config.seed,
+            resize=d.resize,
+            prompts=Prompts.of(d.prompts, d.points),
+            mask_rule=d.mask_rule,
+            scales=d.scales,
+        )
+        asked = Prompts.of(d.prompts, d.points, [default_kind(d.prompts)])
+        self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize, resize=d.resize, prompts=asked)
 
 
 def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
@@ -221,9 +234,8 @@ class _Run:
             ds.set_learning_rate(engine, lr)
             # dropout draws from the step and the rank, so that a resumed run draws the same
             torch.manual_seed(_seed_of(config.seed, progress.step, i % accumulation, self.world.rank))
-            inputs = (batch[k].to(device, non_blocking=True) for k in INPUTS)
             mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))
-            loss = engine.module.loss(engine(*inputs), mask, weight)
+            loss = engine.module.loss(engine(**model_inputs(batch, device)), mask, weight)
             taken.append((loss.detach(), batch["sample"][batch["weight"] > 0].tolist()))
             window.add(loss.detach(), len(taken[-1][1]))
             engine.backward(loss)
@@ -322,16 +334,16 @@ class _Run:
         config, progress = self.config, self.progress
         self.engine.eval()
 
-        def model(*inputs: Tensor) -> Tensor:
+        def model(**inputs: Tensor) -> Tensor:
             self.watch.at(progress.step, "evaluating")
-            return self.engine(*inputs)
+            return self.engine(**inputs)
 
         with ds.averaged(self.state):
             metrics = evaluate(
                 model,
                 self.data.val,
                 config.eval.batch_size,
-                config.eval.threshold,
+                Binarize.of(config),
                 config.data.workers,
                 self.world,
             )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_ds import checkpoint
-from dit_ds.config import RunConfig, merge, validate
+from dit_ds.config import RunConfig, load_config, merge, validate
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error
 from dit_ds.fragments import MASTER
@@ -41,7 +41,7 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
     if m.name != "dit_sam":
         windows = "eager" if m.attention == "eager" else "sdpa"
         return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
-    return DITSAM(
+    model = DITSAM(
         text,
         m.size,
         config.data.image_size,
@@ -60,6 +60,9 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
         word_dropout=m.word_dropout,
         dice_weight=config.train.dice_weight,
     )
+    model.align_corners = m.align_corners
+    model.train_prompts(config.data.prompts)
+    return model
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
@@ -158,8 +161,14 @@ def load_model(
     Where the run kept a moving average of the weights, these are the weights.
 
     Args:
+        path: a run's folder, a checkpoint's, an exported file; or a configuration in YAML, whose model is then as
+            `model.checkpoint` has it, not tuned.
         overrides: of the configuration, as a nested dict.
+    Raises:
+        UserError: there is none, it is damaged, or the configuration names no checkpoint.
     """
+    if Path(path).suffix in (".yaml", ".yml"):
+        return _untuned(path, overrides or {})
     path = checkpoint.find(path)
     meta = checkpoint.read_meta(path)
     here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
@@ -170,6 +179,15 @@ def load_model(
         model.load_pretrained(config.model.checkpoint)
     load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
     return model.eval(), config, meta
+
+
+def _untuned(path: str | Path, overrides: dict[str, Any]) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
+    config = validate(merge(load_config(path).model_dump(mode="json"), overrides))
+    if config.model.checkpoint is None:
+        raise UserError(f"{path} names no weights: set model.checkpoint, or give the folder of a run that was trained")
+    model = build_model(config)
+    model.load_pretrained(config.model.checkpoint)
+    return model.eval(), config, {"step": 0, "epoch": 0, "config": config.model_dump(mode="json")}
 
 
 def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

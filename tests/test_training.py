@@ -133,7 +133,7 @@ def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_pa
         json.loads(dit_ds("eval", trained / "run", "--json", ranks=n).stdout.splitlines()[-1]) for n in (1, 2, 3)
     )
     assert one == two == three
-    assert list(one) == ["split", "n", "oiou", "miou", "p@0.5", "p@0.6", "p@0.7", "p@0.8", "p@0.9"]
+    assert list(one) == ["split", "prompt", "n", "oiou", "miou", "p@0.5", "p@0.6", "p@0.7", "p@0.8", "p@0.9"]
     assert one["n"] == metrics_of(trained / "run", "eval")[-1]["n"]
     assert one["miou"] == metrics_of(trained / "run", "eval")[-1]["miou"]
     written = tmp_path / "masks"

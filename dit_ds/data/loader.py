@@ -13,7 +13,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dit_ds.data.prompts import WORDS, Prompts, on_resized
 from dit_ds.data.refer import decode_rle
 from dit_ds.data.shards import load_manifest, size_errors
 from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, pad_square, resize_image, resize_mask
 from dit_ds.errors import UserError
 
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]  # words -> ids (T,) int64, real (T,) bool
+_PROMPT, _SCALE = 1, 2  # streams of random numbers beside the augmentation's, so that they don't shift its draws
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class ExpressionDataset(Dataset):
         seed: what sentence draws and augmentations derive from.
         sentence_shift: an expression is taken from the image this many further on: the control experiment that
             shows whether a model listens to the words.
+        prompts: what tells the model which object is meant.
+        mask_rule: of the mask to train on, see `resize_mask`.
+        scales: where there are any, the longer side is drawn from them in augmentation, in a square that stays.
     """
 
     def __init__(
@@ -111,10 +116,14 @@ class ExpressionDataset(Dataset):
         seed: int = 0,
         sentence_shift: int = 0,
         resize: str = "pad",
+        prompts: Prompts = WORDS,
+        mask_rule: str = "half",
+        scales: Sequence[int] = (),
     ):
         self.index, self.unit, self.image_size, self.tokenize = index, unit, image_size, tokenize
         self.augmentation, self.seed, self.sentence_shift = augmentation, seed, sentence_shift
-        self.resize = resize
+        self.resize, self.prompts, self.mask_rule = resize, prompts, mask_rule
+        self.scales = list(scales) if augmentation is not None and scales else [image_size]
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -128,31 +137,41 @@ class ExpressionDataset(Dataset):
             return e
 
     def _sample(self, epoch: int, sample: int, weight: float) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, epoch, sample])
+        rng, of_prompt, of_scale = (
+            np.random.default_rng([self.seed, epoch, sample, *stream]) for stream in ([], [_PROMPT], [_SCALE])
+        )
+        kind, side = self.prompts.choose(of_prompt), self.scales[int(of_scale.random() * len(self.scales))]
         ref, nth = self._locate(sample, rng)
-        meta, jpg = self._read(int(self.index.refs[ref, 0]), "json"), self._read(int(self.index.refs[ref, 0]), "jpg")
+        image = int(self.index.refs[ref, 0])
+        meta, jpg = self._read(image, "json"), self._read(image, "jpg")
         record = meta["refs"][self.index.refs[ref, 1]]
         text = record["sentences"][nth]["sent"]
         if self.sentence_shift:
             text = self._text_of_another_image(ref, nth)
-        pixels = self._decode(jpg, int(self.index.refs[ref, 0]))
-        whole = np.maximum.reduce([decode_rle(meta["anns"][str(a)]["rle"]) for a in record["ann_ids"]])
-        picture = resize_image(pixels, self.image_size, self.resize)
-        mask = resize_mask(whole, self.image_size, self.resize)
+        pixels = self._decode(jpg, image)
+        masks = [decode_rle(meta["anns"][str(a)]["rle"]) for a in record["ann_ids"]]
+        if kind != "text" and not any(m.any() for m in masks):
+            raise self._without_mask(image, kind)
+        whole = np.maximum.reduce(masks)
+        picture = resize_image(pixels, side, self.resize)
+        mask = resize_mask(whole, side, self.resize, self.mask_rule)  # what is learned
+        inside = mask if kind == "text" else on_resized(mask, whole)  # what is shown of it
         if self.augmentation is not None:
-            picture, mask, text = augment(picture, mask, text, self.augmentation, rng)
-        tokens, real = self.tokenize(text)
+            picture, both, text = augment(picture, np.stack([mask, inside], -1), text, self.augmentation, rng)
+            mask, inside = both[..., 0], both[..., 1]
         out = {
             "image": pad_square(np.asarray(picture), self.image_size).transpose(2, 0, 1),  # (3, S, S)
             "size": np.array(mask.shape),  # (2,): h, w before padding
             "mask": pad_square(mask, self.image_size),  # (S, S)
-            "tokens": tokens,  # (T,)
-            "token_mask": real,  # (T,)
             "weight": np.float32(weight),
             "sample": np.int64(sample),
         }
+        if self.prompts.words:
+            tokens, real = self.tokenize(text if kind == "text" else "")
+            out |= {"tokens": tokens, "token_mask": real if kind == "text" else np.zeros_like(real)}  # (T,) each
+        out |= self.prompts.draw(kind, inside, of_prompt)  # points (P, 2) and labels (P,), where there are any
         if self.augmentation is None:
-            out |= {"original": whole, "text": text, "image_id": int(self.index.images[self.index.refs[ref, 0], 1])}
+            out |= {"original": whole, "text": text, "image_id": int(self.index.images[image, 1])}
         return out
 
     def _locate(self, sample: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -202,6 +221,13 @@ class ExpressionDataset(Dataset):
     def _damaged(self, image: int, what: str) -> UserError:
         shard, image_id = self.index.shards[self.index.images[image, 0]], self.index.images[image, 1]
         return UserError(f"{shard}: {what} of sample {image_id:012d} is damaged: remove that shard and shard again")
+
+    def _without_mask(self, image: int, kind: str) -> UserError:
+        shard, image_id = self.index.shards[self.index.images[image, 0]], self.index.images[image, 1]
+        return UserError(
+            f"{shard}: sample {image_id:012d} has an expression without a mask, so there is no {kind} to draw: leave it "
+            "out when sharding, or prompt with text only"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # descriptors belong to one process

@@ -60,9 +60,17 @@ def resize_image(image: np.ndarray, image_size: int, resize: str = "pad") -> Ima
     return Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR)
 
 
-def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
-    """(H, W) of 0 and 1 to (h, w) uint8 of 0 and 1: a pixel is in where at least half of what it covers was."""
+def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: str = "half") -> np.ndarray:
+    """(H, W) of 0 and 1 to (h, w).
+
+    Args:
+        rule: half, uint8 of 0 and 1, a pixel is in where at least half of what it covers was; any, the same where any
+            was; soft, float32, the share that was.
+    """
     h, w = resized_shape(*mask.shape, image_size, resize)
+    if rule != "half":  # in floats: of a large mask's share in bytes too little would be left to be seen
+        share = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR))
+        return share.clip(0, 1) if rule == "soft" else (share > 0).astype(np.uint8)
     covered = Image.fromarray(mask * np.uint8(255)).resize((w, h), Image.Resampling.BILINEAR)
     return (np.asarray(covered) >= 128).astype(np.uint8)
 
@@ -81,7 +89,11 @@ def swap_sides(text: str) -> str:
 def augment(
     image: Image.Image, mask: np.ndarray, text: str, how: Augmentation, rng: np.random.Generator
 ) -> tuple[Image.Image, np.ndarray, str]:
-    """Augment one resized sample. Every draw is made whatever the settings, so that one of them never shifts another."""
+    """Augment one resized sample. Every draw is made whatever the settings, so that one of them never shifts another.
+
+    Args:
+        mask: (h, w), or several as (h, w, n).
+    """
     factors = 1 + how.color * rng.uniform(-1, 1, 3)
     blur, radius, flip = rng.random(), rng.uniform(0.1, 1.5), rng.random()
     if how.color > 0:

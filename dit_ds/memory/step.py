@@ -11,20 +11,27 @@ from torch import Tensor
 
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig
+from dit_ds.data.prompts import WORDS, Prompts
 from dit_ds.distributed import World
 from dit_ds.fragments import TrainingState
 from dit_ds.memory.ledger import Ledger, Profile
 from dit_ds.weights import build_model
 
 
-def fake_batch(batch: int, image_size: int, tokens: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def fake_batch(
+    batch: int, image_size: int, tokens: int, prompts: Prompts = WORDS
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Inputs, mask and weight of the shapes that the loader gives."""
     inputs = {
         "image": torch.zeros(batch, 3, image_size, image_size, dtype=torch.uint8),
         "size": torch.full((batch, 2), image_size),
-        "tokens": torch.zeros(batch, tokens, dtype=torch.long),
-        "token_mask": torch.ones(batch, tokens, dtype=torch.bool),
     }
+    if prompts.words:
+        inputs["tokens"] = torch.zeros(batch, tokens, dtype=torch.long)
+        inputs["token_mask"] = torch.ones(batch, tokens, dtype=torch.bool)
+    if prompts.slots:
+        inputs["points"] = torch.zeros(batch, prompts.slots, 2)
+        inputs["labels"] = torch.zeros(batch, prompts.slots, dtype=torch.long)
     return inputs, torch.zeros(batch, image_size, image_size, dtype=torch.uint8), torch.ones(batch)
 
 
@@ -82,7 +89,7 @@ class Steps:
     def _pass(self, micro_batch: int) -> None:
         d, device, ledger, engine = self.config.data, self.world.device, self.ledger, self.engine
         ledger.enter("forward")
-        inputs, mask, weight = fake_batch(micro_batch, d.image_size, d.tokens)
+        inputs, mask, weight = fake_batch(micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points))
         inputs, mask, weight = {k: x.to(device) for k, x in inputs.items()}, mask.to(device), weight.to(device)
         ledger.own("inputs", (*inputs.values(), mask, weight))
         loss = engine.module.loss(engine(**inputs), mask, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ class DITSAM(Segmenter):
         dice_weight: float = 0.0,
     ):
         super().__init__()
+        self.align_corners = False  # of the logits' upsampling in the loss
         s = SIZES[size]
         self.image_size, self.mask_padding, self.dice_weight = image_size, mask_padding, dice_weight
         self.text_encoder = text_encoder
@@ -113,17 +115,55 @@ class DITSAM(Segmenter):
                 if words_way is not None:
                     words_way.requires_grad_(not projections)
 
-    def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """As `Segmenter.forward`: (B, 4S/patch, 4S/patch) fp32 logits over the padded square, in training, too."""
-        words = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
-        x = self.image_encoder(self.preprocess(image, size), words, token_mask if self.mask_padding else None)
-        real = token_mask if self.mask_padding else torch.ones_like(token_mask)
-        sparse, dense, positions = self.prompt_encoder(self.text_projection(words), real)
+    def forward(
+        self,
+        image: Tensor,
+        size: Tensor,
+        tokens: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """As `Segmenter.forward`: (B, 4S/patch, 4S/patch) fp32 logits over the padded square, in training, too.
+
+        Args:
+            tokens, token_mask: None where no sample has words; a sample whose mask is all False has none.
+            points, labels: (B, P, 2) and (B, P), see `WordPromptEncoder.embed_points`; None where no sample has any.
+                They meet the image in the mask decoder only (paper Table 6, footnote 2).
+        """
+        words, attended = None, None
+        if tokens is not None:
+            words, attended = self._read(tokens, token_mask, some_have_none=points is not None)  # (B, T, text_dim)
+        x = self.image_encoder(self.preprocess(image, size), words, attended)
+        projected, real = None, token_mask
+        if words is not None:
+            projected = self.text_projection(words)  # (B, T, C)
+            real = torch.ones_like(token_mask) if attended is None else attended
+        sparse, dense, positions = self.prompt_encoder(projected, real, points, labels)
         return self.mask_decoder(x, positions, sparse, dense).float()
+
+    def _read(self, tokens: Tensor, token_mask: Tensor, some_have_none: bool) -> tuple[Tensor, Tensor | None]:
+        """Features of the words, and what of them the image attends to; None for all."""
+        attended = token_mask if self.mask_padding else None
+        if not some_have_none:
+            return self.text_encoder(tokens, token_mask), attended
+        first = torch.arange(tokens.shape[1], device=tokens.device) == 0
+        words = self.text_encoder(tokens, token_mask | first)  # attention over no words at all would be NaN
+        if attended is None:
+            attended = token_mask.any(1, keepdim=True).expand_as(token_mask)
+        return words * token_mask[..., None], attended
+
+    def train_prompts(self, kinds: Sequence[str]) -> None:
+        """Train what is needed for prompts of these kinds (text, point, box), and no word's way where there are none."""
+        self.prompt_encoder.train_points(kinds)
+        if "text" not in kinds:
+            for part in (self.text_encoder, self.text_projection, self.image_encoder.instruction):
+                if part is not None:
+                    part.requires_grad_(False)
 
     def loss(self, output: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         """See `segmentation_loss`."""
-        return segmentation_loss(output, mask, weight, self.dice_weight)
+        return segmentation_loss(output, mask, weight, self.dice_weight, self.align_corners)
 
     def checkpoint_activations(self, policy: str) -> None:
         """See `image_encoder.CHECKPOINTING`."""
@@ -140,17 +180,20 @@ class DITSAM(Segmenter):
         return report | {"missing": [n for n in report["missing"] if not n.startswith(added)]}
 
 
-def segmentation_loss(logits: Tensor, mask: Tensor, weight: Tensor, dice_weight: float = 0.0) -> Tensor:
+def segmentation_loss(
+    logits: Tensor, mask: Tensor, weight: Tensor, dice_weight: float = 0.0, align_corners: bool = False
+) -> Tensor:
     """BCE on the upsampled logits, as the paper's code, and optionally Dice; the weighted mean over samples.
 
     Args:
         logits: (B, s, s).
-        mask: (B, S, S) of 0 and 1; padding is background.
+        mask: (B, S, S) of 0 and 1, or soft between them; padding is background.
         weight: (B,), 0 for a sample that only fills up a batch.
+        align_corners: of the upsampling.
     Returns:
         A scalar.
     """
-    logits, target = upscale(logits, mask.shape[-1]), mask.float()
+    logits, target = upscale(logits, mask.shape[-1], align_corners), mask.float()
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))  # (B,)
     if dice_weight:
         p = logits.sigmoid()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,25 +54,61 @@ class DensePositions(PositionEmbeddingRandom):
 
 
 class WordPromptEncoder(PromptEncoder):
-    """SAM's `PromptEncoder` for sparse prompts that are words, padded as SAM pads its points."""
+    """SAM's `PromptEncoder` whose sparse prompts are words, too, padded as SAM pads its points."""
 
     def __init__(self, size: Size, image_size: int):
         grid = (image_size // size.patch_size, image_size // size.patch_size)
         super().__init__(size.prompt_dim, grid, (image_size, image_size), mask_in_chans=16)
         self.pe_layer = DensePositions(size.prompt_dim // 2)
 
-    def forward(self, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Words to the mask decoder's prompts.
+    def forward(
+        self,
+        words: Tensor | None,
+        word_mask: Tensor | None,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, points and boxes to the mask decoder's prompts.
 
         Args:
-            words: (B, T, C) projected words.
+            words: (B, T, C) projected words; None for none.
             word_mask: (B, T) bool; a padding word becomes SAM's `not_a_point_embed`.
+            points, labels: see `embed_points`; None for none.
         Returns:
-            sparse (B, T, C), dense (1, C, 1, 1) for "no mask given", positions (1, C, h, w).
+            sparse (B, T+P, C), words first, dense (1, C, 1, 1) for "no mask given", positions (1, C, h, w). Where there
+            is nothing at all, sparse is (1, 0, C).
         """
-        sparse = torch.where(word_mask[..., None], words, self.not_a_point_embed.weight)
         dense = self.no_mask_embed.weight.view(1, -1, 1, 1)
-        return sparse, dense, self.get_dense_pe().to(words.dtype)
+        dtype = dense.dtype if words is None else words.dtype
+        sparse = []
+        if words is not None:
+            sparse.append(torch.where(word_mask[..., None], words, self.not_a_point_embed.weight))
+        if points is not None:
+            sparse.append(self.embed_points(points, labels).to(dtype))
+        of_all = torch.cat(sparse, dim=1) if sparse else dense.new_zeros(1, 0, self.embed_dim)  # (B, T+P, C)
+        return of_all, dense, self.get_dense_pe().to(dtype)
+
+    def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
+        """What SAM's `_embed_points` and `_embed_boxes` compute, for points and corners in one tensor, as SAM's ONNX
+        export has them.
+
+        Args:
+            points: (B, P, 2) x and y in pixels of the square input, whose pixels' centres are whole numbers.
+            labels: (B, P) int: 1 on the object, 0 not on it, 2 and 3 a box's upper left and lower right corner, -1 no
+                point at all, wherever it is.
+        Returns:
+            (B, P, C)
+        """
+        places = self.pe_layer.forward_with_coords(points.float() + 0.5, self.input_image_size)  # (B, P, C)
+        # all kinds at once, so that each has a gradient in every step, whatever the batch holds
+        kinds = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings)])  # (1+4, C)
+        return places.to(kinds.dtype) * (labels >= 0)[..., None] + kinds[labels + 1]
+
+    def train_points(self, kinds: Sequence[str]) -> None:
+        """Train what embeds the prompts among `kinds` (text, point, box), where embeddings train at all."""
+        if self.not_a_point_embed.weight.requires_grad:
+            for i, e in enumerate(self.point_embeddings):
+                e.requires_grad_(("point" in kinds and i == 1) or ("box" in kinds and i in (2, 3)))
 
 
 class BatchedMaskDecoder(MaskDecoder):
@@ -88,14 +124,14 @@ class BatchedMaskDecoder(MaskDecoder):
         Args:
             image: (B, C, h, w) from the image encoder.
             positions: (1, C, h, w).
-            sparse: (B, T, C).
+            sparse: (B, T, C), or (1, T, C) for all.
             dense: broadcastable to `image`.
         Returns:
             (B, 4h, 4w) logits.
         """
         b, c, h, w = image.shape
         queries = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1+4, C)
-        tokens = torch.cat([queries.expand(b, -1, -1), sparse], dim=1)  # (B, 5+T, C)
+        tokens = torch.cat([queries.expand(b, -1, -1), sparse.expand(b, -1, -1)], dim=1)  # (B, 5+T, C)
         out, src = self.transformer(image + dense, positions.expand(b, -1, -1, -1), tokens)
         upscaled = self.output_upscaling(src.transpose(1, 2).reshape(b, c, h, w))  # (B, C/8, 4h, 4w)
         weights = self.output_hypernetworks_mlps[0](out[:, 1])  # (B, C/8): mask token 0

@@ -102,9 +102,10 @@ class Segmenter(nn.Module):
         }
 
 
-def upscale(logits: Tensor, image_size: int) -> Tensor:
-    """(B, s, s) to (B, image_size, image_size), bilinear."""
-    return F.interpolate(logits[:, None], (image_size, image_size), mode="bilinear", align_corners=False)[:, 0]
+def upscale(logits: Tensor, image_size: int, align_corners: bool = False) -> Tensor:
+    """(B, s, s) to (B, image_size, image_size), bilinear; with the corners' centres aligned as the paper's code has it."""
+    side = (image_size, image_size)
+    return F.interpolate(logits[:, None], side, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def two_class_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
