@@ -180,7 +180,7 @@ def attention(
 
     Args:
         image: file of the picture.
-        words: a row for each word below that of all of them, for one checkpoint.
+        words: a row for each word (each piece of one that the tokenizer splits) below that of all, for one checkpoint.
         layers: which, from 1 on; None for all.
     Returns:
         `out`, `text`, and for each checkpoint (`checkpoints`) its `checkpoint`, `title`, `shows` (words or places),
