@@ -18,7 +18,7 @@ from dit_ds.evaluate import INPUTS
 from dit_ds.metrics import intersection_and_union
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.text_encoder import load_tokenizer
-from dit_ds.predict import dataset_of, device, model_inputs, predicted_mask, read_expression, read_picture
+from dit_ds.predict import dataset_of, device, picture_inputs, predicted_mask, read_expression, read_picture
 from dit_ds.visualize import AttentionRow, GridRow, draw_attention, picture_format, write_grid
 from dit_ds.weights import load_model
 
@@ -179,7 +179,7 @@ def attention(
 
     Args:
         image: file of the picture.
-        words: a row for each word below that of all of them, for one checkpoint.
+        words: a row for each word (each piece of one that the tokenizer splits) below that of all, for one checkpoint.
         layers: which, from 1 on; None for all.
     Returns:
         `out`, `text`, and for each checkpoint (`checkpoints`) its `checkpoint`, `title`, `shows` (words or places),
@@ -224,15 +224,14 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
     if missing:
         raise UserError(f"no layer {missing[0]} in {path}: it has 1 to {len(encoder.blocks)}")
     tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
-    inputs = model_inputs(config, pixels, text, make_tokenize(tokenizer, config.data.tokens))
-    _, size, tokens, token_mask = inputs
+    inputs = picture_inputs(config, pixels, text, make_tokenize(tokenizer, config.data.tokens))
+    tokens, size = inputs["tokens"].cpu(), inputs["size"].cpu()
     ends = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
-    words = token_mask[0] & ~torch.isin(tokens[0], ends)
+    words = inputs["token_mask"][0].cpu() & ~torch.isin(tokens[0], ends)
     if not words.any():
         raise UserError(f"--text '{text}' has no word for the text encoder: use others")
     chosen = None if layers is None else {i - 1 for i in layers}
-    on_device = (x.to(device()) for x in (*inputs, words))
-    logits, found = attention_of_picture(model, *on_device, chosen)
+    logits, found = attention_of_picture(model, inputs, words.to(device()), chosen)
     prediction = predicted_mask(logits[0].cpu(), size[0], pixels.shape[:2], config)
     patch = model.image_size / encoder.pos_embed.shape[1]
     place = tuple(patch * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))

@@ -15,7 +15,7 @@ from dit_ds.data.loader import ExpressionDataset, SplitIndex, make_tokenize
 from dit_ds.data.transforms import pad_square, resize_image
 from dit_ds.distributed import connect, disconnect
 from dit_ds.errors import UserError
-from dit_ds.evaluate import evaluate, original_probabilities
+from dit_ds.evaluate import INPUTS, evaluate, original_probabilities
 from dit_ds.files import full_disk_is_user_error
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize import side_by_side
@@ -119,19 +119,20 @@ def segment(
     model: Any, config: RunConfig, pixels: np.ndarray, text: str, tokenize: Any, threshold: float | None = None
 ) -> np.ndarray:
     """(H, W, 3) uint8 and words to a (H, W) bool mask."""
-    inputs = model_inputs(config, pixels, text, tokenize)
-    logits = model(*(x.to(device()) for x in inputs)).cpu()
-    return predicted_mask(logits[0], inputs[1][0], pixels.shape[:2], config, threshold)
+    inputs = picture_inputs(config, pixels, text, tokenize)
+    logits = model(**inputs).cpu()
+    return predicted_mask(logits[0], inputs["size"][0], pixels.shape[:2], config, threshold)
 
 
-def model_inputs(config: RunConfig, pixels: np.ndarray, text: str, tokenize: Any) -> tuple[Tensor, ...]:
-    """(H, W, 3) uint8 and words to what `Segmenter.forward` takes, of one sample."""
+def picture_inputs(config: RunConfig, pixels: np.ndarray, text: str, tokenize: Any) -> dict[str, Tensor]:
+    """(H, W, 3) uint8 and words to what `Segmenter.forward` takes, of one sample, by name and on its device."""
     size = config.data.image_size
     small = np.asarray(resize_image(pixels, size, config.data.resize))
     tokens, real = tokenize(text)
     image = torch.from_numpy(pad_square(small, size).transpose(2, 0, 1).copy())[None]
     shape = torch.tensor([small.shape[:2]])
-    return image, shape, torch.from_numpy(tokens)[None], torch.from_numpy(real)[None]
+    values = (image, shape, torch.from_numpy(tokens)[None], torch.from_numpy(real)[None])
+    return {name: x.to(device()) for name, x in zip(INPUTS, values)}
 
 
 def predicted_mask(

@@ -73,13 +73,14 @@ def random_model(config: RunConfig) -> torch.nn.Module:
     return model
 
 
-def a_picture(height: int, width: int, side: int = 64) -> tuple[torch.Tensor, ...]:
+def a_picture(height: int, width: int, side: int = 64) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One sample: [CLS], four words, [SEP], two of padding; and which are words."""
     torch.manual_seed(1)
     tokens = torch.tensor([[101, 1996, 2187, 2317, 2732, 102, 0, 0]])
     words = torch.tensor([False, True, True, True, True, False, False, False])
     image = torch.randint(0, 255, (1, 3, side, side), dtype=torch.uint8)
-    return image, torch.tensor([[height, width]]), tokens, tokens > 0, words
+    size = torch.tensor([[height, width]])
+    return {"image": image, "size": size, "tokens": tokens, "token_mask": tokens > 0}, words
 
 
 @pytest.fixture(params=[0, 3])
@@ -93,32 +94,32 @@ def window(request, monkeypatch) -> int:
 @torch.no_grad()
 def test_every_layer_of_a_model_is_explained(scheme, window):
     model = random_model(tiny(scheme, model={"window_size": window}))
-    *inputs, _ = a_picture(64, 64)
+    inputs, _ = a_picture(64, 64)
     given, returned = [], []
     hooks = [
         b.attn.register_forward_hook(lambda _, args, out: returned.append(out)) for b in model.image_encoder.blocks
     ]
     with observed(model.image_encoder, lambda *what: given.append(what)):
-        logits = model(*inputs)
+        logits = model(**inputs)
     for hook in hooks:
         hook.remove()
     assert [layer for layer, *_ in given] == [0, 1, 2, 3]
     for (_, attn, x, words, mask), (of_x, of_words) in zip(given, returned):
         assert (words is None) == (scheme == "default")
         assert_maps_give(attn, x, words, mask, of_x, of_words, 1e-5)
-    assert torch.equal(model(*inputs), logits) and len(given) == 4  # nobody looks any more
+    assert torch.equal(model(**inputs), logits) and len(given) == 4  # nobody looks any more
 
 
 @torch.no_grad()
 def test_what_is_shown_is_the_mean_over_the_pictures_places(window):
     """Place by place and window by window, of a picture that fills 3 x 4 of 4 x 4 places."""
     model = random_model(tiny("end_to_end", model={"window_size": window}))
-    *inputs, words = a_picture(40, 64)
-    assert picture_places(inputs[1][0], (4, 4), 64) == (3, 4)
+    inputs, words = a_picture(40, 64)
+    assert picture_places(inputs["size"][0], (4, 4), 64) == (3, 4)
     given = []
     with observed(model.image_encoder, lambda layer, *what: given.append(what)):
-        expected = model(*inputs)
-    logits, found = attention_of_picture(model, *inputs, words)
+        expected = model(**inputs)
+    logits, found = attention_of_picture(model, inputs, words)
     assert torch.equal(logits, expected) and sorted(found) == [0, 1, 2, 3]
     for layer, (attn, x, of_words, mask) in enumerate(given):
         side = x.shape[1]  # of a window, or of the whole
@@ -146,8 +147,8 @@ def test_what_is_shown_is_the_mean_over_the_pictures_places(window):
 def test_only_the_expressions_rows_are_words():
     """Static tokens behind them take their share and are not shown."""
     model = random_model(tiny(model={"static_tokens": 3}))
-    *inputs, words = a_picture(64, 64)
-    _, found = attention_of_picture(model, *inputs, words, layers={2})
+    inputs, words = a_picture(64, 64)
+    _, found = attention_of_picture(model, inputs, words, layers={2})
     assert list(found) == [2] and found[2].by_word.shape == (4, 4, 4)
     assert 0 < found[2].to_words < 1 - float(found[2].received.sum()) - 1e-3
 

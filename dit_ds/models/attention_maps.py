@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,19 +113,13 @@ def observed(encoder: nn.Module, observer: Observer) -> Iterator[None]:
 
 @torch.no_grad()
 def attention_of_picture(
-    model: nn.Module,
-    image: Tensor,
-    size: Tensor,
-    tokens: Tensor,
-    token_mask: Tensor,
-    words: Tensor,
-    layers: Collection[int] | None = None,
+    model: nn.Module, inputs: Mapping[str, Tensor], words: Tensor, layers: Collection[int] | None = None
 ) -> tuple[Tensor, dict[int, LayerAttention]]:
     """Segment one picture and look at its layers' attention.
 
     Args:
         model: a `DITSAM` in evaluation mode.
-        image, size, tokens, token_mask: as in `Segmenter.forward`, of one sample.
+        inputs: what `Segmenter.forward` takes, by name, of one sample with words.
         words: (T,) bool: which tokens are real words, neither padding nor [CLS] nor [SEP].
         layers: which, from 0 on; None for all.
     Returns:
@@ -133,7 +127,7 @@ def attention_of_picture(
     """
     encoder, found = model.image_encoder, {}
     grid = tuple(encoder.pos_embed.shape[1:3])
-    picture = picture_places(size[0], grid, model.image_size)
+    picture = picture_places(inputs["size"][0], grid, model.image_size)
 
     def observer(layer: int, attn: nn.Module, x: Tensor, given: Tensor | None, mask: Tensor | None) -> None:
         if layers is None or layer in layers:
@@ -141,7 +135,7 @@ def attention_of_picture(
             found[layer] = _summary(maps, grid, picture, words, encoder.blocks[layer].window_size)
 
     with observed(encoder, observer):
-        logits = model(image, size, tokens, token_mask)
+        logits = model(**inputs)
     return logits, found
 
 
