@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dit_ds import __version__, cli_paper, cli_planning
+from dit_ds import __version__, cli_figures, cli_paper, cli_planning
 from dit_ds.cli_output import command, report
 from dit_ds.errors import Interrupted, RunFailed, UserError
 
@@ -171,13 +171,6 @@ def _predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sheet(args: argparse.Namespace) -> int:
-    from dit_ds.predict import contact_sheet
-
-    report(args, contact_sheet(args.run_or_checkpoint, args.out, args.split, args.data_root, args.rows))
-    return 0
-
-
 def _export(args: argparse.Namespace) -> int:
     import torch
 
@@ -297,13 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="file to write, as model.safetensors")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
 
-    p = command(commands, "sheet", _sheet, "a contact sheet: image, words, ground truth, prediction")
-    p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
-    p.add_argument("--out", required=True, help="PNG to write")
-    p.add_argument("--split", default="val", help="which split (default val)")
-    p.add_argument("--data-root", help="where the shards are, if they moved since training")
-    p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
-
+    cli_figures.add(commands)
     cli_planning.add(commands)
     cli_paper.add(commands)
     return parser

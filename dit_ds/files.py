@@ -44,7 +44,7 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some, or choose another folder") from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(f"cannot write {path} ({e.strerror}): choose another folder") from e
         raise
 

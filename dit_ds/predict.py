@@ -1,4 +1,4 @@
-"""What a trained checkpoint does: evaluate a split, segment one picture, fill a contact sheet."""
+"""What a trained checkpoint does: evaluate a split, segment one picture."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dit_ds import checkpoint
 from dit_ds.config import RunConfig
-from dit_ds.data.loader import ExpressionDataset, SplitIndex, checked, make_loader, make_tokenize
+from dit_ds.data.loader import ExpressionDataset, SplitIndex, make_tokenize
 from dit_ds.data.prompts import Prompts, default_kind, scale_places
 from dit_ds.data.transforms import pad_square, resize_image
 from dit_ds.distributed import connect, disconnect
 from dit_ds.errors import UserError
 from dit_ds.evaluate import Binarize, evaluate, model_inputs
 from dit_ds.files import full_disk_is_user_error, write_json
-from dit_ds.metrics import intersection_and_union
 from dit_ds.models.text_encoder import load_tokenizer
-from dit_ds.visualize import side_by_side, write_sheet
+from dit_ds.visualize import side_by_side
 from dit_ds.weights import load_model
 
 _log = logging.getLogger("dit_ds")
 
 
-def _dataset(
+def dataset_of(
     config: RunConfig, split: str, data_root: str | None, kind: str | None = None, sentence_shift: int = 0
 ) -> ExpressionDataset:
-    """A split to evaluate on, with prompts of one kind."""
+    """A split to evaluate on, with prompts of one kind; `data_root` where its shards are, if not where the run had them."""
     d = config.data
     index = SplitIndex.load(Path(data_root or d.root) / d.dataset / d.split_by, split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
@@ -42,7 +42,8 @@ def _dataset(
     )
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where one process computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -76,7 +77,7 @@ def evaluate_checkpoint(
     _check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
-    dataset = _dataset(config, split, data_root, kind, sentence_shift=1 if shuffle_text else 0)
+    dataset = dataset_of(config, split, data_root, kind, sentence_shift=1 if shuffle_text else 0)
     collect = None
     if predictions is not None:
         folder = Path(predictions)
@@ -123,6 +124,29 @@ def _leave_in_run(path: str | Path, result: dict[str, Any]) -> None:
         _log.warning(f"warning: the result is not kept: {e}")
 
 
+def read_expression(text: str) -> str:
+    """The words as the model is given them.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not text.strip():
+        raise UserError("--text is empty: say what to segment, as --text 'the left star'")
+    return text.strip().lower()
+
+
+def read_picture(path: str) -> np.ndarray:
+    """(H, W, 3) uint8.
+
+    Raises:
+        UserError: it isn't there, or no picture.
+    """
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except OSError as e:
+        raise UserError(f"cannot read the picture {path} ({e.strerror or e})") from None
+
+
 @torch.no_grad()
 def predict_image(
     path: str,
@@ -140,18 +164,13 @@ def predict_image(
     """
     if text is None and not points and box is None:
         raise UserError("nothing says what to segment: give --text, --point or --box")
-    if text is not None and not text.strip():
-        raise UserError("--text is empty: say what to segment, as --text 'the left star'")
-    try:
-        pixels = np.asarray(Image.open(image).convert("RGB"))
-    except OSError as e:
-        raise UserError(f"cannot read the picture {image} ({e.strerror or e})") from None
+    words = None if text is None else read_expression(text)
+    pixels = read_picture(image)
     _check_places(points, box, *pixels.shape[:2])
     model, config, _ = load_model(path)
     if points or box is not None:
         _check_kind(config, "point" if points else "box")
-    model.to(_device())
-    words = None if text is None else text.strip().lower()
+    model.to(device())
     mask = segment(model, config, pixels, words, points, box, threshold)
     said = {"text": text} if text is not None else {}
     said |= {"points": [list(p) for p in points]} if points else {}
@@ -195,6 +214,20 @@ def segment(
     Returns:
         (H, W) bool.
     """
+    inputs = picture_inputs(config, pixels, text, points, box)
+    logits = model(**inputs).cpu()
+    binarize = Binarize.of(config, threshold)
+    return binarize(logits[0], inputs["size"][0], pixels.shape[:2], config.data.image_size).numpy()
+
+
+def picture_inputs(
+    config: RunConfig,
+    pixels: np.ndarray,
+    text: str | None = None,
+    points: Sequence[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+) -> dict[str, Tensor]:
+    """What the model takes, of one sample, by name and on its device; arguments as of `segment`."""
     d = config.data
     small = np.asarray(resize_image(pixels, d.image_size, d.resize))
     shape = torch.tensor([small.shape[:2]])
@@ -210,32 +243,4 @@ def segment(
         sample |= {"tokens": tokens, "token_mask": real & (text is not None)}
     batch = {k: torch.from_numpy(x)[None] for k, x in sample.items()}
     batch["image"] = torch.from_numpy(pad_square(small, d.image_size).transpose(2, 0, 1).copy())[None]
-    logits = model(**model_inputs(batch | {"size": shape}, _device())).cpu()
-    return Binarize.of(config, threshold)(logits[0], shape[0], pixels.shape[:2], d.image_size).numpy()
-
-
-@torch.no_grad()
-def contact_sheet(path: str, out: str, split: str, data_root: str | None = None, rows: int = 8) -> dict[str, Any]:
-    """`dit-ds sheet`: expressions spread over a split, each with its image, ground truth and prediction."""
-    model, config, _ = load_model(path)
-    model.to(_device())
-    dataset = _dataset(config, split, data_root)
-    chosen = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int)
-    loader = make_loader(dataset, [[(0, int(s), 1.0)] for s in chosen], workers=0, pin=False)
-    panels, binarize = [], Binarize.of(config)
-    for batch in checked(loader):
-        truth = batch["original"][0]
-        logits = model(**model_inputs(batch, _device())).cpu()
-        prediction = binarize(logits[0], batch["size"][0], truth.shape, config.data.image_size).numpy()
-        shared, union = intersection_and_union(prediction, truth)
-        panels.append(
-            (
-                dataset.picture(int(batch["sample"][0])),
-                batch["text"][0],
-                truth.astype(bool),
-                prediction,
-                shared / max(1, union),
-            )
-        )
-    write_sheet(panels, out)
-    return {"out": out, "rows": len(panels), "miou": float(np.mean([p[-1] for p in panels]))}
+    return model_inputs(batch | {"size": shape}, device())

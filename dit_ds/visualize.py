@@ -1,17 +1,25 @@
-"""Pictures: masks over images, and contact sheets of them."""
+"""Pictures: masks over images, grids of them, and attention over an image."""
 
 from __future__ import annotations
 
+import io
+import math
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dit_ds.errors import UserError
 from dit_ds.files import atomic_write
 
 _TINT = np.array([255, 60, 40])
 _CELL = 220  # pixels: longer side of an image on a sheet
 _BAND = 18  # pixels: height of a line of text
+_GAP = 6  # pixels between pictures
+_WRONG = (220, 0, 0)  # the frame of a wrong prediction
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
@@ -26,8 +34,20 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(shaded.astype(np.uint8))
 
 
-def _caption(canvas: Image.Image, at: tuple[int, int], text: str, width: int) -> None:
-    font = ImageFont.load_default(13)
+def picture_format(path: str | Path) -> str:
+    """PNG or PDF, as the file's ending says; to be asked before any work is done.
+
+    Raises:
+        UserError: it ends in something else.
+    """
+    kind = Path(path).suffix[1:].upper()
+    if kind not in ("PNG", "PDF"):
+        raise UserError(f"{path} is neither a .png nor a .pdf: name one of these")
+    return kind
+
+
+def _caption(canvas: Image.Image, at: tuple[int, int], text: str, width: int, size: int = 13) -> None:
+    font = ImageFont.load_default(size)
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip(".") + "…" if len(text) > 2 else ""
     ImageDraw.Draw(canvas).text(at, text, fill=(20, 20, 20), font=font)
@@ -43,24 +63,137 @@ def side_by_side(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image
     return canvas
 
 
-def write_sheet(panels: list[tuple[np.ndarray, str, np.ndarray, np.ndarray, float]], out: str | Path) -> None:
-    """Write a PNG of two columns of panels: image, ground truth, prediction, with the words and the IoU above.
+@dataclass(frozen=True)
+class GridRow:
+    """An expression: (H, W, 3) uint8 `pixels`, the words, the (H, W) `truth`, and (H, W) prediction and IoU of each."""
+
+    pixels: np.ndarray
+    text: str
+    truth: np.ndarray
+    predictions: list[tuple[np.ndarray, float]]
+
+
+def write_grid(
+    rows: list[GridRow],
+    titles: list[str],
+    out: str | Path,
+    wrong_below: float = 0.0,
+    across: int = 1,
+    scale: int = 1,
+) -> None:
+    """Write a PNG or PDF of expressions, each with its image, ground truth and predictions under the words.
 
     Args:
-        panels: ((H, W, 3) uint8, words, (H, W) truth, (H, W) prediction, IoU) each.
+        titles: of the predictions.
+        wrong_below: a prediction with a smaller IoU is framed red, as the paper's figure 4 does.
+        across: expressions side by side.
+        scale: pixels of everything, times this.
+    Raises:
+        UserError: `out` is neither, or can't be written.
     """
-    columns = 2
-    panel_w, panel_h = 3 * _CELL + 20, _CELL + _BAND + 8
-    rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (columns * panel_w + 8, rows * panel_h + _BAND + 8), "white")
-    for c in range(columns):
-        for k, title in enumerate(("image", "ground truth", "prediction")):
-            _caption(sheet, (8 + c * panel_w + k * (_CELL + 4), 4), title, _CELL)
-    for i, (pixels, text, truth, prediction, iou) in enumerate(panels):
-        x, y = 8 + (i % columns) * panel_w, _BAND + 8 + (i // columns) * panel_h
-        _caption(sheet, (x, y), f"“{text}”  IoU {iou:.2f}", panel_w - 20)
-        for k, picture in enumerate((Image.fromarray(pixels), overlay(pixels, truth), overlay(pixels, prediction))):
-            picture.thumbnail((_CELL, _CELL))
-            sheet.paste(picture, (x + k * (_CELL + 4), y + _BAND + 2))
+    kind, picture = picture_format(out), io.BytesIO()
+    cell, band, gap = _CELL * scale, _BAND * scale, _GAP * scale
+    width = (2 + len(titles)) * (cell + gap) + 2 * gap
+    heights = [2 * band + gap + _fit(row.pixels, cell)[1] for row in rows]
+    lines = [max(heights[i : i + across]) for i in range(0, len(rows), across)]
+    canvas = Image.new("RGB", (across * width, sum(lines) + 2 * gap), "white")
+    for i, row in enumerate(rows):
+        x, y = gap + i % across * width, gap + sum(lines[: i // across])
+        _caption(canvas, (x, y), f"“{row.text}”", width - 3 * gap, 13 * scale)
+        names = ["image", "ground truth", *(f"{t}  IoU {iou:.2f}" for t, (_, iou) in zip(titles, row.predictions))]
+        shown = [Image.fromarray(row.pixels), overlay(row.pixels, row.truth)]
+        shown += [overlay(row.pixels, mask) for mask, _ in row.predictions]
+        for k, (name, image) in enumerate(zip(names, shown)):
+            at = (x + k * (cell + gap), y + 2 * band)
+            _caption(canvas, (at[0], y + band), name, cell, 12 * scale)
+            image = image.resize(_fit(row.pixels, cell))
+            if k >= 2 and row.predictions[k - 2][1] < wrong_below:
+                ImageDraw.Draw(image).rectangle(
+                    (0, 0, image.width - 1, image.height - 1), outline=_WRONG, width=4 * scale
+                )
+            canvas.paste(image, at)
+    canvas.save(picture, kind, resolution=100 * scale, quality=95)
     with atomic_write(out) as f:
-        sheet.save(f, "PNG")
+        f.write(picture.getvalue())
+
+
+def _fit(pixels: np.ndarray, cell: int) -> tuple[int, int]:
+    """Width and height with the longer side `cell`."""
+    h, w = pixels.shape[:2]
+    return max(1, round(w * cell / max(h, w))), max(1, round(h * cell / max(h, w)))
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """A row of `draw_attention`: what it is of, the (H, W) prediction or None, and by layer a map and a note.
+
+    Attributes:
+        maps: by layer's number, from 1 on: (h, w) attention over the picture's places, and what to write under it.
+        place: height and width of a place in pixels of the picture.
+    """
+
+    title: str
+    prediction: np.ndarray | None
+    maps: dict[int, tuple[np.ndarray, str]]
+    place: tuple[float, float]
+
+
+def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note: str, out: str | Path) -> None:
+    """Write a PNG or PDF: the picture, and in each row the prediction and each layer's map over the picture in grey.
+
+    A panel's colours go from its least to its largest value.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        text: the expression, the figure's title.
+        note: what is shown, below.
+    Raises:
+        UserError: `out` is neither, or can't be written.
+    """
+    kind, picture = picture_format(out), io.BytesIO()
+    from matplotlib.figure import Figure  # without pyplot: no window system, nothing kept for later
+
+    h, w = pixels.shape[:2]
+    layers = sorted({layer for row in rows for layer in row.maps})
+    # inches: panels of 1.5, a line under each, the titles over a row that has a prediction
+    panel, columns = 1.5 * min(1.5, max(0.5, h / w)), 2 + len(layers)
+    heights = [panel + (0.22 if row.prediction is None else 0.5) for row in rows]
+    figure = Figure(figsize=(max(6, 1.5 * columns), sum(heights) + 0.8), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False, xlim=(0, w), ylim=(h, 0), aspect="equal")
+    thin = slice(None, None, math.ceil(max(h, w) / 800))  # a photo's pixels, once a panel, would fill the memory
+    small = pixels[thin, thin]
+    grey = small.mean(axis=2)
+    axes[0, 0].imshow(small, extent=(0, w, h, 0))
+    axes[0, 0].set_title("image", fontsize=9)
+    for row, (_, first, *others) in zip(rows, axes):
+        if row.prediction is None:
+            first.text(
+                0.95, 0.5, row.title, transform=first.transAxes, ha="right", va="center", fontsize=9, parse_math=False
+            )
+        else:
+            first.imshow(overlay(small, row.prediction[thin, thin]), extent=(0, w, h, 0))
+            first.set_title(row.title.replace(" (", "\n("), fontsize=8)
+            first.set_xlabel("prediction", fontsize=7, labelpad=2)
+        for layer, axis in zip(layers, others):
+            if layer in row.maps:
+                _heat(axis, grey, *row.maps[layer], row.place)
+    for layer, axis in zip(layers, axes[0, 2:]):
+        axis.set_title(f"layer {layer}", fontsize=9)
+    # a dollar in the words is no mathematics
+    title = textwrap.fill(f"“{text}”", width=int(10 * figure.get_figwidth()))
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.supxlabel(note, fontsize=7)
+    figure.savefig(picture, format=kind.lower(), dpi=150)
+    with atomic_write(out) as f:
+        f.write(picture.getvalue())
+
+
+def _heat(axis: Any, grey: np.ndarray, values: np.ndarray, label: str, place: tuple[float, float]) -> None:
+    (bottom, top), right = axis.get_ylim(), axis.get_xlim()[1]
+    axis.imshow(grey, cmap="gray", extent=(0, right, bottom, top))
+    ends = [n * size for n, size in zip(values.shape, place)]  # the last place may stand out
+    axis.imshow(values, cmap="inferno", alpha=0.65, interpolation="bilinear", extent=(0, ends[1], ends[0], 0))
+    axis.set(xlim=(0, right), ylim=(bottom, top))
+    axis.set_xlabel(label, fontsize=7, labelpad=2)

@@ -121,8 +121,16 @@ def best_backend(device: str, dtype: torch.dtype, n: int) -> str:
     return "sdpa" if device == "cpu" and dtype == torch.bfloat16 else "chunked"
 
 
-def _eager(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+def attention_map(
+    qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None
+) -> Tensor:
+    """The map itself, (B, heads, N, T+N), whose rows sum to one: what each place gives to the words, then to each place.
+
+    Args:
+        qkv, words, word_mask: as in `relative_position_attention`.
+        rel_h, rel_w: (H, H, d) and (W, W, d) of `relative_table`.
+    """
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
     b, heads, n, d = q.shape
     h, w = rel_h.shape[0], rel_w.shape[0]
     on_grid = q.reshape(b, heads, h, w, d)
@@ -132,13 +140,19 @@ def _eager(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, word
     logits = ((q * d**-0.5) @ k.transpose(-2, -1)).view(b, heads, h, w, h, w)
     logits = (logits + of_rows + of_columns).view(b, heads, n, n)
     if words is not None:
-        word_k, word_v = words.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+        word_k = words[:, :, 0].transpose(1, 2)  # (B, heads, T, d)
         word_logits = (q * d**-0.5) @ word_k.transpose(-2, -1)  # (B, heads, N, T)
         if word_mask is not None:
             word_logits = word_logits.masked_fill(~word_mask[:, None, None, :], float("-inf"))
         logits = torch.cat([word_logits, logits], dim=-1)  # (B, heads, N, T+N)
-        v = torch.cat([word_v, v], dim=2)
-    return (logits.softmax(dim=-1) @ v).transpose(1, 2)
+    return logits.softmax(dim=-1)
+
+
+def _eager(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, word_mask: Tensor | None) -> Tensor:
+    v = qkv[:, :, 2].transpose(1, 2)  # (B, heads, N, d)
+    if words is not None:
+        v = torch.cat([words[:, :, 1].transpose(1, 2), v], dim=2)
+    return (attention_map(qkv, rel_h, rel_w, words, word_mask) @ v).transpose(1, 2)
 
 
 def _pieces(batch: int, rows: int, device: str) -> list[slice]:
