@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default="demo/schemes", help="where everything goes (default demo/schemes)")
     parser.add_argument("--steps", type=int, default=600, help="of each tuning (default 600)")
-    parser.add_argument("--pretraining", type=int, default=1200, help="steps of the SAM before (default 1200)")
+    parser.add_argument("--pretraining", type=int, default=1000, help="steps of the SAM before (default 1000)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of the tunings (default 5e-4)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings side by side (default: cores)")
