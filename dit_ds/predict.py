@@ -105,21 +105,25 @@ def evaluate_checkpoint(
         d = config.data
         how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": d.dataset, "split_by": d.split_by}
-        _leave_in_run(path, result | how)
+        _leave_in_run(path, config, result | how)
     return result
 
 
-def _leave_in_run(path: str | Path, result: dict[str, Any]) -> None:
+def _leave_in_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run that the checkpoint is
-    of, if it is in one. A folder that can't be written is a warning: the result is on stdout."""
-    if Path(path).is_file():
-        return
-    found = checkpoint.find(path).resolve()
-    if found.parent.name != "checkpoints":
+    of, if it is in one; of a model that was not tuned, in the folder that its configuration names. A folder that can't be
+    written is a warning: the result is on stdout."""
+    if Path(path).suffix in (".yaml", ".yml"):
+        run = Path(config.run_dir)
+    elif Path(path).is_dir() and (found := checkpoint.find(path).resolve()).parent.name == "checkpoints":
+        run = found.parent.parent
+    else:
         return
     name = f"{result['split']}-{result['prompt']}-step_{result['step']:08d}.json"
     try:
-        write_json(found.parent.parent / "evaluations" / name, result)
+        write_json(run / "evaluations" / name, result)
+        if not (run / "config.yaml").exists():
+            config.save(run / "config.yaml")
     except UserError as e:
         _log.warning(f"warning: the result is not kept: {e}")
 

@@ -449,9 +449,12 @@ def test_an_untuned_checkpoint_evaluates_from_its_configuration(mixed, tmp_path)
     path.write_text(yaml.safe_dump(values))
     assert "set model.checkpoint" in refused(dit_ds("eval", path, "--prompt", "point", check=None))
     values["model"] |= {"checkpoint": str(tmp_path / "model.safetensors"), "scheme": "default"}
+    values["run_dir"] = str(tmp_path / "untuned")
     path.write_text(yaml.safe_dump(values))
     result = json.loads(dit_ds("eval", path, "--prompt", "point", "--json").stdout)
     assert result["prompt"] == "point" and 0 <= result["miou"] <= 1
+    rows = json.loads(dit_ds("compare", tmp_path / "untuned", "--table", "6", "--json").stdout)
+    assert "untuned" in json.dumps(rows)  # the paper's tables find it where the configuration says
     assert "cannot read the configuration" in refused(dit_ds("eval", tmp_path / "none.yaml", check=None))
 
 
