@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dit_ds import __version__, cli_planning
+from dit_ds import __version__, cli_paper, cli_planning
 from dit_ds.cli_output import command, report
 from dit_ds.errors import Interrupted, RunFailed, UserError
 
@@ -305,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=int, default=8, help="expressions to show (default 8)")
 
     cli_planning.add(commands)
+    cli_paper.add(commands)
     return parser
 
 

@@ -29,16 +29,20 @@ from dit_ds.weights import load_model
 _log = logging.getLogger("dit_ds")
 
 
+def _prompts(config: RunConfig, meta: dict[str, Any], asked: Sequence[str]) -> Prompts:
+    """As the model knows them from its training; weights that were not tuned, at step 0, know SAM's own."""
+    return Prompts.of(config.data.prompts if meta["step"] else (), config.data.points, asked)
+
+
 def _dataset(
-    config: RunConfig, split: str, data_root: str | None, kind: str | None = None, sentence_shift: int = 0
+    config: RunConfig, split: str, data_root: str | None, prompts: Prompts, sentence_shift: int = 0
 ) -> ExpressionDataset:
-    """A split to evaluate on, with prompts of one kind."""
+    """A split to evaluate on."""
     d = config.data
     index = SplitIndex.load(Path(data_root or d.root) / d.dataset / d.split_by, split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
-    asked = Prompts.of(d.prompts, d.points, [kind or default_kind(d.prompts)])
     return ExpressionDataset(
-        index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize, prompts=asked
+        index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize, prompts=prompts
     )
 
 
@@ -76,7 +80,7 @@ def evaluate_checkpoint(
     _check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
-    dataset = _dataset(config, split, data_root, kind, sentence_shift=1 if shuffle_text else 0)
+    dataset = _dataset(config, split, data_root, _prompts(config, meta, [kind]), 1 if shuffle_text else 0)
     collect = None
     if predictions is not None:
         folder = Path(predictions)
@@ -147,12 +151,14 @@ def predict_image(
     except OSError as e:
         raise UserError(f"cannot read the picture {image} ({e.strerror or e})") from None
     _check_places(points, box, *pixels.shape[:2])
-    model, config, _ = load_model(path)
+    model, config, meta = load_model(path)
     if points or box is not None:
         _check_kind(config, "point" if points else "box")
     model.to(_device())
     words = None if text is None else text.strip().lower()
-    mask = segment(model, config, pixels, words, points, box, threshold)
+    given = {"text": words is not None, "point": bool(points), "box": box is not None}
+    prompts = _prompts(config, meta, [kind for kind, is_given in given.items() if is_given])
+    mask = segment(model, config, pixels, prompts, words, points, box, threshold)
     said = {"text": text} if text is not None else {}
     said |= {"points": [list(p) for p in points]} if points else {}
     said |= {"box": list(box)} if box is not None else {}
@@ -180,6 +186,7 @@ def segment(
     model: Any,
     config: RunConfig,
     pixels: np.ndarray,
+    prompts: Prompts,
     text: str | None = None,
     points: Sequence[tuple[float, float]] = (),
     box: tuple[float, float, float, float] | None = None,
@@ -189,6 +196,7 @@ def segment(
 
     Args:
         pixels: (H, W, 3) uint8.
+        prompts: the places that the model has for what is given.
         text: words.
         points: x and y of points on the object, in pixels of the picture.
         box: XYXY around it.
@@ -198,8 +206,6 @@ def segment(
     d = config.data
     small = np.asarray(resize_image(pixels, d.image_size, d.resize))
     shape = torch.tensor([small.shape[:2]])
-    given = {"text": text is not None, "point": bool(points), "box": box is not None}
-    prompts = Prompts.of(d.prompts, d.points, [k for k, is_given in given.items() if is_given])
     places = functools.partial(scale_places, original=pixels.shape[:2], resized=small.shape[:2])
     sample = prompts.lay_out(
         places(points) if points else None, None if box is None else places(np.reshape(box, (2, 2)))
@@ -217,9 +223,9 @@ def segment(
 @torch.no_grad()
 def contact_sheet(path: str, out: str, split: str, data_root: str | None = None, rows: int = 8) -> dict[str, Any]:
     """`dit-ds sheet`: expressions spread over a split, each with its image, ground truth and prediction."""
-    model, config, _ = load_model(path)
+    model, config, meta = load_model(path)
     model.to(_device())
-    dataset = _dataset(config, split, data_root)
+    dataset = _dataset(config, split, data_root, _prompts(config, meta, [default_kind(config.data.prompts)]))
     chosen = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int)
     loader = make_loader(dataset, [[(0, int(s), 1.0)] for s in chosen], workers=0, pin=False)
     panels, binarize = [], Binarize.of(config)

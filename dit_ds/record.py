@@ -89,11 +89,19 @@ class RunRecord:
             _log.info(message)
 
     def describe_parameters(self, model: nn.Module) -> None:
-        """How much of each part trains."""
-        for name, part in model.named_children():
-            counts = [(p.numel(), p.requires_grad) for p in part.parameters()]
-            total, trained = sum(n for n, _ in counts), sum(n for n, t in counts if t)
-            self.log(f"{name}: {total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M train")
+        """A table: how much of each part there is, and trains."""
+        counts: dict[str, list[int]] = {}
+        for name, p in model.named_parameters():
+            part, *rest = name.split(".")
+            if rest[0] in ("instruction", "static_tokens"):  # the words' way into the ViT
+                part += f".{rest[0]}"
+            of = counts.setdefault(part, [0, 0])
+            of[0] += p.numel()
+            of[1] += p.numel() * p.requires_grad
+        counts["all"] = [sum(x) for x in zip(*counts.values())]
+        self.log(f"{'parameters, in millions':<30} {'all':>9} {'trained':>9}")
+        for part, (total, trained) in counts.items():
+            self.log(f"{part:<30} {total / 1e6:9.2f} {trained / 1e6:9.2f}{'' if trained else '  frozen'}")
 
     def describe_checkpoint(self, report: dict[str, list[str]]) -> None:
         """What of `model.checkpoint` was used, and by name what was not."""

@@ -28,7 +28,7 @@ from dit_ds.flops import peak_flops, step_flops
 from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
 from dit_ds.models.segmenter import Segmenter
-from dit_ds.models.text_encoder import load_tokenizer
+from dit_ds.models.text_encoder import load_tokenizer, text_config
 from dit_ds.record import RunRecord
 from dit_ds.saver import Saver, restore
 from dit_ds.statistics import RunningStatistics
@@ -65,6 +65,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         # what can be refused without the other ranks is refused before any waits for another
         _, world_size, _ = set_environment()
         ds.deepspeed_config(config, world_size)
+        text_config(config.text.name, config.text.layers, config.data.tokens)
         data = _Data(config)
         if not resume and any(Path(config.run_dir).glob("checkpoints/*step_*/manifest.json")):
             raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")

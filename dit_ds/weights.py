@@ -24,7 +24,7 @@ from dit_ds.models.lavt import LAVT
 from dit_ds.models.rela import ReLA
 from dit_ds.models.sam import DensePositions
 from dit_ds.models.segmenter import Segmenter
-from dit_ds.models.text_encoder import TextEncoder
+from dit_ds.models.text_encoder import TextEncoder, text_config
 from dit_ds.statistics import running_statistics
 
 
@@ -36,7 +36,8 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
     """
     m, t = config.model, config.text
     torch.manual_seed(config.seed)
-    text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache)
+    text_config(t.name, t.layers, config.data.tokens)
+    text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache, m.mask_padding)
     if m.name != "dit_sam":
         windows = "eager" if m.attention == "eager" else "sdpa"
         return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
@@ -45,13 +46,19 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
         m.size,
         config.data.image_size,
         m.scheme,
-        m.decoder_layers,
-        m.freeze_image_encoder,
-        m.mask_padding,
-        m.attention,
-        m.window_size,
-        m.word_dropout,
-        config.train.dice_weight,
+        zero_words=m.word_init == "zero" or (m.word_init == "auto" and m.checkpoint is not None),
+        adapters=m.adapters == "always" or (m.adapters == "frozen" and m.freeze_image_encoder),
+        static_tokens=m.static_tokens,
+        add_static=m.static_form == "add",
+        decoder_layers=m.decoder_layers,
+        freeze_image_encoder=m.freeze_image_encoder,
+        freeze_projections=m.freeze_projections,
+        freeze_mask_decoder=m.freeze_mask_decoder,
+        mask_padding=m.mask_padding,
+        attention=m.attention,
+        window_size=m.window_size,
+        word_dropout=m.word_dropout,
+        dice_weight=config.train.dice_weight,
     )
     model.align_corners = m.align_corners
     model.train_prompts(config.data.prompts)

@@ -66,9 +66,10 @@ own_status() {
 
 # logged NAME COMMAND: on_ranks with one log a rank, kept across requeues; rank 0's lines appear in the job's log too
 logged() {
-    local log=$rank_logs/$1 follow status
+    local log=$rank_logs/$1 follow status started said of
     shift
     touch "$log.rank0.log"
+    started=$(date +%s) said=$(stat -c %s "$log.rank0.log")
     tail -n 0 -F "$log.rank0.log" 2>/dev/null &
     follow=$!
     on_ranks --output="$log.rank%t.log" --open-mode=append -- "$@"
@@ -76,6 +77,12 @@ logged() {
     sleep 1 # for tail to reach the end
     kill "$follow" 2>/dev/null
     wait "$follow" 2>/dev/null
+    if [ "$status" -ne 0 ] && ! tail -c "+$((said + 1))" "$log.rank0.log" | grep -q '^dit-ds.*error: '; then
+        # SLURM may have ended rank 0 before it could say why another failed
+        find "$rank_logs" -name "${log##*/}.rank*.log" -newermt "@$started" | while IFS= read -r of; do
+            grep '^dit-ds.*error: ' "$of" | tail -n 1
+        done | head -n 3
+    fi
     return "$status"
 }
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,21 @@ def refused(done: subprocess.CompletedProcess) -> str:
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(lines) == 1, done.stderr[-2000:]
     return lines[0]
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """The one line with which a command, run in this process, refuses; for what is refused before ranks meet."""
+    from dit_ds.cli import main
+
+    def line(*args: object) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in args]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "error: " in lines[0], lines
+        return lines[0]
+
+    return line
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from conftest import on_ranks
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.models.image_encoder import ImageEncoder
+from dit_ds.models.instruction import Options, make_instruction
 
 POLICIES = ("none", "block", "every_3", "selective")
 DEPTH = 4  # of vit_t
@@ -42,9 +43,11 @@ def test_compiled_blocks_compute_the_same_under_deepspeed(by_stage_and_policy):
         assert compiled["attention_calls"] == plain["attention_calls"]
 
 
-def encoder(**options) -> ImageEncoder:
+def encoder(word_dropout: float = 0.0, **options) -> ImageEncoder:
     torch.manual_seed(0)
-    return ImageEncoder(64, 8, 48, 6, 4, 32, "layer_wise", text_dim=24, backend="chunked", **options)
+    model = ImageEncoder(64, 8, 48, 6, 4, 32, "chunked", **options)
+    model.instruction = make_instruction("layer_wise", 24, 48, 6, Options(dropout=word_dropout))
+    return model
 
 
 def kept_by(model: ImageEncoder, policy: str) -> int:

@@ -35,9 +35,9 @@ def sam_encoder(image_size, depth=3, dim=48, heads=4, **windows):
 def test_without_words_the_encoder_is_segment_anythings(backend, window):
     torch.manual_seed(0)
     sam = sam_encoder(80, window_size=window, global_attn_indexes=(1,))
-    ours = ImageEncoder(80, 16, 48, 3, 4, 32, "layer_wise", 24, backend, window, global_layers=(1,))
+    ours = ImageEncoder(80, 16, 48, 3, 4, 32, backend, window, global_layers=(1,))
     missing, unexpected = ours.load_state_dict(sam.state_dict(), strict=False)
-    assert not unexpected and all(n.startswith("instruction.") for n in missing)
+    assert not unexpected and not missing
     x = torch.randn(2, 3, 80, 80)
     a, b = sam(x), ours(x)
     assert (a - b).abs().max() <= 1e-5
@@ -45,6 +45,16 @@ def test_without_words_the_encoder_is_segment_anythings(backend, window):
     b.square().sum().backward()
     for name, p in sam.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_at_1024_pixels_with_windows_of_14_the_encoder_is_segment_anythings():
+    torch.manual_seed(0)
+    sam = sam_encoder(1024, depth=2, dim=32, heads=2, window_size=14, global_attn_indexes=(1,))
+    ours = ImageEncoder(1024, 16, 32, 2, 2, 32, "auto", 14, global_layers=(1,))
+    ours.load_state_dict(sam.state_dict())
+    x = torch.randn(1, 3, 1024, 1024)
+    with torch.no_grad():
+        assert (ours(x) - sam(x)).abs().max() <= 1e-5
 
 
 def test_windows_attend_to_themselves_and_to_the_words():
@@ -140,13 +150,6 @@ def test_the_mask_decoder_is_sams():
         torch.testing.assert_close(got[i], want[0, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_words_steer_the_image_encoder_only_in_layer_wise():
-    x, a, b = torch.randn(1, 3, 64, 64), torch.randn(1, 4, 384), torch.randn(1, 4, 384)
-    listens, deaf = (ImageEncoder(64, 16, 48, 2, 4, 32, s, 384) for s in ("layer_wise", "default"))
-    assert not torch.allclose(listens(x, a), listens(x, b), atol=1e-3)
-    assert torch.equal(deaf(x, a), deaf(x, b))
-
-
 def test_padding_words_change_nothing():
     model = small_model().eval()
     inputs = batch()
@@ -208,7 +211,7 @@ def test_autocast_trains(backend):
 
 def test_end_to_end_words_flow_through_every_layer():
     """Projected once; where the image encoder is frozen, a linear layer between two layers, the identity at first."""
-    free, frozen = small_model("end_to_end"), small_model("end_to_end", freeze_image_encoder=True)
+    free, frozen = small_model("end_to_end"), small_model("end_to_end", freeze_image_encoder=True, adapters=True)
     assert [n for n, _ in free.image_encoder.instruction.named_parameters()] == ["projection.weight", "projection.bias"]
     assert len(frozen.image_encoder.instruction.adapters) == len(frozen.image_encoder.blocks) - 1
     frozen.load_state_dict(free.state_dict(), strict=False)
@@ -219,23 +222,11 @@ def test_end_to_end_words_flow_through_every_layer():
     assert {n.split(".")[1] for n in trained if n.startswith("image_encoder")} == {"instruction"}
 
 
-@pytest.mark.parametrize("freeze_image", [False, True])
-@pytest.mark.parametrize("scheme", ["layer_wise", "end_to_end", "default"])
-def test_freezing_leaves_projections_and_decoder_training(scheme, freeze_image):
-    model = small_model(scheme, freeze_image_encoder=freeze_image)
-    trained = gradients(model)
-    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}  # no parameter waits for a gradient
-    assert "text_projection.weight" in trained and "mask_decoder.transformer.layers.0.norm1.weight" in trained
-    assert any(n.startswith("image_encoder.instruction.") for n in trained) == (scheme != "default")
-    assert ("image_encoder.blocks.0.attn.qkv.weight" in trained) != freeze_image
-    assert not any(n.startswith("text_encoder.") for n in trained)
-
-
 def test_a_trained_text_encoder_trains():
     model = DITSAM(TextEncoder(MINILM, layers=1, frozen=False), "vit_t", 64)
-    assert "text_encoder.bert.encoder.layer.0.attention.self.query.weight" in gradients(model)
-    assert model.train().text_encoder.bert.training
-    assert not small_model().train().text_encoder.bert.training  # frozen: dropout stays off
+    assert "text_encoder.model.encoder.layer.0.attention.self.query.weight" in gradients(model)
+    assert model.train().text_encoder.model.training
+    assert not small_model().train().text_encoder.model.training  # frozen: dropout stays off
 
 
 def test_the_loss_is_the_mean_over_real_samples():

@@ -10,6 +10,7 @@ from conftest import ROOT, dit_ds, on_ranks, refused
 from dit_ds import engine
 from dit_ds.config import validate
 from dit_ds.errors import UserError
+from dit_ds.models.schemes import SCHEMES
 
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
@@ -19,8 +20,8 @@ def test_every_stage_is_plain_adamw_on_one_process(ranks):
     """fp32, weight decay, a moving average, three steps of the same global batch: losses and every trained weight."""
     settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema": 0.5}
     stages = [{"stage": s} for s in STAGES]
-    if ranks == 4:  # two nodes of two
-        stages.append({"stage": "3_hpz", "zero": {"zero_hpz_partition_size": 2}})
+    if ranks == 4:  # two nodes of two; the offloaded ones are above
+        stages = [*stages[:4], {"stage": "3_hpz", "zero": {"zero_hpz_partition_size": 2}}]
     for stage, got in zip(stages, on_ranks(ranks, *(s | settings for s in stages))):
         assert got["loss_error"] <= 1e-5, stage
         assert got["weight_error"] <= 1e-4, stage  # a tenth of one step at lr 1e-3
@@ -28,10 +29,11 @@ def test_every_stage_is_plain_adamw_on_one_process(ranks):
         assert got["back"], stage
 
 
-def test_norms_are_spared_weight_decay_at_every_stage():
+def test_norms_are_spared_weight_decay():
     """Two groups of parameters, one of which decays so fast that it would show in the other's weights."""
     settings = {"dropout": False, "plain": True, "weight_decay": 20.0, "decay_norms": False, "ema": 0.5}
-    for stage, got in zip(STAGES, on_ranks(2, *({"stage": s} | settings for s in STAGES))):
+    stages = (0, 2, 3, "3_offload")
+    for stage, got in zip(stages, on_ranks(2, *({"stage": s} | settings for s in stages))):
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
 
 
@@ -43,10 +45,20 @@ def test_zero_3_with_everything_frozen_that_can_be():
         assert got["ema_error"] <= 1e-4 < 5e-4 < got["ema_matters"], stage
 
 
+def test_every_scheme_trains_at_zero_3():
+    """With static tokens, which are one parameter that each layer takes a part of."""
+    schemes = [s for s in SCHEMES if s not in ("default", "layer_wise")]
+    settings = {"stage": 3, "policy": "every_2", "dropout": False, "plain": True, "freeze_image": True}
+    runs = [settings | {"model": {"scheme": s, "adapters": "frozen", "static_tokens": 3}} for s in schemes]
+    for scheme, got in zip(schemes, on_ranks(2, *runs), strict=True):
+        assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4, scheme
+
+
 def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():
     """Weights, Adam's count and moving average are as if the step had not been."""
     settings = {"dropout": False, "plain": True, "ema": 0.5, "nan_at": 1}
-    for stage, got in zip(STAGES, on_ranks(2, *({"stage": s} | settings for s in STAGES))):
+    stages = (0, 1, 2, 3, "3_offload")
+    for stage, got in zip(stages, on_ranks(2, *({"stage": s} | settings for s in stages))):
         assert got["left_out"] == [1] and got["counted"] == 1 and got["adam_step"] == 2, stage
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["ema_error"] <= 1e-4, stage
 
@@ -94,9 +106,8 @@ def test_gradients_are_added_up_in_fp32_where_that_is_asked_for(config_file, tmp
     assert "at ZeRO stages 1 to 3 only" in refused(run("4", 0, check=None))
 
 
-def test_what_the_run_owns_is_refused_in_the_json(tmp_path):
+def test_what_the_run_owns_is_refused_in_the_json(refusal, tmp_path):
     for key in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler", "gradient_clipping"):
         (tmp_path / "ds.json").write_text(json.dumps({key: 1}))
-        done = dit_ds("train", "--config", ROOT / "configs/base.yaml", "--deepspeed.config", tmp_path / "ds.json",
-                      check=None)  # fmt: skip
-        assert f"sets '{key}', which the run owns" in refused(done)
+        said = refusal("train", "--config", ROOT / "configs/base.yaml", "--deepspeed.config", tmp_path / "ds.json")
+        assert f"sets '{key}', which the run owns" in said

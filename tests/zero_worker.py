@@ -39,13 +39,15 @@ def count_attention() -> list[int]:
 
 
 def configuration(
-    world, stage: int | str, policy: str, dropout: bool, freeze_image: bool = False, zero: dict | None = None, **train
-):
+    world, stage: int | str, policy: str, dropout: bool, freeze_image: bool = False, zero: dict | None = None,
+    model: dict | None = None, **train
+):  # fmt: skip
     """A tiny model; with dropout in a trained BERT and of the words, or with none anywhere.
 
     Args:
         stage: names one of configs/deepspeed, as 2 or 2_offload.
         zero: laid over its `zero_optimization`.
+        model: over the model's section.
     """
     return validate(
         {
@@ -54,7 +56,8 @@ def configuration(
                 "word_dropout": 0.2 * dropout,
                 "attention": "chunked",
                 "freeze_image_encoder": freeze_image,
-            },
+            }
+            | (model or {}),
             "data": {"image_size": 64},
             "text": {"name": MINILM, "layers": 1, "freeze": not dropout},
             "train": {"batch_size": 4, "lr": 1e-3, "activation_checkpointing": policy} | train,

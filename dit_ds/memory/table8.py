@@ -24,13 +24,6 @@ from dit_ds.memory.measure import in_process
 from dit_ds.memory.predict import GIB, Answer, Question, predict
 from dit_ds.published import TABLE_8, MemoryRow
 
-_CONFIGS = {
-    ("L-DIT", True, True): "table8_ldit_frozen.yaml",
-    ("L-DIT", True, False): "table8_ldit_text.yaml",
-    ("L-DIT", False, False): "table8_ldit.yaml",
-    ("LAVT", False, False): "table8_lavt.yaml",
-    ("ReLA", False, False): "table8_rela.yaml",
-}
 # GPUs of the inferred reading, and the samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}
 
@@ -78,8 +71,8 @@ def rows(which: str, folder: str | Path = "configs/paper") -> list[Row]:
 
 def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
     """Both readings, released and ours."""
-    method, *frozen, batch, paper_gb = published
-    base = load_config(folder / _CONFIGS[method, *frozen])
+    method, *_, batch, paper_gb, config = published
+    base = load_config(folder / f"{config}.yaml")
     gpus, each = _SHARED_OUT[method]
     released = merge(_ZERO_0, _RELEASED_LDIT if method == "L-DIT" else {"model": {"attention": "eager"}})
     for form, changes in {"released": released, "ours": _OURS}.items():
@@ -91,8 +84,7 @@ def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
 def _more(folder: Path) -> Iterable[Row]:
     """Rows that the paper doesn't have: ours in other sizes, with more or less computed again, and shared out."""
     frozen, text_tuned, tuned = (
-        _changed(load_config(folder / _CONFIGS["L-DIT", *f]), _OURS)
-        for f in ((True, True), (True, False), (False, False))
+        _changed(load_config(folder / f"{row.config}.yaml"), _OURS) for row in TABLE_8 if row.method == "L-DIT"
     )
     for size in ("vit_l", "vit_h"):
         for config in (frozen, text_tuned, tuned):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.models.image_encoder import ImageEncoder
+from dit_ds.models.instruction import Options, StaticTokens, make_instruction
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint
 from dit_ds.models.segmenter import Segmenter, upscale
 from dit_ds.models.text_encoder import TextEncoder
@@ -23,10 +24,16 @@ class DITSAM(Segmenter):
         text_encoder: F_t.
         size: a key of `sam.SIZES`.
         image_size: side of the square input.
-        scheme: how words enter the image encoder, one of `instruction.SCHEMES`.
+        scheme: how words enter the image encoder, a key of `schemes.SCHEMES`.
+        zero_words: they enter as blank tokens at first, see `instruction.Options`.
+        adapters: `end_to_end` has linear layers between the ViT's.
+        static_tokens: learnable tokens beside the words in each layer (paper Table 2).
+        add_static: onto the words instead.
         decoder_layers: depth of the mask decoder's transformer; SAM's is 2.
-        freeze_image_encoder: train nothing of SAM's ViT; the words' projections into it still train.
-        mask_padding: don't attend to padding words in the image encoder.
+        freeze_image_encoder: train nothing of SAM's ViT; the words' way into it still trains.
+        freeze_projections: that neither, as in the paper's released code.
+        freeze_mask_decoder: train neither the mask decoder nor the prompts' embeddings.
+        mask_padding: padding is no word: not attended to in the image encoder, `not_a_point` in the mask decoder.
         attention: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the ViT's attention; 0 attends globally in every layer, 14 as SAM in all but four.
         word_dropout: of the words that enter the image encoder.
@@ -39,8 +46,15 @@ class DITSAM(Segmenter):
         size: str = "vit_b",
         image_size: int = 512,
         scheme: str = "layer_wise",
+        *,
+        zero_words: bool = False,
+        adapters: bool = False,
+        static_tokens: int = 0,
+        add_static: bool = False,
         decoder_layers: int = 2,
         freeze_image_encoder: bool = False,
+        freeze_projections: bool = False,
+        freeze_mask_decoder: bool = False,
         mask_padding: bool = True,
         attention: str = "auto",
         window_size: int = 0,
@@ -59,19 +73,19 @@ class DITSAM(Segmenter):
             s.depth,
             s.num_heads,
             s.prompt_dim,
-            scheme,
-            text_encoder.dim,
             attention,
             window_size,
             s.global_layers,
-            word_dropout,
-            freeze_image_encoder,
         )
+        options = Options(zero_words, adapters, word_dropout)
+        self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)
+        if static_tokens:
+            self.image_encoder.static_tokens = StaticTokens(static_tokens, s.embed_dim, s.depth, add_static)
         self.prompt_encoder = WordPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
         self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7
         self._initialize()
-        self._freeze(freeze_image_encoder)
+        self._freeze(freeze_image_encoder, freeze_projections, freeze_mask_decoder)
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -86,18 +100,20 @@ class DITSAM(Segmenter):
         self.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight.mul_(6)
         self.image_encoder.patch_embed.proj.weight.mul_(0.4)
 
-    def _freeze(self, image_encoder: bool) -> None:
+    def _freeze(self, image_encoder: bool, projections: bool, mask_decoder: bool) -> None:
         """Every trainable parameter gets a gradient in every step: ZeRO-3 counts on it."""
-        used = [self.prompt_encoder.no_mask_embed.weight, self.prompt_encoder.not_a_point_embed.weight]
         self.prompt_encoder.requires_grad_(False)
-        for p in used:
-            p.requires_grad_(True)
+        if not mask_decoder:
+            self.prompt_encoder.no_mask_embed.requires_grad_(True)
+            self.prompt_encoder.not_a_point_embed.requires_grad_(self.mask_padding)
+        self.mask_decoder.requires_grad_(not mask_decoder)
         for p in self.mask_decoder.unused_parameters():
             p.requires_grad_(False)
         if image_encoder:
             self.image_encoder.requires_grad_(False)
-            if self.image_encoder.instruction is not None:
-                self.image_encoder.instruction.requires_grad_(True)
+            for words_way in (self.image_encoder.instruction, self.image_encoder.static_tokens):
+                if words_way is not None:
+                    words_way.requires_grad_(not projections)
 
     def forward(
         self,
@@ -115,30 +131,32 @@ class DITSAM(Segmenter):
             points, labels: (B, P, 2) and (B, P), see `WordPromptEncoder.embed_points`; None where no sample has any.
                 They meet the image in the mask decoder only (paper Table 6, footnote 2).
         """
-        words, attended = None, None
+        words, real = None, None
         if tokens is not None:
-            words, attended = self._read(tokens, token_mask, some_have_none=points is not None)  # (B, T, text_dim)
-        x = self.image_encoder(self.preprocess(image, size), words, attended)
+            words, real = self._read(tokens, token_mask, some_have_none=points is not None)  # (B, T, text_dim), (B, T)
+        x = self.image_encoder(self.preprocess(image, size), words, real)
         projected = None if words is None else self.text_projection(words)  # (B, T, C)
-        sparse, dense, positions = self.prompt_encoder(projected, token_mask, points, labels)
+        if words is not None and real is None:
+            real = torch.ones_like(token_mask)
+        sparse, dense, positions = self.prompt_encoder(projected, real, points, labels)
         return self.mask_decoder(x, positions, sparse, dense).float()
 
     def _read(self, tokens: Tensor, token_mask: Tensor, some_have_none: bool) -> tuple[Tensor, Tensor | None]:
-        """Features of the words, and what of them the image attends to; None for all."""
-        attended = token_mask if self.mask_padding else None
+        """Features of the words, and which of them are words to the model; None for all."""
+        real = token_mask if self.mask_padding else None
         if not some_have_none:
-            return self.text_encoder(tokens, token_mask), attended
+            return self.text_encoder(tokens, token_mask), real
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         words = self.text_encoder(tokens, token_mask | first)  # attention over no words at all would be NaN
-        if attended is None:
-            attended = token_mask.any(1, keepdim=True).expand_as(token_mask)
-        return words * token_mask[..., None], attended
+        has_words = token_mask.any(1, keepdim=True)  # (B, 1)
+        return words * has_words[..., None], has_words.expand_as(token_mask) if real is None else real
 
     def train_prompts(self, kinds: Sequence[str]) -> None:
         """Train what is needed for prompts of these kinds (text, point, box), and no word's way where there are none."""
         self.prompt_encoder.train_points(kinds)
         if "text" not in kinds:
-            for part in (self.text_encoder, self.text_projection, self.image_encoder.instruction):
+            vit = self.image_encoder
+            for part in (self.text_encoder, self.text_projection, vit.instruction, vit.static_tokens):
                 if part is not None:
                     part.requires_grad_(False)
 
@@ -157,7 +175,7 @@ class DITSAM(Segmenter):
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
         """See `load_sam_checkpoint`; `missing` is of SAM's own parts."""
         report = load_sam_checkpoint(self, path)
-        added = ("text_encoder.", "text_projection.", "image_encoder.instruction.")
+        added = ("text_encoder.", "text_projection.", "image_encoder.instruction.", "image_encoder.static_tokens.")
         return report | {"missing": [n for n in report["missing"] if not n.startswith(added)]}
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dit_ds.errors import UserError
 from dit_ds.models.attention import relative_position_attention, word_attention
-from dit_ds.models.instruction import make_instruction
+from dit_ds.models.instruction import Instruction, StaticTokens
 from dit_ds.models.naive import naive_block
 
 # Activation checkpointing: what is computed again in the backward pass instead of being kept
@@ -173,14 +173,16 @@ class ImageEncoder(ImageEncoderViT):
     Args:
         image_size: side of the square input in pixels.
         patch_size, embed_dim, depth, num_heads, out_chans: as in SAM.
-        scheme: one of `instruction.SCHEMES`.
-        text_dim: width of the words.
         backend: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the layers that don't attend globally; 0 for global attention in all, as in the paper's code.
         global_layers: those that do where there are windows.
-        word_dropout: of the words that enter.
-        frozen: the layers won't be trained, see `instruction.EndToEnd`.
+    Attributes:
+        instruction: how words enter the layers; None: they don't.
+        static_tokens: learnable tokens beside them, or None.
     """
+
+    instruction: Instruction | None
+    static_tokens: StaticTokens | None
 
     def __init__(
         self,
@@ -190,13 +192,9 @@ class ImageEncoder(ImageEncoderViT):
         depth: int,
         num_heads: int,
         out_chans: int,
-        scheme: str,
-        text_dim: int,
         backend: str = "auto",
         window_size: int = 0,
         global_layers: tuple[int, ...] = (),
-        word_dropout: float = 0.0,
-        frozen: bool = False,
     ):
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(
@@ -213,7 +211,7 @@ class ImageEncoder(ImageEncoderViT):
             WordBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)
             for i in range(depth)
         )
-        self.instruction = make_instruction(scheme, text_dim, embed_dim, depth, word_dropout, frozen)
+        self.instruction = self.static_tokens = None
         self.checkpoint_activations("none")
         # SAM leaves these at zero and loads them; from scratch a place must be told from another to be learned
         with torch.no_grad():
@@ -239,7 +237,7 @@ class ImageEncoder(ImageEncoderViT):
 
         Args:
             x: (B, 3, S, S) normalised image.
-            words: (B, T, text_dim); ignored by the scheme `default`.
+            words: (B, T, text_dim); ignored where there is no `instruction`.
             word_mask: (B, T) bool, False at padding.
         Returns:
             (B, out_chans, S/patch, S/patch)
@@ -260,14 +258,22 @@ class ImageEncoder(ImageEncoderViT):
     def _layers(
         self, layers: range, x: Tensor, words: Tensor | None, word_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Some layers; the words that come out are what the next ones' instruction takes."""
+        """Some layers; what comes out beside the image is what the next one's instruction takes."""
         for i in layers:
             if words is None:
                 x, _ = self.blocks[i](x)
                 continue
-            flow = self.instruction.flows and i + 1 < len(self.blocks)  # nobody reads the last layer's
-            x, after = self.blocks[i](x, self.instruction(words, i), word_mask, flow)
-            words = after if flow else words
+            carries = self.instruction.carries
+            flow = carries == "layer" and i + 1 < len(self.blocks)  # nobody reads the last layer's
+            made = tokens = self.instruction(words, i, x)  # (B, T, D)
+            mask = word_mask
+            if self.static_tokens is not None:
+                tokens, mask = self.static_tokens(tokens, mask, i)
+            x, after = self.blocks[i](x, tokens, mask, flow)
+            if flow:
+                words = after[:, : made.shape[1]]
+            elif carries == "tokens":
+                words = made
         return x, words
 
     def _kept(self) -> dict[str, Any]:

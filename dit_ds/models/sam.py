@@ -106,7 +106,8 @@ class WordPromptEncoder(PromptEncoder):
 
     def train_points(self, kinds: Sequence[str]) -> None:
         """Train what embeds the prompts among `kinds` (text, point, box), where embeddings train at all."""
-        if self.not_a_point_embed.weight.requires_grad:
+        if self.no_mask_embed.weight.requires_grad and {"point", "box"} & set(kinds):
+            self.not_a_point_embed.requires_grad_(True)
             for i, e in enumerate(self.point_embeddings):
                 e.requires_grad_(("point" in kinds and i == 1) or ("box" in kinds and i in (2, 3)))
 

@@ -1,4 +1,4 @@
-"""BERT from `transformers`, by hub id, folder or installed package; frozen or trained."""
+"""BERT or CLIP's text tower from `transformers`, by hub id, folder or installed package; frozen or trained."""
 
 from __future__ import annotations
 
@@ -68,8 +68,33 @@ def load_tokenizer(name: str) -> Any:
         raise _absent(folder, e) from None
 
 
+def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:
+    """The configuration of a text encoder; of CLIP, that of its text tower. Reads no weights.
+
+    Args:
+        layers: use only the first that many.
+        tokens: so many, at least, it must be able to read.
+    Raises:
+        UserError: it isn't there, has fewer layers, or reads fewer tokens.
+    """
+    folder = resolve_name(name)
+    try:
+        config = _transformers().AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as e:
+        raise _absent(folder, e) from None
+    config = getattr(config, "text_config", config)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise UserError(f"text.layers {layers}: {name} has {config.num_hidden_layers}")
+        config.num_hidden_layers = layers
+    if tokens > config.max_position_embeddings:
+        most = config.max_position_embeddings
+        raise UserError(f"data.tokens {tokens}: {name} reads {most} at most: set data.tokens {most} or less")
+    return config
+
+
 class TextEncoder(nn.Module):
-    """Words to features, (B, T) ids to (B, T, dim); rows of padding are zero.
+    """Words to features, (B, T) ids to (B, T, dim).
 
     Args:
         name: hub id, folder, or `package:NAME`.
@@ -78,32 +103,37 @@ class TextEncoder(nn.Module):
         frozen: no gradients, evaluation mode always.
         cache: remember the features of up to so many expressions (frozen encoders only; one synchronisation a batch,
             so it pays on a CPU or with a large encoder).
+        zero_padding: rows of padding are zero; else what the encoder makes of them, as in the paper's released code.
     """
 
     def __init__(
-        self, name: str, layers: int | None = None, random_init: bool = False, frozen: bool = True, cache: int = 0
+        self,
+        name: str,
+        layers: int | None = None,
+        random_init: bool = False,
+        frozen: bool = True,
+        cache: int = 0,
+        zero_padding: bool = True,
     ):
         super().__init__()
-        transformers = _transformers()
-        folder = resolve_name(name)
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder)
-            if layers is not None:
-                if not 1 <= layers <= config.num_hidden_layers:
-                    raise UserError(f"text.layers {layers}: {name} has {config.num_hidden_layers}")
-                config.num_hidden_layers = layers
-            if random_init:
-                self.bert = transformers.AutoModel.from_config(config, add_pooling_layer=False)
-            else:
-                self.bert = transformers.AutoModel.from_pretrained(folder, config=config, add_pooling_layer=False)
-        except (OSError, ValueError) as e:
-            raise _absent(folder, e) from None
+        config = text_config(name, layers)
+        clip = config.model_type == "clip_text_model"
+        library = _transformers()
+        of, options = (library.CLIPTextModel, {}) if clip else (library.AutoModel, {"add_pooling_layer": False})
+        if random_init:
+            self.model = of._from_config(config) if clip else of.from_config(config, **options)
+        else:
+            folder = resolve_name(name)
+            try:
+                self.model = of.from_pretrained(folder, config=config, **options)
+            except (OSError, ValueError) as e:
+                raise _absent(folder, e) from None
         self.dim: int = config.hidden_size
-        self.frozen = frozen
+        self.frozen, self.zero_padding = frozen, zero_padding
         self.cache_size = cache if frozen else 0
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
         if frozen:
-            self.bert.requires_grad_(False)
+            self.model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> TextEncoder:
         """A frozen encoder stays in evaluation mode: its dropout must not blur fixed features."""
@@ -114,20 +144,20 @@ class TextEncoder(nn.Module):
         if self.cache_size:
             return self._from_cache(tokens, token_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.bert(input_ids=tokens, attention_mask=token_mask.long()).last_hidden_state
-            return features * token_mask[..., None]
+            features = self.model(input_ids=tokens, attention_mask=token_mask.long()).last_hidden_state
+            return features * token_mask[..., None] if self.zero_padding else features
 
     @torch.no_grad()
     def _from_cache(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        lengths = token_mask.sum(1).tolist()
+        lengths = token_mask.sum(1).tolist() if self.zero_padding else [tokens.shape[1]] * len(tokens)
         keys = [row[:n].tobytes() for row, n in zip(tokens.cpu().numpy(), lengths)]
         new = {k: i for i, k in enumerate(keys) if k not in self._cache}
-        out = tokens.new_zeros(*tokens.shape, self.dim, dtype=self.bert.dtype)
+        out = tokens.new_zeros(*tokens.shape, self.dim, dtype=self.model.dtype)
         if new:
             rows = list(new.values())
             longest = max(lengths[i] for i in rows)  # positions beyond it are padding in all of them
             part = (tokens[rows, :longest], token_mask[rows, :longest].long())
-            features = self.bert(input_ids=part[0], attention_mask=part[1]).last_hidden_state
+            features = self.model(input_ids=part[0], attention_mask=part[1]).last_hidden_state
             for key, i, f in zip(new, rows, features):
                 self._cache[key] = f[: lengths[i]].clone()
         for i, key in enumerate(keys):
