@@ -26,18 +26,25 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each call; one after another in every round, so that the machine's moods hit all alike."""
+def in_turns(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; one after another, so that the machine's moods hit all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             synchronize(device)
             if i:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each call, see `in_turns`."""
+    return {name: statistics.median(s) for name, s in in_turns(calls, rounds, device).items()}
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:

@@ -1,7 +1,8 @@
 """Latency of one image with words, points, a box or nothing: the paper's Table 6, its last column.
 
-Batch 1, warm, the image as it is in memory to logits of the square. The calls of one model take turns in every round.
-Weights are random: they don't change the time.
+Batch 1, warm, from the resized image in memory to the logits. All calls take turns in every round, and ratios are
+medians of the rounds' ratios. Weights are random: they don't change the time. On a CPU it is the processor's time of
+one thread, which other programs on the machine disturb least; on a GPU the time until it has finished.
 
     python benchmarks/latency.py                       # ViT-B at 512 px and vit_t at 128, default and L-DIT
     python benchmarks/latency.py --width vit_b --size 1024 --rounds 50
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +75,8 @@ def measure(
         torch.manual_seed(0)
         model = build_model(configuration(width, scheme, image_size, window_size)).eval().to(device, dtype)
         calls |= {f"{scheme} {kind}": _call(model, inputs) for kind, inputs in given.items()}
-    seconds = common.alternate(calls, rounds, device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    seconds = {name: np.array(s) for name, s in common.in_turns(calls, rounds, device, clock).items()}
     return [
         {
             "width": width,
@@ -82,8 +85,8 @@ def measure(
             "dtype": str(dtype).removeprefix("torch."),
             "scheme": scheme,
             "prompt": kind,
-            "seconds": s,
-            "over_default_points": s / seconds["default points"],
+            "seconds": float(np.median(s)),
+            "over_default_points": float(np.median(s / seconds["default points"])),
             "paper_ms": PUBLISHED.get(f"{scheme} {kind}") if (width, image_size) == ("vit_b", 512) else None,
         }
         for name, s in seconds.items()
@@ -116,27 +119,29 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default=device)
     parser.add_argument("--rounds", type=int, default=100 if device == "cuda" else 7)
-    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     rows = []
     for width in args.width:
         size, dtype = args.size or SIZES.get(width, 512), getattr(torch, args.dtype)
         rows += measure(width, size, args.window_size, args.device, dtype, args.rounds)
         print(common.table(rows[-8:], COLUMNS), file=sys.stderr, flush=True)
-    conditions = common.conditions(args.device) | {"rounds": args.rounds, "threads": torch.get_num_threads()}
+    clock = "one thread's processor time" if args.device == "cpu" else "time"
+    conditions = common.conditions(args.device) | {"rounds": args.rounds, "clock": clock}
     result = conditions | {"benchmark": "latency", "rows": rows}
     name = "latency" if args.device == "cpu" else f"latency_{args.device}"
-    where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else args.dtype
     text = f"# Latency of one image\n\n{result['machine']}, {result['date']}; torch {result['torch']}. "
-    text += f"`python benchmarks/latency.py`\n\nMedians of {args.rounds} rounds in turns, batch 1, {where}, without gradients, "
+    text += "`python benchmarks/latency.py`\n\n"
     text += (
-        "from the resized image in memory to the logits; with words BERT's 12 layers are in it. The paper's Table 6 "
+        f"Medians over {args.rounds} rounds in turns ({clock}), batch 1, without gradients, from the resized image in\n"
     )
-    text += "does not name its GPU.\n\n"
+    text += (
+        "memory to the logits; with words BERT's 12 layers are in it. Ratios are medians of the rounds' ratios. The\n"
+    )
+    text += "paper's Table 6 does not name its GPU.\n\n"
     common.write(args.out, name, result, text + common.table(rows, COLUMNS))
     if args.json:
         print(json.dumps(result))

@@ -29,14 +29,30 @@ from dit_ds.weights import load_model
 _log = logging.getLogger("dit_ds")
 
 
+def _trained(config: RunConfig, meta: dict[str, Any]) -> Sequence[str]:
+    """The kinds of prompts that a model was trained with: weights that were not tuned, at step 0, are SAM's own."""
+    return config.data.prompts if meta["step"] else ()
+
+
 def dataset_of(
-    config: RunConfig, split: str, data_root: str | None, kind: str | None = None, sentence_shift: int = 0
+    config: RunConfig,
+    split: str,
+    data_root: str | None,
+    kind: str | None = None,
+    sentence_shift: int = 0,
+    trained: Sequence[str] | None = None,
 ) -> ExpressionDataset:
-    """A split to evaluate on, with prompts of one kind; `data_root` where its shards are, if not where the run had them."""
+    """A split to evaluate on, with prompts of one kind.
+
+    Args:
+        data_root: where its shards are, if not where the run had them.
+        trained: the kinds of prompts that the model was trained with, none of SAM's own weights; by default the run's.
+    """
     d = config.data
     index = SplitIndex.load(Path(data_root or d.root) / d.dataset / d.split_by, split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
-    asked = Prompts.of(d.prompts, d.points, [kind or default_kind(d.prompts)])
+    trained = d.prompts if trained is None else trained
+    asked = Prompts.of(trained, d.points, [kind or default_kind(d.prompts)])
     return ExpressionDataset(
         index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize, prompts=asked
     )
@@ -77,7 +93,7 @@ def evaluate_checkpoint(
     _check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
-    dataset = dataset_of(config, split, data_root, kind, sentence_shift=1 if shuffle_text else 0)
+    dataset = dataset_of(config, split, data_root, kind, int(shuffle_text), _trained(config, meta))
     collect = None
     if predictions is not None:
         folder = Path(predictions)
@@ -171,11 +187,11 @@ def predict_image(
     words = None if text is None else read_expression(text)
     pixels = read_picture(image)
     _check_places(points, box, *pixels.shape[:2])
-    model, config, _ = load_model(path)
+    model, config, meta = load_model(path)
     if points or box is not None:
         _check_kind(config, "point" if points else "box")
     model.to(device())
-    mask = segment(model, config, pixels, words, points, box, threshold)
+    mask = segment(model, config, pixels, words, points, box, threshold, _trained(config, meta))
     said = {"text": text} if text is not None else {}
     said |= {"points": [list(p) for p in points]} if points else {}
     said |= {"box": list(box)} if box is not None else {}
@@ -207,6 +223,7 @@ def segment(
     points: Sequence[tuple[float, float]] = (),
     box: tuple[float, float, float, float] | None = None,
     threshold: float | None = None,
+    trained: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Segment one picture.
 
@@ -215,10 +232,11 @@ def segment(
         text: words.
         points: x and y of points on the object, in pixels of the picture.
         box: XYXY around it.
+        trained: as for `dataset_of`.
     Returns:
         (H, W) bool.
     """
-    inputs = picture_inputs(config, pixels, text, points, box)
+    inputs = picture_inputs(config, pixels, text, points, box, trained)
     logits = model(**inputs).cpu()
     binarize = Binarize.of(config, threshold)
     return binarize(logits[0], inputs["size"][0], pixels.shape[:2], config.data.image_size).numpy()
@@ -230,13 +248,15 @@ def picture_inputs(
     text: str | None = None,
     points: Sequence[tuple[float, float]] = (),
     box: tuple[float, float, float, float] | None = None,
+    trained: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """What the model takes, of one sample, by name and on its device; arguments as of `segment`."""
     d = config.data
     small = np.asarray(resize_image(pixels, d.image_size, d.resize))
     shape = torch.tensor([small.shape[:2]])
     given = {"text": text is not None, "point": bool(points), "box": box is not None}
-    prompts = Prompts.of(d.prompts, d.points, [k for k, is_given in given.items() if is_given])
+    trained = d.prompts if trained is None else trained
+    prompts = Prompts.of(trained, d.points, [k for k, is_given in given.items() if is_given])
     places = functools.partial(scale_places, original=pixels.shape[:2], resized=small.shape[:2])
     sample = prompts.lay_out(
         places(points) if points else None, None if box is None else places(np.reshape(box, (2, 2)))

@@ -101,7 +101,8 @@ def test_one_picture_goes_through_as_through_sams_predictor():
         if "points" in prompt:
             given = [np.array(prompt["points"]), np.ones(2, int), None]
         want = predictor.predict(*given, multimask_output=False)[0][0]
-        assert (segment(model, config, pixels, **prompt) == want).mean() > 0.99  # SAM resizes with antialiasing
+        found = segment(model, config, pixels, trained=(), **prompt)
+        assert (found == want).mean() > 0.99  # SAM resizes with antialiasing
 
 
 def test_boxes_are_segment_anythings():
@@ -274,7 +275,7 @@ def model_of(**settings):
     return build_model(validate({k: values.get(k, {}) | settings.get(k, {}) for k in values.keys() | settings.keys()}))
 
 
-@pytest.mark.parametrize("scheme", ["layer_wise", "end_to_end", "default"])
+@pytest.mark.parametrize("scheme", ["layer_wise", "end_to_end", "default", "cascade", "cross_attention_ffn"])
 @pytest.mark.parametrize("mask_padding", [True, False])
 @pytest.mark.parametrize("attention", ["eager", "chunked"])
 def test_without_words_the_image_encoder_hears_none(scheme, mask_padding, attention):
@@ -300,11 +301,13 @@ def test_nothing_at_all_is_a_prompt_too():
     assert torch.isfinite(model(batch["image"], batch["size"], None, None)).all()
 
 
-@pytest.mark.parametrize("text", ["frozen", "cached", "tuned"])
+@pytest.mark.parametrize("text", ["frozen", "cached", "tuned", "static tokens", "padding attended to"])
 @pytest.mark.parametrize("kinds", [MIX, ["point"], ["box"], ["text", "box"], ["text"]])
 def test_every_trained_parameter_has_a_gradient_whatever_was_drawn(kinds, text):
     """ZeRO-3 counts on it. The batch holds but one kind of sample."""
     model = model_of(data={"prompts": kinds, "image_size": 64},
+                     model={"size": "vit_t", "mask_padding": text != "padding attended to",
+                            "static_tokens": 3 * (text == "static tokens")},
                      text={"freeze": text != "tuned", "cache": 9 * (text == "cached")}).train()  # fmt: skip
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     embeddings = {n.split(".")[2] for n in names if "point_embeddings" in n}
@@ -370,6 +373,7 @@ def test_prompts_get_the_places_they_were_trained_with():
     assert Prompts.of(["text"], 5, ["point"]) == Prompts(("point",), 5, False, 0)  # as SAM
     assert Prompts.of(["box"], 5) == Prompts(("box",), 5, False, 2)
     assert Prompts.of(["text"], 5, ["text", "point"]).words
+    assert Prompts.of([], 5, ["box"]) == Prompts(("box",), 5, False, 0)  # SAM's own weights
 
 
 # --- through the command line -------------------------------------------------------------------------------------
@@ -444,7 +448,7 @@ def test_an_untuned_checkpoint_evaluates_from_its_configuration(mixed, tmp_path)
 
     dit_ds("export", mixed / "run", "--out", tmp_path / "model.safetensors")
     values = yaml.safe_load((mixed / "mixed.yaml").read_text())
-    values["data"]["prompts"] = ["text"]
+    values["data"]["prompts"] = ["point", "box"]
     path = tmp_path / "sam.yaml"
     path.write_text(yaml.safe_dump(values))
     assert "set model.checkpoint" in refused(dit_ds("eval", path, "--prompt", "point", check=None))

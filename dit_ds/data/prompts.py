@@ -41,7 +41,7 @@ class Prompts:
         """The prompts of a model trained on the kinds `trained` when it is given those `asked`, by default the same.
 
         SAM's mask decoder attends to empty places, too, so a model gets as many as it was trained with; kinds that it
-        was not trained on it gets as SAM does.
+        was not trained on it gets as SAM does. `trained` is empty of SAM's own weights.
         """
         asked = tuple(trained if asked is None else asked)
         if not set(asked) <= set(trained):
