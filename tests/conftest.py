@@ -98,9 +98,12 @@ def refusal(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 
     def line(*args: object) -> str:
         capsys.readouterr()
-        assert main([str(a) for a in args]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and "error: " in lines[0], lines
+        try:
+            status = main([str(a) for a in args])
+        except SystemExit as e:  # argparse's, behind its usage
+            status = e.code
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert status == 2 and len(lines) == 1, lines
         return lines[0]
 
     return line
