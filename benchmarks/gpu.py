@@ -1,8 +1,9 @@
-"""What needs a GPU, in one call: the CUDA tests, attention, training steps, memory against its prediction, checkpoints.
+"""What needs a GPU, in one call: the CUDA tests, attention, training steps, memory against its prediction, checkpoints,
+latency.
 
-Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, table8.* and checkpoint_cuda.* to
-`benchmarks/results/`. `--only` takes a part, where a machine is lent for minutes. Without a GPU, `--small` goes through the
-same steps with tiny ones on the CPU.
+Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, table8.*, checkpoint_cuda.* and
+latency_cuda.* to `benchmarks/results/`. `--only` takes a part, where a machine is lent for minutes. Without a GPU,
+`--small` goes through the same steps with tiny ones on the CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PARTS = {
     "memory": "benchmarks/memory.py --measure",
     "table8": "-m dit_ds.cli memory table8",
     "checkpoint": "benchmarks/checkpoint.py --steps 0",
+    "latency": "benchmarks/latency.py --rounds 50",
 }
 SMALL = {
     "tests": "",
@@ -34,6 +36,7 @@ SMALL = {
     "memory": "--small",
     "table8": "--rows paper",
     "checkpoint": "--size vit_t --rounds 1",
+    "latency": "--width vit_t --rounds 1",
 }
 
 

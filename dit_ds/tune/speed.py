@@ -106,7 +106,9 @@ class _Attention:
 
 def _layers(config: RunConfig) -> Iterator[_Attention]:
     size, m = SIZES[config.model.size], config.model
-    side, words = config.data.image_size // size.patch_size, config.data.tokens if m.scheme != "default" else 0
+    side = config.data.image_size // size.patch_size
+    beside = m.static_tokens if m.static_form == "concat" else 0
+    words = config.data.tokens + beside if m.scheme != "default" else 0
     for i in range(size.depth):
         whole = not m.window_size or i in size.global_layers
         length = side if whole else m.window_size
