@@ -272,11 +272,15 @@ def test_an_official_checkpoint_loads_by_name(tmp_path):
     torch.nn.init.normal_(sam.image_encoder.pos_embed)
     torch.save(sam.state_dict(), tmp_path / "sam_vit_b.pth")
     text = TextEncoder(str(ROOT / "configs/text/bert_base"), layers=1, random_init=True)
-    model = DITSAM(text, "vit_b", 512)
-    report = load_sam_checkpoint(model, tmp_path / "sam_vit_b.pth")
+    model = DITSAM(text, "vit_b", 512, decoder_layers=4, static_tokens=2)
+    report = model.load_pretrained(tmp_path / "sam_vit_b.pth")
     assert len(report["loaded"]) + len(report["unexpected"]) == len(sam.state_dict())
     assert report["unexpected"] == []
-    assert all(n.startswith(("text_", "image_encoder.instruction.")) for n in report["missing"])
+    beyond = tuple(f"mask_decoder.transformer.layers.{i}." for i in (2, 3))  # SAM's two
+    assert report["missing"] and all(n.startswith(beyond) for n in report["missing"])
+    for i in (0, 1):
+        theirs, ours = (m.mask_decoder.transformer.layers[i].state_dict() for m in (sam, model))
+        assert all(torch.equal(ours[n], x) for n, x in theirs.items())
     assert model.image_encoder.pos_embed.shape == (1, 32, 32, 768)
     assert model.image_encoder.blocks[0].attn.rel_pos_h.shape == (63, 64)  # from a window's 27
     assert model.image_encoder.blocks[2].attn.rel_pos_h.shape == (63, 64)  # from 127

@@ -92,6 +92,10 @@ def test_what_a_run_leaves_behind(trained):
         "step",
         "epoch",
     } <= line.keys()
+    log = (run / "log.txt").read_text().splitlines()
+    start = next(i for i, line in enumerate(log) if "parameters, in millions" in line)
+    table = {name: rest for name, *rest in map(str.split, log[start + 1 : start + 8])}
+    assert table["text_encoder"][1:] == ["0.00", "frozen"] and float(table["image_encoder.instruction"][1]) > 0
     assert [m["step"] for m in metrics_of(run, "eval")] == [10]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000010"]
 
