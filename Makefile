@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lock:
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
