@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import RESULTS, conditions, table, write
+from safetensors.torch import load_file, save_file
 
 from dit_ds.published import TABLES, Column
 
@@ -41,7 +42,7 @@ class Study:
 
     def __init__(self, folder: Path, steps: int, pretraining: int, lr: float):
         self.folder, self.steps, self.pretraining, self.lr = folder.resolve(), steps, pretraining, lr
-        self.sam = self.folder / "sam.safetensors"
+        self.sam = self.folder / f"sam-{pretraining}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
 
     def prepare(self) -> None:
@@ -51,10 +52,12 @@ class Study:
             self._command("sample", "data", "sample", refer)
             images = refer / "images/train2014"
             self._command("shard", "data", "shard", "--refer-root", refer, "--images", images, "--out", shards)
-        if not self.sam.exists():
-            prompts = ["--model.scheme", "default", "--data.prompts", "[point,box]"]
-            self._train("sam", *prompts, "--train.max_steps", self.pretraining)
-            self._command("export", "export", self.folder / "sam", "--out", self.sam)
+        prompts = ["--model.scheme", "default", "--data.prompts", "[point,box]"]
+        self._train("sam", *prompts, "--train.max_steps", self.pretraining)
+        whole = self.folder / "sam-whole.safetensors"
+        self._command("export", "export", self.folder / "sam", "--out", whole)
+        sams = ("image_encoder.", "prompt_encoder.", "mask_decoder.")  # the words' way in differs by the seed
+        save_file({n: x for n, x in load_file(whole).items() if n.startswith(sams)}, self.sam)
 
     def tune(self, scheme: str, frozen: bool, seed: int) -> dict:
         """One training's figures on val."""
@@ -141,7 +144,7 @@ def markdown(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default="demo/schemes", help="where everything goes (default demo/schemes)")
-    parser.add_argument("--steps", type=int, default=600, help="of each tuning (default 600)")
+    parser.add_argument("--steps", type=int, default=400, help="of each tuning (default 400)")
     parser.add_argument("--pretraining", type=int, default=1000, help="steps of the SAM before (default 1000)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the tunings (default 1e-3)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

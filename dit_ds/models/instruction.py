@@ -17,8 +17,8 @@ class Options:
     """What every scheme is told.
 
     Attributes:
-        zero: what is new starts such that every word is the zero vector, a blank token that says nothing yet; the
-            image's features then don't depend on the words at first. False: PyTorch's initialisation.
+        zero: what is new starts with weights of zero, so that every word is the same blank token, which says nothing
+            yet; the image's features then don't depend on the words at first. False: PyTorch's initialisation.
         adapt: `EndToEnd` has its linear layers between the ViT's.
         dropout: of the words that enter; 0.1 in the paper's released code, not in its text.
     """
@@ -56,11 +56,15 @@ class Instruction(nn.Module):
 
 
 def projection(inputs: int, outputs: int, zero: bool) -> nn.Linear:
-    """A linear layer, zero at first if asked."""
+    """A linear layer, if asked with weights of zero at first.
+
+    Its bias then is small, but not zero: the LayerNorm that reads it would multiply the first gradients of zero vectors
+    by a thousand, or a million where there are two, and Adam's second moment would remember them for the whole training.
+    """
     linear = nn.Linear(inputs, outputs)
     if zero:
         nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        nn.init.normal_(linear.bias, std=0.02)
     return linear
 
 
@@ -114,10 +118,10 @@ class Cascade(Instruction):
     def __init__(self, text_dim: int, embed_dim: int, depth: int, options: Options):
         super().__init__(text_dim, embed_dim, depth, options)
         first = projection(text_dim, embed_dim, options.zero)
-        self.projections = nn.ModuleList([first, *(identity(embed_dim) for _ in range(depth - 1))])
+        self.chain = nn.ModuleList([first, *(identity(embed_dim) for _ in range(depth - 1))])
 
     def forward(self, words: Tensor, layer: int, image: Tensor) -> Tensor:
-        tokens = self.projections[layer](words)
+        tokens = self.chain[layer](words)
         return self.dropout(tokens) if layer == 0 else tokens  # once: what is carried on has been through it
 
 
