@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     which = p.add_mutually_exclusive_group()
     which.add_argument("--rows", type=_from_one, default=8, help="expressions, spread over the split (default 8)")
     which.add_argument("--samples", type=_numbers, help="these, by their numbers in the split from 0 on, as 3,17")
-    p.add_argument("--wrong-below", type=float, default=0.5, metavar="IOU", help="frame these (default 0.5)")
+    p.add_argument("--wrong-below", type=_share, default=0.5, metavar="IOU", help="frame these (default 0.5)")
     p.add_argument("--titles", type=lambda text: text.split(","), help="of the checkpoints, as SAM,E-DIT,L-DIT "
                    "(default: scheme and what is frozen)")  # fmt: skip
 
@@ -34,6 +34,15 @@ def add(commands: Any) -> None:
     p.add_argument("--out", required=True, metavar="FILE", help="PNG or PDF to write")
     p.add_argument("--words", action="store_true", help="a row for each word, too, of one checkpoint")
     p.add_argument("--layers", type=_numbers, help="only these, from 1 on, as 1,4,12 (default: all)")
+
+
+def _share(text: str) -> float:
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
 
 
 def _split(p: argparse.ArgumentParser) -> None:

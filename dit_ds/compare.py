@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from dit_ds import experiments
 from dit_ds.errors import UserError
 from dit_ds.experiments import FOLDER, Experiment
 from dit_ds.published import TABLES, Column, Table
-from dit_ds.runs import Scored, read_run
+from dit_ds.runs import NotEvaluated, Scored, read_run
+
+_log = logging.getLogger("dit_ds")
 
 
 @dataclass
@@ -51,18 +54,34 @@ def compare(runs: list[str], number: int | None = None, folder: str | Path = FOL
         `values`, `deltas`, `spread` and `marks` (best, second) go by the columns, None where there is nothing; its
         `steps`, by the runs, say which step of it was evaluated on each split.
     Raises:
-        UserError: no such table, no run, or one that was not evaluated.
+        UserError: no such table, no run, or none that was evaluated.
     """
     if number == 8:
         raise UserError("Table 8 is about memory, not about figures of runs: see dit-ds memory table8")
     rows = [e for e in experiments.experiments(number, folder) if e.table.number != 8]
-    scored = [s for run in dict.fromkeys(map(Path, runs)) for s in read_run(run)]
+    scored = _read(runs)
     fits = {id(s): [e for e in rows if e.settings == s.settings] for s in scored}
     numbers = [number] if number else sorted({e.table.number for found in fits.values() for e in found})
     tables = [_of_paper(TABLES[n], scored, fits, rows if number else None) for n in numbers]
     if not number and not all(fits.values()):
         tables.append(_alone(scored, fits, rows))
     return {"tables": tables}
+
+
+def _read(runs: list[str]) -> list[Scored]:
+    """All that were evaluated; of others a warning."""
+    scored: list[Scored] = []
+    missing: list[NotEvaluated] = []
+    for run in dict.fromkeys(map(Path, runs)):
+        try:
+            scored += read_run(run)
+        except NotEvaluated as e:
+            missing.append(e)
+    if not scored:
+        raise missing[0]
+    for e in missing:
+        _log.warning(f"warning: left out: {e}")
+    return scored
 
 
 def _of_paper(

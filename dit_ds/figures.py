@@ -18,7 +18,7 @@ from dit_ds.evaluate import Binarize, model_inputs
 from dit_ds.metrics import intersection_and_union
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.text_encoder import load_tokenizer
-from dit_ds.predict import dataset_of, device, picture_inputs, read_expression, read_picture
+from dit_ds.predict import check_kind, dataset_of, device, picture_inputs, read_expression, read_picture
 from dit_ds.visualize import AttentionRow, GridRow, draw_attention, picture_format, write_grid
 from dit_ds.weights import load_model
 
@@ -220,6 +220,7 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
     model, config, _ = load_model(path)
     if config.model.name != "dit_sam":
         raise UserError(f"{path} is of model.name {config.model.name}: attention is drawn of dit_sam's ViT only")
+    check_kind(config, "text")
     encoder = model.to(device()).image_encoder
     missing = [i for i in layers or [] if not 1 <= i <= len(encoder.blocks)]
     if missing:
@@ -227,7 +228,7 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
     tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
     inputs = picture_inputs(config, pixels, text)
     tokens, size = inputs["tokens"].cpu(), inputs["size"].cpu()
-    ends = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
+    ends = torch.tensor(tokenizer.all_special_ids)  # BERT's [CLS] and [SEP], CLIP's start and end of text
     words = inputs["token_mask"][0].cpu() & ~torch.isin(tokens[0], ends)
     if not words.any():
         raise UserError(f"--text '{text}' has no word for the text encoder: use others")

@@ -22,6 +22,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device, not a file: choose another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with full_disk_is_user_error(path):
         try:
@@ -44,7 +46,7 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some, or choose another folder") from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT):
             raise UserError(f"cannot write {path} ({e.strerror}): choose another folder") from e
         raise
 

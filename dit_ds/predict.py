@@ -63,7 +63,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _check_kind(config: RunConfig, kind: str) -> None:
+def check_kind(config: RunConfig, kind: str) -> None:
+    """Refuse a prompt that the model can't read.
+
+    Raises:
+        UserError: LAVT and ReLA read words only; words mean nothing to a model that never learned any.
+    """
+    if kind == "text" and "text" not in config.data.prompts:
+        learned = " or ".join(config.data.prompts)
+        raise UserError(f"the model learned no words (data.prompts {config.data.prompts}): prompt it with a {learned}")
     if kind != "text" and config.model.name != "dit_sam":
         raise UserError(f"model.name {config.model.name} reads words only: it can't be prompted with a {kind}")
 
@@ -90,7 +98,7 @@ def evaluate_checkpoint(
     """
     model, config, meta = load_model(path)
     kind = prompt or default_kind(config.data.prompts)
-    _check_kind(config, kind)
+    check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
     dataset = dataset_of(config, split, data_root, kind, int(shuffle_text), _trained(config, meta))
@@ -117,7 +125,7 @@ def evaluate_checkpoint(
     )
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
-    if world.main and not shuffle_text:
+    if world.main and not shuffle_text and binarize.threshold == config.eval.threshold:  # the run's own figures
         d = config.data
         how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": d.dataset, "split_by": d.split_by}
@@ -131,6 +139,8 @@ def _leave_in_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -
     written is a warning: the result is on stdout."""
     if Path(path).suffix in (".yaml", ".yml"):
         run = Path(config.run_dir)
+        if (run / "checkpoints").exists():  # a trained run's place: these would stand among its figures
+            return
     elif Path(path).is_dir() and (found := checkpoint.find(path).resolve()).parent.name == "checkpoints":
         run = found.parent.parent
     else:
@@ -188,8 +198,9 @@ def predict_image(
     pixels = read_picture(image)
     _check_places(points, box, *pixels.shape[:2])
     model, config, meta = load_model(path)
-    if points or box is not None:
-        _check_kind(config, "point" if points else "box")
+    for kind, is_given in (("text", words is not None), ("point", bool(points)), ("box", box is not None)):
+        if is_given:
+            check_kind(config, kind)
     model.to(device())
     mask = segment(model, config, pixels, words, points, box, threshold, _trained(config, meta))
     said = {"text": text} if text is not None else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from dit_ds.files import read_json
 from dit_ds.published import EXPRESSIONS, Column
 
 _METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
+
+
+class NotEvaluated(UserError):
+    """A run without figures."""
 
 
 @dataclass
@@ -46,7 +51,8 @@ def read_run(folder: str | Path) -> list[Scored]:
     none, the line of metrics.jsonl of the same step, else the last.
 
     Raises:
-        UserError: no run, a damaged file, or no evaluation yet.
+        NotEvaluated: there is none yet.
+        UserError: no run, or a damaged file.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -57,7 +63,9 @@ def read_run(folder: str | Path) -> list[Scored]:
         raise UserError(f"{folder}/config.yaml: {e}") from None
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((folder / "evaluations").glob("*.json")):
-        e = _checked(read_json(path, "evaluation"), path, config)
+        e = _checked(read_json(path, "evaluation"), config)
+        if e is None:
+            raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
         newest = by_prompt.setdefault(e["prompt"], {})
         if not e.get("shuffle_text") and e["step"] >= newest.get(e["split"], {"step": -1})["step"]:
             newest[e["split"]] = e
@@ -71,31 +79,34 @@ def read_run(folder: str | Path) -> list[Scored]:
         _scored(folder, config, prompt, splits) for prompt, splits in sorted(by_prompt.items(), reverse=True) if splits
     ]
     if not scored:
-        raise UserError(f"{folder} has no evaluation yet: run dit-ds eval {folder} --split {config.data.val_split}")
+        raise NotEvaluated(f"{folder} has no evaluation yet: run dit-ds eval {folder} --split {config.data.val_split}")
     return scored
 
 
-def _checked(entry: Any, path: Path, config: RunConfig) -> dict[str, Any]:
-    """An evaluation with what that of training lacks: the prompt."""
-    kinds = {"split": str, "n": int, "step": int} | dict.fromkeys(
-        _METRICS, float | int | None
-    )  # null: it was not finite
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ...), kind) for k, kind in kinds.items()):
-        raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
+def _checked(entry: Any, config: RunConfig) -> dict[str, Any] | None:
+    """An evaluation with what that of training lacks, the prompt; None for what is none."""
+    if not isinstance(entry, dict):
+        return None
     prompts = config.data.prompts
-    return {"prompt": "text" if "text" in prompts else prompts[0]} | entry
+    entry = {"prompt": "text" if "text" in prompts else prompts[0], "threshold": config.eval.threshold} | entry
+    kinds = {"split": str, "prompt": str, "n": int, "step": int, "threshold": float | int}
+    right = all(isinstance(entry.get(k), kind) for k, kind in kinds.items()) and all(
+        entry.get(k, ...) is None or (isinstance(entry.get(k), float | int) and math.isfinite(entry[k]))
+        for k in _METRICS  # null: it was not finite
+    )
+    return entry if right else None
 
 
 def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # a line that a kill cut short
             continue
-        if isinstance(entry, dict) and entry.get("kind") == "eval":
-            found.append(_checked(entry, path, config))
+        if isinstance(entry, dict) and entry.get("kind") == "eval" and (found_here := _checked(entry, config)):
+            found.append(found_here)
     return found
 
 
@@ -119,7 +130,7 @@ def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict
             scored.notes.append(
                 f"not comparable: {split} has {e['n']:,} expressions instead of {known}; neither ranked nor subtracted"
             )
-        if e.get("threshold", config.eval.threshold) != config.eval.threshold:
+        if e["threshold"] != config.eval.threshold:
             scored.notes.append(f"{split} at threshold {e['threshold']:g}, not the run's {config.eval.threshold:g}")
     if len(set(steps.values())) > 1:
         at = ", ".join(f"{split} of step {step}" for split, step in steps.items())

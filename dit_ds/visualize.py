@@ -182,7 +182,8 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
     for layer, axis in zip(layers, axes[0, 2:]):
         axis.set_title(f"layer {layer}", fontsize=9)
     # a dollar in the words is no mathematics
-    title = textwrap.fill(f"“{text}”", width=int(10 * figure.get_figwidth()))
+    width = int(10 * figure.get_figwidth())
+    title = textwrap.fill(f"“{textwrap.shorten(text, 3 * width, placeholder='…')}”", width)
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.supxlabel(note, fontsize=7)
     figure.savefig(picture, format=kind.lower(), dpi=150)

@@ -138,6 +138,33 @@ def shards(refer_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP with random weights and its tokenizer, as transformers saves them: both towers."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("clip")
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    words = Tokenizer(models.BPE(unk_token=ends[1], end_of_word_suffix="</w>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(
+        ["the left red star above a blue box"],
+        trainers.BpeTrainer(special_tokens=ends, end_of_word_suffix="</w>", vocab_size=80),
+    )
+    words.model.save(str(folder))
+    transformers.CLIPTokenizerFast(f"{folder}/vocab.json", f"{folder}/merges.txt").save_pretrained(folder)
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "vocab_size": 120, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "image_size": 32, "patch_size": 16}  # fmt: skip
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
 def tiny_config(data_root: Path, run_dir: Path) -> dict:
     """The demo's model on the small set: fp32, a few steps."""
     return {

@@ -13,6 +13,7 @@ from conftest import ROOT, dit_ds, metrics_of
 from dit_ds.cli import main
 from dit_ds.compare import compare
 from dit_ds.config import load_config
+from dit_ds.errors import UserError
 from dit_ds.published import EXPRESSIONS
 
 FULL = {"val": 10834, "testA": 5657, "testB": 5095}
@@ -101,6 +102,22 @@ def test_settings_count_and_other_differences_are_footnotes(tmp_path):
     assert "model.static_tokens" in table["notes"][0]
 
 
+def test_what_is_no_evaluation_or_not_evaluated_yet_does_not_end_the_others(tmp_path, caplog):
+    """Lines of metrics.jsonl that say nothing are passed over; a run without figures is left out with a warning."""
+    run = make_run(tmp_path / "a", "table1_layer_wise", splits={"val": 10834})
+    (tmp_path / "a/metrics.jsonl").write_text(
+        '{"kind": "eval", "split": "val"}\n{"kind": "eval", "split": "testA", "n": NaN}\n'
+    )
+    bare = make_run(tmp_path / "b", "table1_default", splits={})
+    (row,) = mine(table_of([run, bare], 1))
+    assert "left out" in caplog.text and bare in caplog.text
+    for wrong in ({"prompt": 3}, {"threshold": "high"}, {"miou": float("inf")}):
+        path = next((tmp_path / "a/evaluations").iterdir())
+        path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+        with pytest.raises(UserError, match="is no evaluation"):
+            table_of([run], 1)
+
+
 def test_other_data_is_neither_ranked_nor_subtracted(tmp_path):
     run = make_run(tmp_path / "a", "table1_layer_wise", oiou=0.95, splits={"val": 200})
     table = table_of([run], 1)
@@ -162,7 +179,7 @@ def test_the_newest_evaluation_counts_and_training_stands_in_for_val(tmp_path):
     for line in in_training:
         line.pop("prompt")
     text = "\n".join(json.dumps(x) for x in [{"kind": "train", "step": 1}, *in_training]) + '\n{"kind": "ev'
-    (run / "metrics.jsonl").write_text(text)
+    (tmp_path / "a/metrics.jsonl").write_text(text)
     table = table_of([str(run)], 1)
     (row,) = mine(table)
     assert at(table, row, "testA", "oiou") == 60.0

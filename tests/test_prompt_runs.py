@@ -52,7 +52,7 @@ def test_evaluation_by_kind_is_repeatable_and_kept(mixed, refusal):
     assert result("--threshold", "0.3", "--split", "testA")["prompt"] == "text"
     assert metrics_of(run, "eval")[-1]["miou"] == of["text"]["miou"]
     kept = sorted(p.name for p in (run / "evaluations").iterdir())
-    assert kept == [f"{s}-step_00000004.json" for s in ("testA-text", "val-box", "val-point", "val-text")]
+    assert kept == [f"{s}-step_00000004.json" for s in ("val-box", "val-point", "val-text")]  # at the run's threshold
     point = json.loads((run / "evaluations/val-point-step_00000004.json").read_text())
     assert of["point"].items() <= point.items()
     assert {"step": 4, "dataset": "refcoco", "split_by": "unc", "threshold": 0.35, "shuffle_text": False}.items() <= (
@@ -83,9 +83,14 @@ def test_an_untuned_checkpoint_evaluates_from_its_configuration(mixed, refusal, 
     path = tmp_path / "sam.yaml"
     path.write_text(yaml.safe_dump(values))
     assert "set model.checkpoint" in refusal("eval", path, "--prompt", "point")
+    said = refusal(
+        "predict", path, "--text", "a star", "--image", ROOT / "benchmarks/results/tune.png", "--out", tmp_path
+    )
+    assert "set model.checkpoint" in said
     values["model"] |= {"checkpoint": str(tmp_path / "model.safetensors"), "scheme": "default"}
     values["run_dir"] = str(tmp_path / "untuned")
     path.write_text(yaml.safe_dump(values))
+    assert "the model learned no words" in refusal("eval", path, "--prompt", "text")
     result = json.loads(dit_ds("eval", path, "--prompt", "point", "--json").stdout)
     assert result["prompt"] == "point" and 0 <= result["miou"] <= 1
     capsys.readouterr()

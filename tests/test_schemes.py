@@ -246,32 +246,6 @@ def test_padding_that_counts_as_words():
 # --- CLIP ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory):
-    """A CLIP with random weights and its tokenizer, as transformers saves them: both towers."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("clip")
-    ends = ["<|startoftext|>", "<|endoftext|>"]
-    words = Tokenizer(models.BPE(unk_token=ends[1], end_of_word_suffix="</w>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(
-        ["the left red star above a blue box"],
-        trainers.BpeTrainer(special_tokens=ends, end_of_word_suffix="</w>", vocab_size=80),
-    )
-    words.model.save(str(folder))
-    transformers.CLIPTokenizerFast(f"{folder}/vocab.json", f"{folder}/merges.txt").save_pretrained(folder)
-    torch.manual_seed(0)
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "vocab_size": 120, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
-              "image_size": 32, "patch_size": 16}  # fmt: skip
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    return folder
-
-
 def test_clips_text_tower_reads_the_words(tiny_clip):
     """Its last hidden states, as transformers computes them; frozen: no gradients, evaluation mode, half of it."""
     import transformers
@@ -349,3 +323,8 @@ def test_more_tokens_than_clip_reads_are_refused(config_file, tiny_clip, capsys)
     overrides = ["--text.name", str(tiny_clip), "--data.tokens", "78"]
     assert main(["train", "--config", str(config_file), *overrides]) == 2
     assert "data.tokens 78" in (err := capsys.readouterr().err) and "set data.tokens 77" in err
+
+
+def test_a_text_encoder_of_another_kind_is_refused(config_file, tmp_path, refusal):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert "a t5 can't be used" in refusal("train", "--config", config_file, "--text.name", tmp_path)

@@ -51,7 +51,7 @@ def resized_shape(height: int, width: int, image_size: int, resize: str = "pad")
     if resize == "stretch":
         return image_size, image_size
     scale = image_size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resize_image(image: np.ndarray, image_size: int, resize: str = "pad") -> Image.Image:

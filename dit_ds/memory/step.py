@@ -19,7 +19,7 @@ from dit_ds.weights import build_model
 
 
 def fake_batch(
-    batch: int, image_size: int, tokens: int, prompts: Prompts = WORDS
+    batch: int, image_size: int, tokens: int, prompts: Prompts = WORDS, soft: bool = False
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Inputs, mask and weight of the shapes that the loader gives."""
     inputs = {
@@ -32,7 +32,8 @@ def fake_batch(
     if prompts.slots:
         inputs["points"] = torch.zeros(batch, prompts.slots, 2)
         inputs["labels"] = torch.zeros(batch, prompts.slots, dtype=torch.long)
-    return inputs, torch.zeros(batch, image_size, image_size, dtype=torch.uint8), torch.ones(batch)
+    mask = torch.zeros(batch, image_size, image_size, dtype=torch.float32 if soft else torch.uint8)
+    return inputs, mask, torch.ones(batch)
 
 
 class Steps:
@@ -89,7 +90,9 @@ class Steps:
     def _pass(self, micro_batch: int) -> None:
         d, device, ledger, engine = self.config.data, self.world.device, self.ledger, self.engine
         ledger.enter("forward")
-        inputs, mask, weight = fake_batch(micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points))
+        inputs, mask, weight = fake_batch(
+            micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points), d.mask_rule == "soft"
+        )
         inputs, mask, weight = {k: x.to(device) for k, x in inputs.items()}, mask.to(device), weight.to(device)
         ledger.own("inputs", (*inputs.values(), mask, weight))
         loss = engine.module.loss(engine(**inputs), mask, weight)

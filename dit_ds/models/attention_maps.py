@@ -132,7 +132,8 @@ def attention_of_picture(
     def observer(layer: int, attn: nn.Module, x: Tensor, given: Tensor | None, mask: Tensor | None) -> None:
         if layers is None or layer in layers:
             maps = layer_maps(attn, x, given, mask)
-            found[layer] = _summary(maps, grid, picture, words, encoder.blocks[layer].window_size)
+            window = encoder.blocks[layer].window_size
+            found[layer] = _summary(maps, grid, picture, words, inputs["token_mask"][0], window)
 
     with observed(encoder, observer):
         logits = model(**inputs)
@@ -144,8 +145,14 @@ def picture_places(size: Tensor, grid: tuple[int, int], image_size: int) -> tupl
     return tuple(math.ceil(int(s) * n / image_size) for s, n in zip(size, grid))
 
 
-def _summary(maps: Maps, grid: tuple[int, int], picture: tuple[int, int], words: Tensor, window: int) -> LayerAttention:
-    """The mean over heads, and over windows where there are any, whose places are put together again."""
+def _summary(
+    maps: Maps, grid: tuple[int, int], picture: tuple[int, int], words: Tensor, tokens: Tensor, window: int
+) -> LayerAttention:
+    """The mean over heads, and over windows where there are any, whose places are put together again.
+
+    Args:
+        words, tokens: (T,) bool: the expression's words, and those with what the tokenizer put around them.
+    """
     h, w = picture
     weight = torch.zeros(1, *grid, 1, dtype=maps.places.dtype, device=maps.places.device)
     weight[:, :h, :w] = 1 / (h * w)  # of each place's query
@@ -167,4 +174,4 @@ def _summary(maps: Maps, grid: tuple[int, int], picture: tuple[int, int], words:
         return LayerAttention(None, on_places, None)
     rows = maps.words.mean(1)[:, : len(words)][:, words]  # (windows, words, T+N); behind the expression's are others
     by_word = whole(rows[..., t:]) / len(rows)
-    return LayerAttention(by_word, on_places, float(received[..., : len(words)].sum()))
+    return LayerAttention(by_word, on_places, float(received[..., : len(tokens)][..., tokens].sum()))

@@ -150,8 +150,8 @@ class _WordsAttend(nn.Module):
 class CrossAttention(Instruction):
     """Table 4, CrossAtt: what a layer's words are depends on the image they are to enter.
 
-    The paper does not say what the words attend to; here the layer's own visual tokens. Width and heads are those of
-    its released code.
+    The paper does not say what the words attend to; here the layer's own visual tokens. Its released code's are perhaps
+    learnable ones. Width and heads are that code's.
     """
 
     def __init__(self, text_dim: int, embed_dim: int, depth: int, options: Options):

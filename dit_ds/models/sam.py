@@ -86,7 +86,9 @@ class WordPromptEncoder(PromptEncoder):
         if points is not None:
             sparse.append(self.embed_points(points, labels).to(dtype))
         of_all = torch.cat(sparse, dim=1) if sparse else dense.new_zeros(1, 0, self.embed_dim)  # (B, T+P, C)
-        return of_all, dense, self.get_dense_pe().to(dtype)
+        with torch.autocast(dense.device.type, enabled=False):
+            positions = self.get_dense_pe()
+        return of_all, dense, positions.to(dtype)
 
     def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
         """What SAM's `_embed_points` and `_embed_boxes` compute, for points and corners in one tensor, as SAM's ONNX
@@ -99,7 +101,8 @@ class WordPromptEncoder(PromptEncoder):
         Returns:
             (B, P, C)
         """
-        places = self.pe_layer.forward_with_coords(points.float() + 0.5, self.input_image_size)  # (B, P, C)
+        with torch.autocast(points.device.type, enabled=False):  # a phase in bf16 would be another place
+            places = self.pe_layer.forward_with_coords(points.float() + 0.5, self.input_image_size)  # (B, P, C)
         # all kinds at once, so that each has a gradient in every step, whatever the batch holds
         kinds = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings)])  # (1+4, C)
         return places.to(kinds.dtype) * (labels >= 0)[..., None] + kinds[labels + 1]
@@ -184,7 +187,9 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[st
     for name in state.keys() & target.keys():
         if state[name].shape != target[name].shape:
             have, want = tuple(state[name].shape), tuple(target[name].shape)
-            raise UserError(f"{path} is of another size: {name} is {have}, the model's {want}: set model.size to match")
+            words = name.startswith(("text_", "image_encoder.instruction.", "image_encoder.static_tokens."))
+            keys = "text.name, model.scheme and model.static_tokens" if words else "model.size"
+            raise UserError(f"{path} is of another size: {name} is {have}, the model's {want}: set {keys} to match")
     loaded = sorted(state.keys() & target.keys())
     if not loaded:
         raise UserError(f"{path} holds no tensor with a name of SAM's: give an official sam_vit_*.pth")

@@ -83,6 +83,8 @@ def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:
     except (OSError, ValueError) as e:
         raise _absent(folder, e) from None
     config = getattr(config, "text_config", config)
+    if not hasattr(config, "max_position_embeddings"):
+        raise UserError(f"text.name {name}: a {config.model_type} can't be used: give a BERT or a CLIP")
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise UserError(f"text.layers {layers}: {name} has {config.num_hidden_layers}")
