@@ -80,8 +80,9 @@ class ModelConfig(_Section):
     )
     word_init: Literal["auto", "zero", "uniform"] = Field(
         "auto",
-        description="what the words' projections into the ViT start from: zero, as the paper's released code, where all "
-        "words are the same blank token at first; uniform, PyTorch's; auto: zero where model.checkpoint is given",
+        description="what the words' projections into the ViT start from: zero weights, much as the paper's released "
+        "code, so that all words are one blank token at first; uniform, PyTorch's; auto: zero where model.checkpoint is "
+        "given",
     )
     adapters: Literal["frozen", "always", "never"] = Field(
         "frozen",
@@ -104,7 +105,7 @@ class ModelConfig(_Section):
     freeze_projections: bool = Field(
         False,
         description="freeze the words' way into the ViT together with it, as the paper's released code: with "
-        "word_init zero, words then never enter",
+        "word_init zero, what they say then never enters",
     )
     mask_padding: bool = Field(
         True,

@@ -127,7 +127,10 @@ def tiny(name: str) -> list[str]:
     size = "swin_t_tiny" if "lavt" in name or "rela" in name else "vit_t"
     out = ["--model.size", size, "--model.checkpoint", "null", "--data.image_size", "64", "--text.layers", "1",
            "--text.name", MINILM, "--text.random_init", "true"]  # fmt: skip
-    return out + (["--data.scales", "[48, 64]"] if load(name).data.scales else [])
+    config = load(name)
+    if config.model.name == "dit_sam":  # as beside a SAM checkpoint
+        out += ["--model.word_init", "zero"]
+    return out + (["--data.scales", "[48, 64]"] if config.data.scales else [])
 
 
 def kinds() -> dict[str, str]:

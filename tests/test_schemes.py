@@ -10,7 +10,7 @@ from torch import nn
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.models.dit_sam import DITSAM, segmentation_loss
 from dit_ds.models.image_encoder import ImageEncoder
-from dit_ds.models.instruction import Instruction, Options, StaticTokens, make_instruction
+from dit_ds.models.instruction import Instruction, Options, StaticTokens, make_instruction, projection
 from dit_ds.models.schemes import SCHEMES
 from dit_ds.models.text_encoder import TextEncoder
 
@@ -270,7 +270,7 @@ class WordsOnce(Instruction):
 
     def __init__(self, text_dim, embed_dim, depth, options):
         super().__init__(text_dim, embed_dim, depth, options)
-        self.shared = nn.Linear(text_dim, embed_dim)
+        self.shared = projection(text_dim, embed_dim, options.zero)
 
     def forward(self, words, layer, image):
         return self.dropout(self.shared(words))
