@@ -27,6 +27,7 @@ class Row:
     """A row as printed.
 
     Attributes:
+        line: where it stands in the paper's text, as converted to Markdown.
         label: its leading cells.
         values: by column; no entry where the paper has none.
         configs: by dataset, the names of its configurations in configs/paper; none for methods that aren't here.
@@ -34,6 +35,7 @@ class Row:
         trained: False for SAM as it was released.
     """
 
+    line: int
     label: tuple[str, ...]
     values: dict[Column, float]
     configs: dict[str, str]
@@ -75,6 +77,7 @@ def _row(entry: dict[str, Any], columns: tuple[Column, ...]) -> Row:
     if isinstance(configs, str):
         configs = {columns[0].dataset: configs}
     return Row(
+        entry["line"],
         tuple(str(x) for x in entry["label"]),
         {c: float(x) for c, x in zip(columns, figures) if x != "-"},
         configs,

@@ -151,3 +151,8 @@ def test_claims_that_hold():
     assert round(up, 1) == 11.6  # "up to 11.6% improvement on RefCOCO testA"
     assert round(figure(1, "Default*", metric="miou"), 1) == 58.0  # "58.0% mIoU when fine-tuned on RefCOCO"
     assert figure(3, "frozen, frozen, Layer-wise") == 67.16 > figure(1, "Default")
+
+
+def test_every_row_says_where_it_stands():
+    lines = [row.line for number in sorted(TABLES) for row in TABLES[number].rows]
+    assert lines == sorted(set(lines))  # one after the other, as printed
