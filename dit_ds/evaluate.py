@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_ds.config import RunConfig
-from dit_ds.data.loader import EvalBatches, ExpressionDataset, checked, make_loader
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.loader import checked, make_loader
+from dit_ds.data.order import EvalBatches
 from dit_ds.distributed import World, gather_objects
 from dit_ds.metrics import intersection_and_union, summarize
 from dit_ds.models.segmenter import upscale

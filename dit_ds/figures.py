@@ -12,7 +12,8 @@ from torch import Tensor
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.config import RunConfig
-from dit_ds.data.loader import ExpressionDataset, checked, make_loader
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.loader import checked, make_loader
 from dit_ds.errors import UserError
 from dit_ds.evaluate import Binarize, model_inputs
 from dit_ds.metrics import intersection_and_union

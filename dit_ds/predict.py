@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dit_ds import checkpoint
 from dit_ds.config import RunConfig
-from dit_ds.data.loader import ExpressionDataset, SplitIndex, make_tokenize
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.index import SplitIndex
+from dit_ds.data.loader import make_tokenize
 from dit_ds.data.prompts import Prompts, default_kind, scale_places
 from dit_ds.data.transforms import pad_square, resize_image
 from dit_ds.distributed import connect, disconnect

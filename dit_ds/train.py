@@ -18,7 +18,10 @@ from dit_ds import checkpoint, weights
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig
 from dit_ds.control import Control, StallWatch
-from dit_ds.data.loader import ExpressionDataset, SplitIndex, TrainBatches, checked, make_loader, make_tokenize
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.index import SplitIndex
+from dit_ds.data.loader import checked, make_loader, make_tokenize
+from dit_ds.data.order import TrainBatches
 from dit_ds.data.prompts import Prompts, default_kind
 from dit_ds.data.transforms import Augmentation
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment

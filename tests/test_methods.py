@@ -12,7 +12,9 @@ from conftest import ROOT
 import dit_ds.torchvision_stub  # noqa: F401  before transformers
 from dit_ds import engine
 from dit_ds.config import load_config, validate
-from dit_ds.data.loader import ExpressionDataset, SplitIndex, collate
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.index import SplitIndex
+from dit_ds.data.loader import collate
 from dit_ds.errors import UserError
 from dit_ds.evaluate import original_probabilities
 from dit_ds.models.lavt import LAVT

@@ -10,7 +10,10 @@ import torch
 from conftest import MINILM
 
 from dit_ds.config import validate
-from dit_ds.data.loader import ExpressionDataset, SplitIndex, TrainBatches, checked, make_loader, make_tokenize
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.index import SplitIndex
+from dit_ds.data.loader import checked, make_loader, make_tokenize
+from dit_ds.data.order import TrainBatches
 from dit_ds.data.prompts import Prompts, box_of, on_resized, points_on, scale_places
 from dit_ds.data.transforms import Augmentation, resize_mask
 from dit_ds.errors import UserError

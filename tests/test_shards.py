@@ -19,7 +19,8 @@ import webdataset
 from conftest import ROOT, dit_ds, environment, refused
 
 from dit_ds.data.refer import annotation_rle, decode_rle, load_refer
-from dit_ds.data.shards import shard_refer, verify_shards
+from dit_ds.data.shards import shard_refer
+from dit_ds.data.verify import verify_shards
 from dit_ds.errors import UserError
 
 

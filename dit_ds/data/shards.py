@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_ds import __version__
+from dit_ds.data.manifest import SCHEMA, load_manifest, read_members, size_errors, write_manifest
 from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord, annotation_rle, clean_sentence, load_refer
 from dit_ds.data.transforms import decode_jpeg
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write, read_json, sha256_of, usable_cores, write_json
 
-SCHEMA = 1
 MASK_POLICY = "union"
 _IMAGES_A_SHARD = 50  # at least; RefCOCO's train split then has 256 shards of 66 images, 11 MB each
 
@@ -84,7 +82,7 @@ def shard_refer(
         for half_written in folder.glob(".*.tmp"):  # by a worker that was ended, now or in a run that was killed
             half_written.unlink()
     manifest = _manifest(tree, plans, parts, digest)
-    write_json(published, manifest, indent=None)
+    write_manifest(published, manifest)
     _remove_leftovers(folder, {p.name for p in plans})
     return manifest
 
@@ -155,7 +153,7 @@ def _write_shard(k: int) -> tuple[str, dict[str, Any]]:
     note.unlink(missing_ok=True)
     with atomic_write(path) as f:
         entry, dropped = _write_tar(f, tree, plan, images, skip_bad)
-    entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": _members(path)}
+    entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": read_members(path)}
     part = {"digest": plan.digest, "entry": entry, "dropped": dropped}
     write_json(note, part, indent=None)
     return plan.name, part
@@ -244,22 +242,6 @@ def _sample(
     }  # fmt: skip
 
 
-def _members(path: Path) -> list[list[Any]]:
-    """Per sample `[image_id, jpg offset, jpg bytes, json offset, json bytes, [sentences of each ref]]`."""
-    samples: dict[str, dict[str, Any]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, extension = member.name.split(".", 1)
-            samples.setdefault(key, {})[extension] = member
-            if extension == "json":
-                meta = json.loads(tar.extractfile(member).read())
-                samples[key]["lengths"] = [len(r["sentences"]) for r in meta["refs"]]
-    return [
-        [int(k), s["jpg"].offset_data, s["jpg"].size, s["json"].offset_data, s["json"].size, s["lengths"]]
-        for k, s in samples.items()
-    ]
-
-
 def _manifest(tree: ReferTree, plans: list[ShardPlan], parts: dict[str, dict[str, Any]], digest: str) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     for plan in plans:
@@ -291,56 +273,3 @@ def _remove_leftovers(folder: Path, names: set[str]) -> None:
     for tar in folder.glob("*-of-*.tar"):
         if tar.name not in names:
             tar.unlink()
-
-
-def load_manifest(folder: str | Path) -> dict[str, Any]:
-    """Read a set's manifest.
-
-    Raises:
-        UserError: there is none (the set was never finished), or it is damaged or of another schema.
-    """
-    path = Path(folder) / "manifest.json"
-    if not path.exists():
-        raise UserError(
-            f"no manifest.json in {folder}: shard the dataset there with 'dit-ds data shard' (again, to finish it)"
-        )
-    manifest = read_json(path, "manifest")
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not of shard schema {SCHEMA}: shard the dataset again")
-    return manifest
-
-
-def size_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Shards that are missing or not of the manifest's size: cheap enough to look at before every run."""
-    errors = []
-    for entry in (e for s in manifest["splits"].values() for e in s["shards"]):
-        try:
-            size = os.stat(folder / entry["name"]).st_size
-        except FileNotFoundError:
-            errors.append(f"{folder / entry['name']} is missing")
-            continue
-        if size != entry["bytes"]:
-            errors.append(f"{folder / entry['name']} has {size} bytes, the manifest says {entry['bytes']}")
-    return errors
-
-
-def verify_shards(folder: str | Path) -> dict[str, Any]:
-    """Check sizes, SHA-256 and members of every shard against the manifest.
-
-    Returns:
-        `ok`, `errors` (a line for each thing that is wrong) and `counts` by split.
-    """
-    folder = Path(folder)
-    manifest = load_manifest(folder)
-    errors = size_errors(folder, manifest)
-    wrong_size = {e.split(" ", 1)[0] for e in errors}
-    for entry in (e for s in manifest["splits"].values() for e in s["shards"]):
-        path = folder / entry["name"]
-        if str(path) in wrong_size:
-            continue
-        if sha256_of(path) != entry["sha256"]:
-            errors.append(f"{path} does not have the manifest's SHA-256")
-        elif _members(path) != entry["samples"]:
-            errors.append(f"{path}: its members are not those of the manifest")
-    counts = {name: {k: s[k] for k in ("images", "refs", "sentences")} for name, s in manifest["splits"].items()}
-    return {"ok": not errors, "errors": errors, "counts": counts}

@@ -29,7 +29,8 @@ def configuration(c: Context) -> Iterator[Check]:
 
 def shards(c: Context) -> Iterator[Check]:
     """Manifest, sizes, one sample of this rank's own, and the speed of reading."""
-    from dit_ds.data.loader import ExpressionDataset, SplitIndex
+    from dit_ds.data.dataset import ExpressionDataset
+    from dit_ds.data.index import SplitIndex
 
     d = c.config.data
     folder = Path(d.root) / d.dataset / d.split_by

@@ -1,0 +1,93 @@
+"""Commands that make, shard and check datasets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dit_ds.cli_output import command, report
+
+
+def add(commands: Any) -> None:
+    """Add `data` to the parser's commands."""
+    data = commands.add_parser("data", help="make, shard and check datasets")
+    data.set_defaults(group=data)
+    data_commands = data.add_subparsers(metavar="COMMAND")
+    p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
+    p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
+    p.add_argument("--images", type=int, default=2000, help="pictures to draw (default 2000)")
+    p.add_argument("--seed", type=int, default=0, help="another seed gives another set (default 0)")
+    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+
+    p = command(
+        data_commands, "shard", _data_shard, "REFER files to WebDataset tars and a manifest; run again to go on"
+    )
+    p.add_argument("--refer-root", required=True, help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
+    p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
+    p.add_argument("--dataset", default="refcoco", help="refcoco, refcoco+, refcocog, ... (default refcoco)")
+    p.add_argument("--split-by", default="unc", help="unc, google, umd, ... (default unc)")
+    p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
+    p.add_argument(
+        "--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
+    )
+    p.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
+    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+
+    p = command(
+        data_commands, "verify", _data_verify, "check every shard's size, SHA-256 and members against the manifest"
+    )
+    p.add_argument("folder", help="as data_shards/refcoco/unc")
+
+
+def _data_sample(args: argparse.Namespace) -> int:
+    from dit_ds.data.sample_set import write_sample_set
+
+    report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
+    return 0
+
+
+def _shard_counts(text: str) -> dict[str, int]:
+    counts = {}
+    for part in text.split(","):
+        split, _, number = part.partition("=")
+        if not split or not number.isdigit():
+            raise argparse.ArgumentTypeError(f"'{part}' does not read SPLIT=NUMBER, as in train=256,val=8")
+        counts[split] = int(number)
+    return counts
+
+
+def _totals(manifest_splits: dict[str, Any]) -> dict[str, Any]:
+    keys = ("images", "refs", "sentences")
+    return {
+        name: {k: s[k] for k in keys} | {"shards": len(s["shards"]), "dropped": s["dropped"]}
+        for name, s in manifest_splits.items()
+    }
+
+
+def _data_shard(args: argparse.Namespace) -> int:
+    from dit_ds.data.shards import shard_refer
+
+    manifest = shard_refer(
+        args.refer_root,
+        args.images,
+        args.dataset,
+        args.split_by,
+        args.out,
+        args.shards,
+        args.processes,
+        args.skip_bad,
+        args.overwrite,
+    )
+    report(args, _totals(manifest["splits"]))
+    return 0
+
+
+def _data_verify(args: argparse.Namespace) -> int:
+    from dit_ds.data.verify import verify_shards
+
+    found = verify_shards(args.folder)
+    report(args, found, lambda: [*found["errors"], "ok" if found["ok"] else f"{len(found['errors'])} errors"])
+    return 0 if found["ok"] else 1

@@ -1,0 +1,62 @@
+"""The index of a split: where each expression is, in flat arrays that the loader's processes share."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dit_ds.data.manifest import load_manifest, size_errors
+from dit_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """Where each expression of one split is, in flat arrays.
+
+    Attributes:
+        shards: the tars' paths.
+        images: (images, 8) int64: shard, image_id, and offset, bytes and CRC-32 of the jpg and of the json member.
+        refs: (refs, 4) int64: image, position in the image's refs, its first sentence, its number of sentences.
+        sentences: (sentences,) int64: the ref of each.
+        manifest_sha: SHA-256 of the manifest, which a resumed run must find again.
+    """
+
+    shards: list[Path]
+    images: np.ndarray
+    refs: np.ndarray
+    sentences: np.ndarray
+    manifest_sha: str
+
+    @classmethod
+    def load(cls, folder: str | Path, split: str) -> SplitIndex:
+        """Read the manifest and look at the shards' sizes.
+
+        Raises:
+            UserError: no such set or split, or a shard that is missing or cut short.
+        """
+        folder = Path(folder)
+        manifest = load_manifest(folder)
+        if split not in manifest["splits"]:
+            raise UserError(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
+        errors = size_errors(folder, manifest)
+        if errors:
+            raise UserError(f"{errors[0]}: run 'dit-ds data verify {folder}', remove that shard and shard again")
+        entries = manifest["splits"][split]["shards"]
+        images, refs, lengths = [], [], []
+        for k, entry in enumerate(entries):
+            for image_id, *members, counts in entry["samples"]:
+                refs += [(len(images), j) for j in range(len(counts))]
+                images.append((k, image_id, *members))
+                lengths += counts
+        per_ref = np.array(lengths, np.int64)
+        first = np.cumsum(per_ref) - per_ref
+        return cls(
+            [folder / e["name"] for e in entries],
+            np.array(images, np.int64).reshape(-1, 8),
+            np.column_stack([np.array(refs, np.int64).reshape(-1, 2), first, per_ref]),
+            np.repeat(np.arange(len(per_ref)), per_ref),
+            hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
+        )
