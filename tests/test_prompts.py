@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import MINILM
 
 from dit_ds.config import validate
 from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
+from dit_ds.data.index import JPG, SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
 from dit_ds.data.order import TrainBatches
 from dit_ds.data.prompts import Prompts, box_of, on_resized, points_on, scale_places
@@ -356,17 +357,19 @@ def test_a_mask_without_pixels_is_named(index, tokenize):
     from pycocotools.mask import encode
 
     data = dataset(index, tokenize, ["box"])
-    read = data._read
+    read = data.reader.read
 
     def without(image, member):
         found = read(image, member)
-        if member == "json":
-            for ann in found["anns"].values():
-                shape = ann["rle"]["size"]
-                ann["rle"]["counts"] = encode(np.zeros(shape, np.uint8, order="F"))["counts"].decode()
-        return found
+        if member == JPG:
+            return found
+        meta = json.loads(found)
+        for ann in meta["anns"].values():
+            shape = ann["rle"]["size"]
+            ann["rle"]["counts"] = encode(np.zeros(shape, np.uint8, order="F"))["counts"].decode()
+        return json.dumps(meta).encode()
 
-    data._read = without
+    data.reader.read = without
     message = str(data[(0, 0, 1.0)])
     assert isinstance(data[(0, 0, 1.0)], UserError) and "\n" not in message
     assert index.shards[0].name.split("-")[0] in message and data.key(0) in message and "no box to draw" in message

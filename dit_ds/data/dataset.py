@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from dit_ds.data.index import SplitIndex
+from dit_ds.data.index import JPG, JSON, SplitIndex
 from dit_ds.data.prompts import WORDS, Prompts, on_resized
+from dit_ds.data.readers import MemberReader
 from dit_ds.data.refer import decode_rle
 from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, pad_square, resize_image, resize_mask
 from dit_ds.errors import UserError
@@ -57,7 +56,7 @@ class ExpressionDataset(Dataset):
         self.augmentation, self.seed, self.sentence_shift = augmentation, seed, sentence_shift
         self.resize, self.prompts, self.mask_rule = resize, prompts, mask_rule
         self.scales = list(scales) if augmentation is not None and scales else [image_size]
-        self._files: dict[int, int] = {}
+        self.reader = MemberReader(index)
 
     def __len__(self) -> int:
         return len(self.index.refs if self.unit == "ref" else self.index.sentences)
@@ -76,7 +75,7 @@ class ExpressionDataset(Dataset):
         kind, side = self.prompts.choose(of_prompt), self.scales[int(of_scale.random() * len(self.scales))]
         ref, nth = self._locate(sample, rng)
         image = int(self.index.refs[ref, 0])
-        meta, jpg = self._read(image, "json"), self._read(image, "jpg")
+        meta, jpg = self._meta(image), self.reader.read(image, JPG)
         record = meta["refs"][self.index.refs[ref, 1]]
         text = record["sentences"][nth]["sent"]
         if self.sentence_shift:
@@ -123,34 +122,23 @@ class ExpressionDataset(Dataset):
         """(H, W, 3) uint8: the sample's image as it is in the shard."""
         ref, _ = self._locate(sample, np.random.default_rng(0))
         image = int(self.index.refs[ref, 0])
-        return self._decode(self._read(image, "jpg"), image)
+        return self._decode(self.reader.read(image, JPG), image)
 
     def _text_of_another_image(self, ref: int, nth: int) -> str:
         images = len(self.index.images)
         other_image = (int(self.index.refs[ref, 0]) + self.sentence_shift) % images
         refs = np.flatnonzero(self.index.refs[:, 0] == other_image)
-        other = self._read(other_image, "json")["refs"][int(self.index.refs[ref, 1]) % len(refs)]
+        other = self._meta(other_image)["refs"][int(self.index.refs[ref, 1]) % len(refs)]
         return other["sentences"][nth % len(other["sentences"])]["sent"]
 
-    def _read(self, image: int, member: str) -> Any:
-        shard, _, *members = (int(x) for x in self.index.images[image])
-        at, length, crc = members[:3] if member == "jpg" else members[3:]
-        if shard not in self._files:
-            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], length, at)
-        if zlib.crc32(data) != crc:  # a JPEG with a flipped byte mostly decodes, to another picture
-            raise self._damaged(image, member)
-        return data if member == "jpg" else json.loads(data)
+    def _meta(self, image: int) -> dict[str, Any]:
+        return json.loads(self.reader.read(image, JSON))
 
     def _decode(self, jpg: bytes, image: int) -> np.ndarray:
         try:
             return decode_jpeg(jpg)
         except ValueError:
-            raise self._damaged(image, "jpg") from None
-
-    def _damaged(self, image: int, member: str) -> UserError:
-        shard, image_id = self.index.shards[self.index.images[image, 0]], self.index.images[image, 1]
-        return UserError(f"{shard}: {image_id:012d}.{member} is damaged: remove that shard and shard again")
+            raise self.index.damaged(image, "jpg") from None
 
     def _without_mask(self, image: int, kind: str) -> UserError:
         shard, image_id = self.index.shards[self.index.images[image, 0]], self.index.images[image, 1]
@@ -158,6 +146,3 @@ class ExpressionDataset(Dataset):
             f"{shard}: sample {image_id:012d} has an expression without a mask, so there is no {kind} to draw: leave it "
             "out when sharding, or prompt with text only"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # descriptors belong to one process

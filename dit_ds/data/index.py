@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import numpy as np
 
 from dit_ds.data.manifest import load_manifest, size_errors
 from dit_ds.errors import UserError
+
+JPG, JSON = 2, 5  # the first of a member's columns in `SplitIndex.images`: offset, bytes, CRC-32
+
+
+class BadSample(UserError):
+    """One sample is not what was written; a run may skip so many, see `data.max_bad_samples`."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +67,22 @@ class SplitIndex:
             np.repeat(np.arange(len(per_ref)), per_ref),
             hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         )
+
+    def check(self, image: int, member: int, data: bytes) -> bytes:
+        """The bytes, if they are those of the manifest.
+
+        Raises:
+            BadSample: a JPEG with a flipped byte mostly decodes, to another picture; so it is its CRC that says it.
+        """
+        if zlib.crc32(data) != self.images[image, member + 2]:
+            raise self.damaged(image, "jpg" if member == JPG else "json")
+        return data
+
+    def key(self, image: int) -> str:
+        """The WebDataset key of an image."""
+        return f"{self.images[image, 1]:012d}"
+
+    def damaged(self, image: int, extension: str) -> BadSample:
+        """What to say of a damaged member."""
+        shard = self.shards[self.images[image, 0]]
+        return BadSample(f"{shard}: {self.key(image)}.{extension} is damaged: remove that shard and shard again")

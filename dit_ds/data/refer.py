@@ -18,6 +18,8 @@ import numpy as np
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
 
+IMAGE_SETS = dict.fromkeys(["refcoco", "refcoco+", "refcocog", "grefcoco"], "coco/train2014")
+IMAGE_SETS["refclef"] = "saiapr_tc-12"
 _REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
 
 
@@ -42,12 +44,21 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ReferTree:
-    """A loaded tree: records by split, and the SHA-256 of the files they came from."""
+    """A loaded tree.
+
+    Attributes:
+        splits: records by split.
+        sources: SHA-256 of the files they came from.
+        description: what the annotation file says of itself.
+        image_set: whose ids the image ids are; sets of one image set may share images.
+    """
 
     dataset: str
     split_by: str
     splits: dict[str, list[ImageRecord]]
     sources: dict[str, str]
+    description: str
+    image_set: str
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -124,7 +135,8 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
         for split, by_image in grouped.items()
     }
     sources = {f.name: sha256_of(f) for f in (refs_file, instances_file)}
-    return ReferTree(dataset, split_by, splits, sources)
+    description = str((instances.get("info") or {}).get("description", ""))
+    return ReferTree(dataset, split_by, splits, sources, description, IMAGE_SETS.get(dataset, dataset))
 
 
 def annotation_rle(annotation: dict[str, Any], height: int, width: int) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def _manifest(tree: ReferTree, plans: list[ShardPlan], parts: dict[str, dict[str
             split["dropped"][what] += part["dropped"][what]
     return {
         "schema": SCHEMA, "tool": f"dit-ds {__version__}", "dataset": tree.dataset, "split_by": tree.split_by,
+        "description": tree.description, "image_set": tree.image_set,
         "mask_policy": MASK_POLICY, "sources": tree.sources, "digest": digest, "splits": splits,
     }  # fmt: skip
 
