@@ -225,5 +225,5 @@ def check_resumable(path: Path, expected: dict[str, Any]) -> None:
     """
     meta = read_meta(path)
     for key, value in expected.items():
-        if meta[key] != value:
-            raise UserError(f"{path} was saved with {key} {meta[key]}, this run has {value}: resume with the same")
+        if meta.get(key) != value:
+            raise UserError(f"{path} was saved with {key} {meta.get(key)}, this run has {value}: resume with the same")

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_ds import __version__, cli_data, cli_figures, cli_paper, cli_planning
 from dit_ds.cli_output import command, report
-from dit_ds.errors import Interrupted, RunFailed, UserError
+from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except UserError as e:
         return _fail(e, 2)
-    except RunFailed as e:
+    except (RunFailed, RankFailed) as e:
         return _fail(e, 1)
     except Interrupted as e:
         return _fail(e, 75)  # EX_TEMPFAIL: slurm/train.sbatch requeues the job

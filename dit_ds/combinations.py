@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from dit_ds.data.source import is_url
 from dit_ds.errors import UserError
 from dit_ds.models.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from dit_ds.config import RunConfig
+    from dit_ds.config_sections import DataConfig
 
 _OF_DIT_SAM = {
     "data": ("prompts",),
@@ -51,6 +53,23 @@ def _check_data(config: RunConfig) -> None:
         raise UserError(f"data.scales: {wrong[0]} is not from 16 to data.image_size, {d.image_size}: leave it out")
     if d.scales and d.resize == "stretch":
         raise UserError("data.scales change the longer side, and data.resize stretch has none: set data.resize pad")
+    if is_url(d.root) and not d.streamed:
+        raise UserError(f"data.root {d.root} can only be read as a stream: set data.reader auto")
+    if d.streamed and d.sample_order == "global":
+        raise UserError("data.order global reads anywhere, which a stream can't: set data.order auto")
+    if d.unit == "image" and d.sample_order == "shards":
+        raise UserError("data.unit image goes with data.order global only: set data.unit ref")
+    _check_mixture(d)
+
+
+def _check_mixture(d: DataConfig) -> None:
+    for name, weight in d.mixture.items():
+        if name.count("/") != 1 or not all(name.split("/")):
+            raise UserError(f"data.mixture names '{name}', which does not read DATASET/SPLIT_BY, as refcoco/unc")
+        if not 0 < weight <= 100:
+            raise UserError(f"data.mixture gives {name} a weight of {weight:g}: choose one above 0, up to 100")
+        if d.unit == "image" and weight != int(weight):
+            raise UserError(f"data.unit image takes whole weights in data.mixture, {name} has {weight:g}: round it")
 
 
 def _check_scheme(config: RunConfig) -> None:

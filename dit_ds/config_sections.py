@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dit_ds.data.source import is_url
+
 
 class Section(BaseModel):
     """Keys that are not declared are refused."""
@@ -77,6 +79,16 @@ class DataConfig(Section):
     flip: float = Field(
         0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words"
     )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether shards are read from front to back."""
+        return self.reader == "stream" or self.reader == "auto" and is_url(self.root)
+
+    @property
+    def sample_order(self) -> str:
+        """global or shards."""
+        return ("shards" if self.streamed else "global") if self.order == "auto" else self.order
 
 
 class ModelConfig(Section):

@@ -83,6 +83,7 @@ def evaluate(
     workers: int,
     world: World,
     collect: Callable[[dict[str, Any], int, np.ndarray], None] | None = None,
+    timeout: float = 300,
 ) -> dict[str, Any]:
     """Evaluate.
 
@@ -91,12 +92,13 @@ def evaluate(
 
     Args:
         model: images and prompts, by name, to logits, in evaluation mode; a DeepSpeed engine or a module.
+        timeout: see `make_loader`.
         collect: called with (batch, row, (H, W) prediction) for each expression of this rank.
     Returns:
         `n` and the metrics of `metrics.summarize`, the same on every rank.
     """
     batches = EvalBatches(len(dataset), batch_size, world.rank, world.world_size)
-    loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda")
+    loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
     rows: list[tuple[int, int, int]] = []
     for batch in tqdm(checked(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
         logits = model(**model_inputs(batch, world.device))

@@ -19,7 +19,8 @@ from dit_ds.evaluate import Binarize, model_inputs
 from dit_ds.metrics import intersection_and_union
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.text_encoder import load_tokenizer
-from dit_ds.predict import check_kind, dataset_of, device, picture_inputs, read_expression, read_picture
+from dit_ds.predict import check_kind, device, picture_inputs, read_expression, read_picture
+from dit_ds.sets import dataset_of
 from dit_ds.visualize import AttentionRow, GridRow, draw_attention, picture_format, write_grid
 from dit_ds.weights import load_model
 

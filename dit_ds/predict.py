@@ -15,8 +15,6 @@ from torch import Tensor
 
 from dit_ds import checkpoint
 from dit_ds.config import RunConfig
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
 from dit_ds.data.loader import make_tokenize
 from dit_ds.data.prompts import Prompts, default_kind, scale_places
 from dit_ds.data.transforms import pad_square, resize_image
@@ -25,6 +23,7 @@ from dit_ds.errors import UserError
 from dit_ds.evaluate import Binarize, evaluate, model_inputs
 from dit_ds.files import full_disk_is_user_error, write_json
 from dit_ds.models.text_encoder import load_tokenizer
+from dit_ds.sets import dataset_of
 from dit_ds.visualize import side_by_side
 from dit_ds.weights import load_model
 
@@ -34,30 +33,6 @@ _log = logging.getLogger("dit_ds")
 def _trained(config: RunConfig, meta: dict[str, Any]) -> Sequence[str]:
     """The kinds of prompts that a model was trained with: weights that were not tuned, at step 0, are SAM's own."""
     return config.data.prompts if meta["step"] else ()
-
-
-def dataset_of(
-    config: RunConfig,
-    split: str,
-    data_root: str | None,
-    kind: str | None = None,
-    sentence_shift: int = 0,
-    trained: Sequence[str] | None = None,
-) -> ExpressionDataset:
-    """A split to evaluate on, with prompts of one kind.
-
-    Args:
-        data_root: where its shards are, if not where the run had them.
-        trained: the kinds of prompts that the model was trained with, none of SAM's own weights; by default the run's.
-    """
-    d = config.data
-    index = SplitIndex.load(Path(data_root or d.root) / d.dataset / d.split_by, split)
-    tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
-    trained = d.prompts if trained is None else trained
-    asked = Prompts.of(trained, d.points, [kind or default_kind(d.prompts)])
-    return ExpressionDataset(
-        index, "sentence", d.image_size, tokenize, sentence_shift=sentence_shift, resize=d.resize, prompts=asked
-    )
 
 
 def device() -> torch.device:
@@ -128,9 +103,9 @@ def evaluate_checkpoint(
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
     if world.main and not shuffle_text and binarize.threshold == config.eval.threshold:  # the run's own figures
-        d = config.data
+        name, _, split_by = dataset.index.parts[0].name.partition("/")
         how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
-        how |= {"step": meta["step"], "dataset": d.dataset, "split_by": d.split_by}
+        how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
         _leave_in_run(path, config, result | how)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -11,19 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dit_ds import checkpoint, weights
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig
 from dit_ds.control import Control, StallWatch
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loader import checked, make_loader, worker_failures
 from dit_ds.data.order import TrainBatches
-from dit_ds.data.prompts import Prompts, default_kind
-from dit_ds.data.transforms import Augmentation
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
 from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.evaluate import Binarize, evaluate, model_inputs
@@ -31,9 +27,10 @@ from dit_ds.flops import peak_flops, step_flops
 from dit_ds.fragments import TrainingState
 from dit_ds.models.attention import require
 from dit_ds.models.segmenter import Segmenter
-from dit_ds.models.text_encoder import load_tokenizer, text_config
+from dit_ds.models.text_encoder import text_config
 from dit_ds.record import RunRecord
 from dit_ds.saver import Saver, restore
+from dit_ds.sets import dataset_of, train_dataset
 from dit_ds.statistics import RunningStatistics
 from dit_ds.watch import Rates, Window
 
@@ -52,6 +49,7 @@ class Progress:
     best_step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
     evaluated: int = 0  # the step it was made at
+    bad_samples: list[str] = field(default_factory=list)  # what was skipped, each once
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
@@ -62,6 +60,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     Raises:
         UserError: a request that can't be met.
         RunFailed: the gradient is not finite, and goes on so or must not be.
+        RankFailed: this rank's loader workers died or stalled.
         Interrupted: on SIGUSR2 or SIGTERM, once a checkpoint is saved.
     """
     with Control() as control:
@@ -75,7 +74,8 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         world = connect()
         control.connect(world)
         try:
-            result = _Run(config, data, world, control).train()
+            with worker_failures():
+                result = _Run(config, data, world, control).train()
         except (Interrupted, RunFailed):  # of all ranks alike
             disconnect()
             raise
@@ -91,25 +91,7 @@ class _Data:
     """The datasets of a run."""
 
     def __init__(self, config: RunConfig):
-        d = config.data
-        folder = Path(d.root) / d.dataset / d.split_by
-        self.index, val_index = SplitIndex.load(folder, d.train_split), SplitIndex.load(folder, d.val_split)
-        tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
-        how = Augmentation(d.color, d.blur, d.flip)
-        self.train = ExpressionDataset(
-            self.index,
-            d.unit,
-            d.image_size,
-            tokenize,
-            how,
-            config.seed,
-            resize=d.resize,
-            prompts=Prompts.of(d.prompts, d.points),
-            mask_rule=d.mask_rule,
-            scales=d.scales,
-        )
-        asked = Prompts.of(d.prompts, d.points, [default_kind(d.prompts)])
-        self.val = ExpressionDataset(val_index, "sentence", d.image_size, tokenize, resize=d.resize, prompts=asked)
+        self.train, self.val = train_dataset(config), dataset_of(config, config.data.val_split)
 
 
 def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
@@ -130,7 +112,9 @@ class _Run:
         self.fixed = {  # what must be the same when the run is resumed
             "seed": config.seed,
             "batch_size": config.train.batch_size,
-            "manifest_sha": data.index.manifest_sha,
+            "manifest_sha": data.train.index.manifest_sha,
+            "unit": config.data.unit,
+            "order": config.data.sample_order,
             "dtype": str(ds.dtype(ds_config)),
         }
         model, self.progress, loaded = weights.build_model(config), Progress(), None
@@ -163,11 +147,13 @@ class _Run:
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         shares = f"{micro_batch} a rank at once, {self.engine.gradient_accumulation_steps()} times"
         self.record.log(f"batch of {config.train.batch_size} on {world.world_size} ranks: {shares}")
+        d = config.data
+        samples = data.train.index.samples(d.unit, d.sample_order)
         self.batches = TrainBatches(
-            len(data.train), config.train.batch_size, micro_batch, world.rank, world.world_size, config.seed
+            samples, config.train.batch_size, micro_batch, world.rank, world.world_size, config.seed
         )
-        self.loader: DataLoader = make_loader(
-            data.train, self.batches, config.data.workers, pin=world.device.type == "cuda"
+        self.loader = make_loader(
+            data.train, self.batches, d.workers, pin=world.device.type == "cuda", timeout=d.timeout
         )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
@@ -218,7 +204,8 @@ class _Run:
             self.watch.close()
             self.record.close()
         seconds = round(progress.seconds, 1)
-        return progress.metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds}
+        skipped = {"bad_samples": len(progress.bad_samples)} if config.data.max_bad_samples else {}
+        return progress.metrics | {"run": config.run_dir, "step": progress.step, "train_seconds": seconds} | skipped
 
     def train_epoch(self) -> None:
         """Take optimizer steps to the end of the epoch or of the run."""
@@ -228,6 +215,7 @@ class _Run:
         accumulation = engine.gradient_accumulation_steps()
         window = Window(self.world, self.rates)
         taken: list[tuple[Tensor, list[int]]] = []  # this step's micro-batches: loss, real samples
+        bad: list[str] = []  # and what was skipped in them
         window.waiting()
         self.watch.at(progress.step, "loading data")
         for i, batch in enumerate(checked(self.loader)):
@@ -240,6 +228,7 @@ class _Run:
             mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))
             loss = engine.module.loss(engine(**model_inputs(batch, device)), mask, weight)
             taken.append((loss.detach(), batch["sample"][batch["weight"] > 0].tolist()))
+            bad += batch.get("bad", [])
             window.add(loss.detach(), len(taken[-1][1]))
             engine.backward(loss)
             norm = ds.step(engine)
@@ -247,7 +236,8 @@ class _Run:
                 progress.step += 1
                 progress.batch += 1
                 self.stepped(norm, taken)
-                taken = []
+                self.skipped(bad)
+                taken, bad = [], []
                 self.bar.update()
                 window.stepped()
                 last = progress.step == self.total_steps
@@ -293,6 +283,22 @@ class _Run:
         if config.nonfinite == "stop" or hopeless:
             raise RunFailed(f"{what}: lower train.lr, or clip the gradient (train.gradient_clipping)")
         self.record.log(f"warning: {what}: this step is left out")
+
+    def skipped(self, bad: list[str]) -> None:
+        """Name the damaged samples that this step left out.
+
+        Raises:
+            UserError: with them there are more than the run may skip, on all ranks alike.
+        """
+        budget, skipped = self.config.data.max_bad_samples, self.progress.bad_samples
+        if not budget:
+            return
+        for message in itertools.chain(*gather_objects(bad)):
+            if message not in skipped:
+                skipped.append(message)
+                self.record.log(f"warning: skipped, {len(skipped)} of {budget}: {message}")
+        if len(skipped) > budget:
+            raise UserError(f"more than data.max_bad_samples ({budget}) samples are damaged; the last is {skipped[-1]}")
 
     def boundary(self, window: Window) -> None:
         """Between two steps: commit what is written, save what is due, stop if asked to.
@@ -349,6 +355,7 @@ class _Run:
                 Binarize.of(config),
                 config.data.workers,
                 self.world,
+                timeout=config.data.timeout,
             )
         progress.metrics = metrics = {"split": config.data.val_split} | metrics
         progress.evaluated = progress.step
@@ -362,8 +369,7 @@ class _Run:
         progress, config = self.progress, self.config
         self.commit()
         self.watch.at(progress.step, "saving")
-        seen = min(progress.batch * config.train.batch_size, len(self.data.train))
-        meta = self.fixed | {"step": progress.step, "epoch": progress.epoch, "samples_seen": seen}
+        meta = self.fixed | {"step": progress.step} | self.batches.state(progress.epoch, progress.batch)
         meta |= {"progress": dict(vars(progress)), "config": config.model_dump(mode="json"), "frozen": self.frozen}
         meta |= {"engine": ds.counters(self.engine), "world_size": self.world.world_size}
         meta |= {"zero_stage": self.engine.zero_optimization_stage()}

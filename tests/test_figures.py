@@ -249,7 +249,8 @@ def test_a_grid_tells_what_it_shows(checkpoints, call, tmp_path):
     assert result["titles"] == ["ours", "SAM"] and [s["sample"] for s in result["samples"]] == [5, 0]
     np.testing.assert_allclose(np.mean([s["ious"] for s in result["samples"]], axis=0), result["miou"])
 
-    from dit_ds.predict import dataset_of, segment
+    from dit_ds.predict import segment
+    from dit_ds.sets import dataset_of
 
     for k, path in enumerate(paths):  # what `dit-ds predict` would give
         model, config, _ = load_model(path)

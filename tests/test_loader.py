@@ -28,62 +28,6 @@ def index(shards):
     return SplitIndex.load(shards / "refcoco/unc", "train")
 
 
-def global_batches(n, batch, micro, world, seed=1, epoch=0, first=0):
-    """The global batches that all ranks take together, each as a multiset of (epoch, sample, weight)."""
-    ranks = []
-    for rank in range(world):
-        sampler = TrainBatches(n, batch, micro, rank, world, seed)
-        sampler.start_at(epoch, first)
-        ranks.append(list(sampler))
-        assert len(ranks[-1]) == len(sampler)
-    steps = batch // (micro * world)
-    per_batch = zip(
-        *(itertools.batched(r, steps) if hasattr(itertools, "batched") else _batched(r, steps) for r in ranks)
-    )
-    return [sorted(item for share in batch for micro_batch in share for item in micro_batch) for batch in per_batch]
-
-
-def _batched(items, n):
-    return [items[i : i + n] for i in range(0, len(items), n)]
-
-
-@pytest.mark.parametrize("n", [1, 7, 24, 25, 97])
-def test_global_batches_do_not_depend_on_the_world(n):
-    reference = global_batches(n, 24, 24, 1)
-    for world, micro in [(1, 4), (2, 12), (2, 3), (3, 8), (4, 2), (8, 3), (24, 1)]:
-        assert global_batches(n, 24, micro, world) == reference
-    real = [sample for batch in reference for _, sample, weight in batch if weight > 0]
-    assert sorted(real) == list(range(n))  # each exactly once
-    for batch in reference:
-        assert len(batch) == 24 and sum(w for *_, w in batch) == pytest.approx(24)
-
-
-def test_resuming_continues_the_same_order():
-    whole = global_batches(97, 8, 2, 2, epoch=3)
-    assert global_batches(97, 8, 4, 1, epoch=3, first=5) == whole[5:]
-
-
-def test_orders_differ_between_epochs_and_seeds_and_stay_what_they_are():
-    assert not np.array_equal(epoch_order(0, 0, 50), epoch_order(0, 1, 50))
-    assert not np.array_equal(epoch_order(0, 0, 50), epoch_order(1, 0, 50))
-    # a run that is resumed next year must find the same order
-    assert epoch_order(7, 2, 12).tolist() == PINNED_ORDER
-
-
-PINNED_ORDER = [6, 7, 8, 4, 11, 0, 1, 5, 10, 3, 9, 2]
-
-
-@pytest.mark.parametrize(("n", "batch", "world"), [(10, 3, 1), (10, 3, 2), (10, 3, 4), (1, 4, 3), (12, 3, 4)])
-def test_evaluation_takes_each_once_in_lockstep(n, batch, world):
-    ranks = [list(EvalBatches(n, batch, r, world)) for r in range(world)]
-    assert len({len(r) for r in ranks}) == 1
-    assert [len(r) for r in ranks] == [len(EvalBatches(n, batch, i, world)) for i in range(world)]
-    counted = [s for r in ranks for b in r for _, s, weight in b if weight]
-    assert sorted(counted) == list(range(n))
-    alone = [[s for _, s, _ in b] for b in EvalBatches(n, batch, 0, 1)]
-    assert all([s for _, s, _ in b] in alone for r in ranks for b in r)  # the same make-up everywhere
-
-
 def test_workers_give_the_same_samples(index, tokenize):
     def run(workers):
         dataset = ExpressionDataset(index, "ref", 64, tokenize, Augmentation(0.4, 0.5, 0.5), seed=5)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dit_ds.data.index import JPG, JSON, SplitIndex
 from dit_ds.data.prompts import WORDS, Prompts, on_resized
-from dit_ds.data.readers import MemberReader
+from dit_ds.data.readers import make_reader
 from dit_ds.data.refer import decode_rle
 from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, pad_square, resize_image, resize_mask
 from dit_ds.errors import UserError
@@ -25,7 +25,7 @@ class ExpressionDataset(Dataset):
 
     Args:
         index: the split.
-        unit: `ref`, one sentence per ref drawn anew each epoch (as the paper's code), or `sentence`, every one.
+        unit: `ref` or `image`, one sentence per ref drawn anew each epoch (as the paper's code), or `sentence`, every one.
         image_size: the longer side after resizing, and the side of the padded square.
         resize: pad, which keeps the aspect ratio, or stretch.
         tokenize: words to ids.
@@ -36,6 +36,8 @@ class ExpressionDataset(Dataset):
         prompts: what tells the model which object is meant.
         mask_rule: of the mask to train on, see `resize_mask`.
         scales: where there are any, the longer side is drawn from them in augmentation, in a square that stays.
+        streamed: shards are read from front to back, see `readers`.
+        skip_bad: a damaged sample leaves an empty place of weight 0, and the batch says so in `bad`.
     """
 
     def __init__(
@@ -51,15 +53,17 @@ class ExpressionDataset(Dataset):
         prompts: Prompts = WORDS,
         mask_rule: str = "half",
         scales: Sequence[int] = (),
+        streamed: bool = False,
+        skip_bad: bool = False,
     ):
         self.index, self.unit, self.image_size, self.tokenize = index, unit, image_size, tokenize
         self.augmentation, self.seed, self.sentence_shift = augmentation, seed, sentence_shift
         self.resize, self.prompts, self.mask_rule = resize, prompts, mask_rule
         self.scales = list(scales) if augmentation is not None and scales else [image_size]
-        self.reader = MemberReader(index)
+        self.reader = make_reader(index, streamed)
 
     def __len__(self) -> int:
-        return len(self.index.refs if self.unit == "ref" else self.index.sentences)
+        return len(self.index.sentences if self.unit == "sentence" else self.index.refs)
 
     def __getitem__(self, item: tuple[int, int, float]) -> dict[str, Any] | UserError:
         """`item` is (epoch, sample, weight). What the user must mend is returned, not raised: see `batches`."""
@@ -108,10 +112,14 @@ class ExpressionDataset(Dataset):
 
     def _locate(self, sample: int, rng: np.random.Generator) -> tuple[int, int]:
         """The ref of a sample, and which of its sentences."""
-        if self.unit == "ref":
+        if self.unit != "sentence":
             return sample, int(rng.random() * self.index.refs[sample, 3])
         ref = int(self.index.sentences[sample])
         return ref, sample - int(self.index.refs[ref, 2])
+
+    def images_of(self, items: Sequence[tuple[int, int, float]]) -> np.ndarray:
+        """(n,) int64: the image of each item."""
+        return self.index.refs[self.index.ref_of(self.unit, np.array([s for _, s, _ in items], np.int64)), 0]
 
     def key(self, sample: int) -> str:
         """The WebDataset key of the sample's image."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from dit_ds.data.manifest import load_manifest, size_errors
+from dit_ds.data.manifest import manifest_bytes, parse_manifest, size_errors
+from dit_ds.data.order import Samples
+from dit_ds.data.source import file_of
 from dit_ds.errors import UserError
 
 JPG, JSON = 2, 5  # the first of a member's columns in `SplitIndex.images`: offset, bytes, CRC-32
@@ -20,32 +23,46 @@ class BadSample(UserError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """One set of an index: its name, how often an epoch sees each of its samples, its refs and sentences."""
+
+    name: str
+    weight: float
+    refs: int
+    sentences: int
+
+
+@dataclass(frozen=True)
 class SplitIndex:
-    """Where each expression of one split is, in flat arrays.
+    """Where each expression of a split is, in flat arrays; of one set, or of several, one behind the other.
 
     Attributes:
-        shards: the tars' paths.
+        shards: the tars' paths or URLs.
         images: (images, 8) int64: shard, image_id, and offset, bytes and CRC-32 of the jpg and of the json member.
         refs: (refs, 4) int64: image, position in the image's refs, its first sentence, its number of sentences.
         sentences: (sentences,) int64: the ref of each.
-        manifest_sha: SHA-256 of the manifest, which a resumed run must find again.
+        manifest_sha: SHA-256 of the manifest, or of several; a resumed run must find the same.
+        parts: the sets.
     """
 
-    shards: list[Path]
+    shards: list[Path | str]
     images: np.ndarray
     refs: np.ndarray
     sentences: np.ndarray
     manifest_sha: str
+    parts: list[Part]
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> SplitIndex:
         """Read the manifest and look at the shards' sizes.
 
+        Args:
+            folder: as `source.locate` gives it.
         Raises:
             UserError: no such set or split, or a shard that is missing or cut short.
         """
-        folder = Path(folder)
-        manifest = load_manifest(folder)
+        data = manifest_bytes(folder)
+        manifest = parse_manifest(data, folder)
         if split not in manifest["splits"]:
             raise UserError(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
         errors = size_errors(folder, manifest)
@@ -58,15 +75,61 @@ class SplitIndex:
                 refs += [(len(images), j) for j in range(len(counts))]
                 images.append((k, image_id, *members))
                 lengths += counts
-        per_ref = np.array(lengths, np.int64)
-        first = np.cumsum(per_ref) - per_ref
-        return cls(
-            [folder / e["name"] for e in entries],
+        return cls._of(
+            [file_of(folder, e["name"]) for e in entries],
             np.array(images, np.int64).reshape(-1, 8),
-            np.column_stack([np.array(refs, np.int64).reshape(-1, 2), first, per_ref]),
-            np.repeat(np.arange(len(per_ref)), per_ref),
-            hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
+            np.array(refs, np.int64).reshape(-1, 2),
+            np.array(lengths, np.int64),
+            hashlib.sha256(data).hexdigest(),
+            f"{manifest['dataset']}/{manifest['split_by']}",
         )
+
+    @classmethod
+    def _of(
+        cls, shards: list[Path | str], images: np.ndarray, refs: np.ndarray, lengths: np.ndarray, sha: str, name: str
+    ) -> SplitIndex:
+        """One set, from its refs' images and positions (refs, 2) and numbers of sentences (refs,)."""
+        table = np.column_stack([refs, np.cumsum(lengths) - lengths, lengths])
+        sentences = np.repeat(np.arange(len(lengths)), lengths)
+        return cls(shards, images, table, sentences, sha, [Part(name, 1.0, len(refs), len(sentences))])
+
+    def without_images(self, image_ids: np.ndarray) -> SplitIndex:
+        """This one set without the refs of some images."""
+        keep = ~np.isin(self.images[self.refs[:, 0], 1], image_ids)
+        refs = self.refs[keep]
+        return self._of(self.shards, self.images, refs[:, :2], refs[:, 3], self.manifest_sha, self.parts[0].name)
+
+    @classmethod
+    def chain(cls, indices: list[SplitIndex], weights: list[float]) -> SplitIndex:
+        """Several sets as one, each with its weight."""
+        shards: list[Path | str] = []
+        images, refs, sentences, parts = [], [], [], []
+        n = np.zeros(3, np.int64)  # images, refs, sentences so far
+        for index, weight in zip(indices, weights):
+            images.append(index.images + [len(shards), *[0] * 7])
+            refs.append(index.refs + [n[0], 0, n[2], 0])
+            sentences.append(index.sentences + n[1])
+            parts.append(replace(index.parts[0], weight=weight))
+            shards += index.shards
+            n += [len(index.images), len(index.refs), len(index.sentences)]
+        sha = hashlib.sha256(json.dumps([[i.manifest_sha, w] for i, w in zip(indices, weights)]).encode()).hexdigest()
+        return cls(shards, np.concatenate(images), np.concatenate(refs), np.concatenate(sentences), sha, parts)
+
+    def ref_of(self, unit: str, samples: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The ref of each sample: of unit `sentence` every expression is one, else every ref."""
+        return self.sentences[samples] if unit == "sentence" else np.arange(len(self.refs))[samples]
+
+    def samples(self, unit: str, order: str = "global") -> Samples:
+        """What an epoch runs over.
+
+        Args:
+            unit: ref, sentence, image.
+            order: global or shards, see `data.order`.
+        """
+        counts = [(p.sentences if unit == "sentence" else p.refs, p.weight) for p in self.parts]
+        image = self.refs[self.ref_of(unit), 0]
+        by_shard = self.images[image, 0] if order == "shards" else None
+        return Samples(counts, image if unit == "image" else None, by_shard, self.manifest_sha)
 
     def check(self, image: int, member: int, data: bytes) -> bytes:
         """The bytes, if they are those of the manifest.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dit_ds.data.dataset import ExpressionDataset, Tokenize
 from dit_ds.data.order import EvalBatches, TrainBatches
-from dit_ds.errors import UserError
+from dit_ds.data.readers import StreamReader
+from dit_ds.errors import RankFailed, UserError
 
 
 def collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
@@ -29,19 +32,95 @@ def collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserE
     return batch
 
 
-def make_loader(dataset: ExpressionDataset, batches: TrainBatches | EvalBatches, workers: int, pin: bool) -> DataLoader:
-    """A DataLoader over `batches`; iterate it through `checked`."""
+class _Shares(IterableDataset):
+    """What one worker reads of a stream: its share of each micro-batch, or its share of the batches to evaluate."""
+
+    def __init__(self, dataset: ExpressionDataset, batches: TrainBatches | EvalBatches):
+        self.dataset, self.batches = dataset, batches
+
+    def __iter__(self) -> Iterator[dict[str, Any] | UserError]:
+        worker = get_worker_info()
+        shares = self.batches.shares(worker.id, worker.num_workers) if worker else list(self.batches)
+        reader = self.dataset.reader
+        reader.plan([self.dataset.images_of(share) for share in shares])
+        for step, share in enumerate(shares):
+            reader.at(step)
+            yield collate([self.dataset[item] for item in share])
+
+
+class _StreamLoader:
+    """Joins what the workers read of each micro-batch."""
+
+    def __init__(self, loader: DataLoader, batches: TrainBatches | EvalBatches):
+        self.loader, self.batches = loader, batches
+
+    def __iter__(self) -> Iterator[dict[str, Any] | UserError]:
+        shares = iter(self.loader)  # workers in turn
+        joined = isinstance(self.batches, TrainBatches) and self.loader.num_workers > 1
+        with _ending(shares):
+            while batch := _join(list(itertools.islice(shares, self.loader.num_workers if joined else 1))):
+                yield batch
+
+
+def _join(shares: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError | None:
+    """One micro-batch of its workers' shares, every sample in its place."""
+    errors = [s for s in shares if isinstance(s, UserError)]
+    if errors or len(shares) < 2:
+        return (errors or shares or [None])[0]
+    batch: dict[str, Any] = {}
+    for key in shares[0]:
+        parts = [s[key] for s in shares]
+        n = sum(map(len, parts))
+        joined = _empty_like(parts[0], n) if isinstance(parts[0], torch.Tensor) else [None] * n
+        for worker, part in enumerate(parts):
+            joined[worker :: len(parts)] = part
+        batch[key] = joined
+    return batch
+
+
+def _empty_like(part: torch.Tensor, n: int) -> torch.Tensor:
+    """For n rows as `part` has them; pictures are channels last in memory, which decides how convolutions round."""
+    form = torch.channels_last if part.dim() == 4 else torch.contiguous_format
+    return torch.empty((n, *part.shape[1:]), dtype=part.dtype, memory_format=form)
+
+
+Loader = DataLoader | _StreamLoader
+
+
+def make_loader(
+    dataset: ExpressionDataset, batches: TrainBatches | EvalBatches, workers: int, pin: bool, timeout: float = 300
+) -> Loader:
+    """A loader over `batches`; iterate it through `checked`.
+
+    Args:
+        pin: for fast copies to a GPU.
+        timeout: seconds without a batch, after which workers count as stalled.
+    """
+    training = isinstance(batches, TrainBatches)
+    how: dict[str, Any] = {
+        "pin_memory": pin,
+        "prefetch_factor": 4 if workers else None,
+        "worker_init_fn": _quiet_worker,
+        "timeout": timeout if workers else 0,
+    }
+    if isinstance(dataset.reader, StreamReader):
+        if training:  # each reads its own places in the micro-batch
+            workers = min(workers, batches.micro_batch)
+        return _StreamLoader(
+            DataLoader(_Shares(dataset, batches), None, num_workers=workers, collate_fn=_as_it_is, **how), batches
+        )
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=pin,
-        persistent_workers=workers > 0 and isinstance(batches, TrainBatches),
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_quiet_worker,
-        timeout=300 if workers else 0,
+        persistent_workers=workers > 0 and training,
+        **how,
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _quiet_worker(_: int) -> None:
@@ -51,16 +130,52 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def checked(loader: DataLoader) -> Iterator[dict[str, Any]]:
+def checked(loader: Loader) -> Iterator[dict[str, Any]]:
     """The loader's batches.
 
     Raises:
         UserError: a worker met a damaged sample.
+        RankFailed: a worker died, or none gave anything for too long.
     """
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    batches = iter(loader)
+    with _ending(batches), worker_failures():
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+@contextlib.contextmanager
+def _ending(batches: Any) -> Iterator[None]:
+    """Workers that hang don't hold up the end: they ignore SIGTERM, and torch knows nothing stronger."""
+    try:
+        yield
+    except RuntimeError:
+        for worker in getattr(batches, "_workers", []):
+            worker.kill()
+        raise
+
+
+@contextlib.contextmanager
+def worker_failures() -> Iterator[None]:
+    """Say in one line that a loader worker died or stalled; torch raises it anywhere in the main thread.
+
+    Raises:
+        RankFailed: one did.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        text = " ".join(str(e).split())
+        if not text.startswith("DataLoader"):
+            raise
+        stalled = "timed out" in text
+        hint = (
+            "see whether the file system with the shards answers, or raise data.timeout"
+            if stalled
+            else "where it was killed, memory may have run out: lower data.workers"
+        )
+        raise RankFailed(f"{text.split('. ')[0].rstrip('.')}: {hint}, and go on with --resume") from None
 
 
 def make_tokenize(tokenizer: Any, length: int) -> Tokenize:

@@ -10,9 +10,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from dit_ds.data.source import file_of, is_url, read_file
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write, read_json
+from dit_ds.files import atomic_write
 
+NAME = "manifest.json"
 SCHEMA = 2
 _NO_CHECKSUM = "0" * 64
 
@@ -28,23 +30,34 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def load_manifest(folder: str | Path) -> dict[str, Any]:
     """Read a set's manifest.
 
+    Args:
+        folder: as `source.locate` gives it.
     Raises:
         UserError: there is none (the set was never finished), or it is damaged, edited or of another schema.
     """
-    path = Path(folder) / "manifest.json"
-    if not path.exists():
+    return parse_manifest(manifest_bytes(folder), folder)
+
+
+def manifest_bytes(folder: str | Path) -> bytes:
+    """The manifest as it is."""
+    if not is_url(folder) and not (Path(folder) / NAME).exists():
         raise UserError(
-            f"no manifest.json in {folder}: shard the dataset there with 'dit-ds data shard' (again, to finish it)"
+            f"no {NAME} in {folder}: shard the dataset there with 'dit-ds data shard' (again, to finish it)"
         )
-    manifest = read_json(path, "manifest")
+    return read_file(folder, NAME)
+
+
+def parse_manifest(data: bytes, folder: str | Path) -> dict[str, Any]:
+    """The manifest that these bytes are, see `load_manifest`."""
+    path = file_of(folder, NAME)
+    try:
+        manifest = json.loads(data)
+    except ValueError as e:
+        raise UserError(f"the manifest {path} is not valid JSON ({e})") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise UserError(f"{path} is not of shard schema {SCHEMA}: shard the dataset again")
-    checksum = manifest.get("checksum")
-    text = path.read_text()
-    if (
-        not isinstance(checksum, str)
-        or hashlib.sha256(text.replace(checksum, _NO_CHECKSUM, 1).encode()).hexdigest() != checksum
-    ):
+    checksum = str(manifest.get("checksum")).encode()
+    if hashlib.sha256(data.replace(checksum, _NO_CHECKSUM.encode(), 1)).hexdigest().encode() != checksum:
         raise UserError(f"{path} was changed after it was written: shard the dataset again, which keeps whole shards")
     return manifest
 
@@ -64,9 +77,12 @@ def read_members(path: Path) -> list[list[Any]]:
     return [[int(k), *s["jpg"], *s["json"], s["lengths"]] for k, s in samples.items()]
 
 
-def size_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Shards that are missing or not of the manifest's size: cheap enough to look at before every run."""
-    errors = []
+def size_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:
+    """Local shards that are missing or not of the manifest's size: cheap enough to look at before every run."""
+    errors: list[str] = []
+    if is_url(folder):
+        return errors
+    folder = Path(folder)
     for entry in (e for s in manifest["splits"].values() for e in s["shards"]):
         try:
             size = os.stat(folder / entry["name"]).st_size

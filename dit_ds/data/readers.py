@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import tarfile
 from typing import Any
 
-from dit_ds.data.index import SplitIndex
+import numpy as np
+
+from dit_ds.data.index import JPG, SplitIndex
+from dit_ds.errors import UserError
+
+_AHEAD = 24  # micro-batches before the one that needs it, a shard is begun to be read
+_TRIES = 3  # of reading a shard that breaks off
+_FORGET = 1000  # micro-batches without need of it, after which a shard is read again rather than kept
 
 
 class MemberReader:
@@ -29,3 +38,80 @@ class MemberReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # descriptors belong to one process
+
+
+class StreamReader:
+    """Reads whole shards from front to back with `webdataset`: from object stores, web servers and pipes.
+
+    Given a plan it reads shards before they are needed, in the background, and drops them when they no longer are;
+    without one it keeps the last shard.
+    """
+
+    def __init__(self, index: SplitIndex):
+        self.index = index
+        self._shards: dict[int, concurrent.futures.Future[dict[str, Any]]] = {}
+        self._needs: dict[int, np.ndarray] = {}  # by shard, the micro-batches that need it
+        self._upcoming: list[tuple[int, int]] = []  # first need and shard of those not begun, the next one last
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def plan(self, images: list[np.ndarray]) -> None:
+        """Announce the images that each micro-batch of this process needs."""
+        step = np.repeat(np.arange(len(images)), [len(x) for x in images])
+        shard = self.index.images[np.concatenate(images), 0] if len(images) else np.zeros(0, np.int64)
+        self._needs = {int(s): np.unique(step[shard == s]) for s in np.unique(shard)}
+        self._upcoming = sorted((int(n[0]), s) for s, n in self._needs.items())[::-1]
+
+    def at(self, step: int) -> None:
+        """Micro-batch `step` of the plan comes next."""
+        for shard in list(self._shards):
+            needs = self._needs.get(shard, np.zeros(0, np.int64))
+            later = needs[np.searchsorted(needs, step) :]
+            if not len(later) or later[0] - step > _FORGET:
+                del self._shards[shard]
+        while self._upcoming and self._upcoming[-1][0] <= step + _AHEAD:
+            self._begin(self._upcoming.pop()[1])
+
+    def read(self, image: int, member: int) -> bytes:
+        """As `MemberReader.read`.
+
+        Raises:
+            BadSample: they are not those that were written, or not there.
+            UserError: the shard can't be reached.
+        """
+        shard = int(self.index.images[image, 0])
+        if shard not in self._shards:
+            if not self._needs:
+                self._shards.clear()
+            self._begin(shard)
+        sample = self._shards[shard].result().get(self.index.key(image), {})
+        return self.index.check(image, member, sample.get("jpg" if member == JPG else "json", b""))
+
+    def _begin(self, shard: int) -> None:
+        self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(4, "shard")
+        self._shards.setdefault(shard, self._pool.submit(self._fetch, shard))
+
+    def _fetch(self, shard: int) -> dict[str, Any]:
+        """The shard's samples by key, as far as it can be read: what is missing is said of the sample that needs it."""
+        import webdataset
+
+        url, most = str(self.index.shards[shard]), {}
+        for _ in range(_TRIES):
+            samples: dict[str, Any] = {}
+            try:
+                shards = webdataset.SimpleShardList([url])
+                for sample in webdataset.DataPipeline(shards, webdataset.tarfile_to_samples()):
+                    samples[sample["__key__"]] = sample
+                return samples
+            except (OSError, EOFError, ValueError, tarfile.TarError) as e:
+                error, most = e, max(most, samples, key=len)
+        if not most:
+            raise UserError(f"cannot read {url} ({' '.join(str(error).split())}): see that it can be reached")
+        return most
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}, "_pool": None}  # threads belong to one process
+
+
+def make_reader(index: SplitIndex, streamed: bool) -> MemberReader | StreamReader:
+    """What reads the samples of an index."""
+    return StreamReader(index) if streamed else MemberReader(index)

@@ -31,18 +31,24 @@ def shards(c: Context) -> Iterator[Check]:
     """Manifest, sizes, one sample of this rank's own, and the speed of reading."""
     from dit_ds.data.dataset import ExpressionDataset
     from dit_ds.data.index import SplitIndex
+    from dit_ds.sets import train_index, val_folder
 
     d = c.config.data
-    folder = Path(d.root) / d.dataset / d.split_by
-    index = SplitIndex.load(folder, d.train_split)
-    SplitIndex.load(folder, d.val_split)
-    dataset = ExpressionDataset(index, "ref", d.image_size, lambda text: (np.zeros(1, np.int64), np.ones(1, bool)))
+    index = train_index(d)
+    SplitIndex.load(val_folder(d), d.val_split)
+    dataset = ExpressionDataset(
+        index, "ref", d.image_size, lambda text: (np.zeros(1, np.int64), np.ones(1, bool)), streamed=d.streamed
+    )
     sample = dataset[(0, c.rank * len(dataset) // max(1, c.world_size) % len(dataset), 1.0)]
     if isinstance(sample, UserError):
         raise sample
+    found = f"{d.root}: {len(index.images)} images in {len(index.shards)} shards of {d.train_split}"
+    if d.streamed:
+        yield Check("shards", "ok", found)
+        return
     rate = _read_rate(index.shards[c.rank % len(index.shards)])
     slow = rate < 20
-    found = f"{folder}: {len(index.images)} images in {len(index.shards)} shards of {d.train_split}, read at {rate:.0f} MB/s"
+    found += f", read at {rate:.0f} MB/s"
     yield Check("shards", "warn" if slow else "ok", found, "copy the shards to a faster file system" if slow else "")
 
 

@@ -1,0 +1,49 @@
+"""Where a set's files are: a local folder, an object store, or a command that prints a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit_ds.errors import UserError
+
+
+def is_url(root: str | Path) -> bool:
+    """Whether files there can be read from front to back only."""
+    return "://" in str(root) or str(root).startswith("pipe:")
+
+
+def locate(root: str | Path, *parts: str) -> Path | str:
+    """A file or folder under a root.
+
+    Args:
+        root: a folder; https://.., s3://.. (read with the aws command), or what else `webdataset.gopen` opens;
+            or `pipe:COMMAND`, where {} in the command stands for the file's path, which else is appended.
+    """
+    if not is_url(root):
+        return Path(root, *parts)
+    path, root = "/".join(parts), str(root)
+    return root.replace("{}", path + "/{}") if "{}" in root else f"{root.rstrip('/')}/{path}"
+
+
+def file_of(folder: Path | str, name: str) -> Path | str:
+    """A file in a folder that `locate` gave; of what isn't local, as `webdataset.gopen` opens it."""
+    if not is_url(folder):
+        return Path(folder, name)
+    url = str(folder).replace("{}", name) if "{}" in str(folder) else f"{folder}/{name}"
+    return f"pipe:aws s3 cp --quiet {url} -" if url.startswith("s3://") else url
+
+
+def read_file(folder: Path | str, name: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        UserError: it isn't there, or can't be reached.
+    """
+    import webdataset
+
+    url = str(file_of(folder, name))
+    try:
+        with webdataset.gopen(url) as f:
+            return f.read()
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {url} ({' '.join(str(e).split()) or type(e).__name__})") from None
