@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from conftest import MINILM
 from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.index import SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.order import EvalBatches, TrainBatches, epoch_order
+from dit_ds.data.order import TrainBatches
 from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, resize_image, resize_mask, resized_shape
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from dit_ds.data.dataset import ExpressionDataset, Tokenize
 from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.data.readers import StreamReader
 from dit_ds.errors import RankFailed, UserError
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
@@ -125,6 +130,8 @@ def _as_it_is(batch: Any) -> Any:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # a training process that is killed takes its workers with it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # SLURM signals all processes of a task; the training process acts on these and ends its workers itself
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -147,12 +154,19 @@ def checked(loader: Loader) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _ending(batches: Any) -> Iterator[None]:
-    """Workers that hang don't hold up the end: they ignore SIGTERM, and torch knows nothing stronger."""
+    """Whatever ends the iteration early ends the workers, too: one that hangs would hold up the end of this process, as
+    they ignore SIGTERM."""
     try:
         yield
-    except RuntimeError:
-        for worker in getattr(batches, "_workers", []):
-            worker.kill()
+    except BaseException as e:
+        workers = getattr(batches, "_workers", [])
+        if isinstance(e, RuntimeError):  # torch's word of a dead or stalled one: the others have nothing to say either
+            for worker in workers:
+                worker.kill()
+        if workers and not (isinstance(e, GeneratorExit) and batches._persistent_workers):
+            batches._shutdown_workers()
+        if isinstance(batches, Generator):
+            batches.close()  # not only when the error that refers to it is forgotten
         raise
 
 
