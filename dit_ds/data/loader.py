@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import itertools
+import multiprocessing
 import signal
 import sys
 from collections.abc import Generator, Iterator
@@ -19,7 +21,6 @@ from dit_ds.data.dataset import ExpressionDataset, Tokenize
 from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.data.readers import StreamReader
 from dit_ds.errors import RankFailed, UserError
-
 
 _PR_SET_PDEATHSIG = 1
 
@@ -124,6 +125,14 @@ def make_loader(
     )
 
 
+@atexit.register
+def _end_workers() -> None:
+    """Python ends its daemonic children with SIGTERM and waits for them; loader workers ignore it."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -160,10 +169,11 @@ def _ending(batches: Any) -> Iterator[None]:
         yield
     except BaseException as e:
         workers = getattr(batches, "_workers", [])
-        if isinstance(e, RuntimeError):  # torch's word of a dead or stalled one: the others have nothing to say either
+        if workers and isinstance(e, RuntimeError):  # torch's word of a dead or stalled one, which may hold a lock that
+            batches._shutdown = True  # an orderly end would wait for
             for worker in workers:
                 worker.kill()
-        if workers and not (isinstance(e, GeneratorExit) and batches._persistent_workers):
+        elif workers and not (isinstance(e, GeneratorExit) and batches._persistent_workers):
             batches._shutdown_workers()
         if isinstance(batches, Generator):
             batches.close()  # not only when the error that refers to it is forgotten
