@@ -131,6 +131,7 @@ def evaluate_checkpoint(
         d = config.data
         how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": d.dataset, "split_by": d.split_by}
+        how |= {"no_target_pixels": binarize.no_target_pixels} if dataset.index.generalized else {}
         _leave_in_run(path, config, result | how)
     return result
 

@@ -73,7 +73,7 @@ def test_webdataset_reads_back_every_image_ref_and_mask(refer_tree, shards):
             assert [r["ref_id"] for r in meta["refs"]] == [r["ref_id"] for r in record.refs]
             for ref, original in zip(meta["refs"], record.refs):
                 assert [s["sent"] for s in ref["sentences"]] == [s["sent"] for s in original["sentences"]]
-                truth = annotation_rle(record.annotations[original["ann_id"]], meta["height"], meta["width"])
+                truth = annotation_rle(record.annotations[original["ann_ids"][0]], meta["height"], meta["width"])
                 coded = meta["anns"][str(ref["ann_ids"][0])]["rle"]
                 np.testing.assert_array_equal(decode_rle(coded), decode_rle(truth))
     assert verify_shards(folder)["ok"]

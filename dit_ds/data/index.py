@@ -29,6 +29,7 @@ class SplitIndex:
         refs: (refs, 4) int64: image, position in the image's refs, its first sentence, its number of sentences.
         sentences: (sentences,) int64: the ref of each.
         manifest_sha: SHA-256 of the manifest, which a resumed run must find again.
+        generalized: there are refs that nothing in the image fits.
     """
 
     shards: list[Path]
@@ -36,6 +37,7 @@ class SplitIndex:
     refs: np.ndarray
     sentences: np.ndarray
     manifest_sha: str
+    generalized: bool = False
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> SplitIndex:
@@ -66,6 +68,7 @@ class SplitIndex:
             np.column_stack([np.array(refs, np.int64).reshape(-1, 2), first, per_ref]),
             np.repeat(np.arange(len(per_ref)), per_ref),
             hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
+            manifest["splits"][split].get("no_target", 0) > 0,
         )
 
     def check(self, image: int, member: int, data: bytes) -> bytes:
