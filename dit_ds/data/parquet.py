@@ -85,8 +85,10 @@ def _refs(file: Path, form: list[str], dataset: str) -> Iterator[tuple[dict[str,
         for batch in _open(file).iter_batches(_ROWS, columns=form):
             for row in batch.to_pylist():
                 for ref, annotation, image in _of_row(row, form):
+                    if annotation["id"] != ref["ann_id"]:
+                        raise ValueError(f"ref {ref['ref_id']} comes with annotation {annotation['id']}")
                     ref = normalised_ref(ref) | {"split": _split(ref["split"], dataset)}
-                    yield ref, {"id": annotation["id"]} | annotation, {k: image[k] for k in IMAGE_KEYS}
+                    yield ref, annotation, {k: image[k] for k in IMAGE_KEYS}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file} is damaged ({type(e).__name__}: {str(e)[:100]}): fetch it again") from None
 
