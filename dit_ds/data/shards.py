@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
+from webdataset import TarWriter
 
 from dit_ds import __version__
 from dit_ds.data.manifest import SCHEMA, load_manifest, read_members, size_errors, write_manifest
@@ -185,8 +186,6 @@ def _write_shard(k: int) -> tuple[str, dict[str, Any]]:
 
 def _write_tar(f: BinaryIO, plan: ShardPlan) -> tuple[dict[str, Any], dict[str, int]]:
     """Write the shard's samples; what was written and what was left out."""
-    from webdataset import TarWriter
-
     counts, dropped = dict.fromkeys(_COUNTED, 0), dict.fromkeys(_DROPPED, 0)
     with TarWriter(f, mtime=0, encoder=False) as tar:
         for record in plan.records:
