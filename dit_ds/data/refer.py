@@ -126,11 +126,12 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
         hint = f"did you mean {near[0]}?" if near else f"it holds {', '.join(there) or 'no dataset'}"
         raise UserError(f"no dataset '{dataset}' in {root}: {hint}")
     refs_file, instances_file = _refs_file(folder, split_by), folder / "instances.json"
-    refs = [normalised_ref(r) for r in load_refs(refs_file)]
+    generalized = refs_file.name.startswith("grefs")
+    refs = [normalised_ref(r, generalized) for r in load_refs(refs_file)]
     wanted = {a for r in refs for a in r["ann_ids"]}
     instances = read_json(instances_file, "annotation file", object_hook=without_other_annotations(wanted))
     images, annotations = coco_tables(instances, instances_file)
-    if refs_file.name.startswith("grefs"):
+    if generalized:
         _leave_out_crowds(refs, annotations)
     splits = join(refs, images, annotations, instances_file, "fetch both again")
     sources = {f.name: sha256_of(f) for f in (refs_file, instances_file)}
@@ -138,10 +139,11 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
     return ReferTree(dataset, split_by, splits, sources, description, IMAGE_SETS.get(dataset, dataset))
 
 
-def normalised_ref(ref: dict[str, Any]) -> dict[str, Any]:
-    """A ref of REFER or gREFER as `ImageRecord` has it, still with its `image_id` and `split`."""
+def normalised_ref(ref: dict[str, Any], generalized: bool = False) -> dict[str, Any]:
+    """A ref of REFER, or `generalized` of gREFER, as `ImageRecord` has it, still with its `image_id` and `split`."""
     ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
-    ann_ids = [a for a in ann_ids if a != _NO_TARGET]
+    if generalized:
+        ann_ids = [a for a in ann_ids if a != _NO_TARGET]
     sentences = [{k: s.get(k, "") for k in ("sent_id", "raw", "sent")} for s in ref["sentences"]]
     common = {k: ref[k] for k in ("ref_id", "image_id", "split")}
     return common | {"ann_ids": ann_ids, "no_target": not ann_ids, "sentences": sentences}
