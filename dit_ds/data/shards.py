@@ -11,6 +11,8 @@ import hashlib
 import json
 import multiprocessing
 import signal
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +26,7 @@ from dit_ds.data.manifest import SCHEMA, load_manifest, read_members, size_error
 from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord
 from dit_ds.data.samples import Rules, image_bytes, sample
 from dit_ds.data.sources import load_source
-from dit_ds.errors import UserError
+from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import atomic_write, read_json, sha256_of, usable_cores, write_json
 
 _DROPPED = ("images", "refs", "sentences")
@@ -79,6 +81,7 @@ def shard_refer(
         legacy_overlap: as for `unite`.
     Raises:
         UserError: anything missing, damaged or unusable in the files; a full disk; a different set already there.
+        RunFailed: a worker process was ended from outside.
     """
     if not Path(images).is_dir():
         raise UserError(f"no image folder at {images}: --images must hold the set's pictures, as COCO's train2014")
@@ -147,24 +150,30 @@ def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
     total = sum(len(p.records) for p in job.plans)
     gc.collect()
     gc.freeze()  # the workers' collector would write to, and so copy, every page of the records
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes or usable_cores(), fork, initializer=_ignore_interrupt)
     try:
-        with (
-            multiprocessing.get_context("fork").Pool(
-                processes or usable_cores(), initializer=_ignore_interrupt
-            ) as pool,
-            tqdm(desc=f"{job.tree.dataset} {job.tree.split_by}", total=total, unit="img", mininterval=1) as bar,
-        ):
-            for name, part in pool.imap_unordered(_write_shard, range(len(job.plans))):
+        with tqdm(desc=f"{job.tree.dataset} {job.tree.split_by}", total=total, unit="img", mininterval=1) as bar:
+            for done in as_completed([pool.submit(_write_shard, k) for k in range(len(job.plans))]):
+                name, part = done.result()
                 parts[name] = part
                 bar.update(part["entry"]["images"] + part["dropped"]["images"])
+    except BrokenProcessPool:
+        raise RunFailed(
+            "a worker process was ended, for want of memory perhaps: shard again, which keeps whole shards, with fewer "
+            "--processes"
+        ) from None
     finally:
+        pool.shutdown(cancel_futures=True)
         gc.unfreeze()
         del _job
     return parts
 
 
 def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent, which lets shards that are begun be finished
 
 
 def _write_shard(k: int) -> tuple[str, dict[str, Any]]:
