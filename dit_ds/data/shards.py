@@ -128,7 +128,7 @@ def _plan(tree: ReferTree, split: str, records: list[ImageRecord], n: int, rules
     """Deal the images to `n` shards whose sizes differ by one at most, in the order of a hash of the image id."""
     ordered = sorted(records, key=lambda r: hashlib.sha256(str(r.image["id"]).encode()).digest())
     bounds = np.linspace(0, len(ordered), n + 1).astype(int)
-    common = [SCHEMA, tree.dataset, tree.split_by, tree.sources, rules.mask_policy, rules.skip_bad]
+    common = [SCHEMA, _COUNTED, tree.dataset, tree.split_by, tree.sources, rules.mask_policy, rules.skip_bad]
     plans = []
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
         name = f"{split}-{k:05d}-of-{n:05d}.tar"
