@@ -136,6 +136,10 @@ def test_the_hubs_names_of_splits(tmp_path):
     write_parquet(tmp_path / "refcocog/train.parquet", rows)
     assert list(load_source("refcoco+", parquet=tmp_path).splits) == ["train", "val", "testA"]
     assert list(load_source("refcocog", parquet=tmp_path).splits) == ["train", "val", "test"]
+    both = load_source("refcoco+,refcocog", parquet=tmp_path)
+    assert [(r.image["id"], len(r.refs)) for r in both.splits["train"]] == [(1, 4)]
+    write_parquet(tmp_path / "b/refcoco_google_test-00000-of-00001.parquet", [by_image([REFS[3] | {"split": "test"}])])
+    assert list(load_source("refcoco", "google", parquet=tmp_path / "b").splits) == ["test"]
 
 
 def test_splits_that_share_an_image_keep_their_own_refs(tmp_path):

@@ -68,7 +68,7 @@ class SplitIndex:
             np.column_stack([np.array(refs, np.int64).reshape(-1, 2), first, per_ref]),
             np.repeat(np.arange(len(per_ref)), per_ref),
             hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
-            manifest["splits"][split].get("no_target", 0) > 0,
+            generalized=manifest["splits"][split].get("no_target", 0) > 0,
         )
 
     def check(self, image: int, member: int, data: bytes) -> bytes:

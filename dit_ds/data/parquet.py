@@ -42,8 +42,8 @@ def load_parquet(folder: str | Path, dataset: str, split_by: str) -> ReferTree:
         if form is _BY_REF and _PUBLISHED.get(dataset, split_by) != split_by:
             raise UserError(f"{file} has the splits of {_PUBLISHED[dataset]}, not {split_by}: leave out --split-by")
         sources[file.name] = sha256_of(file)
-        for ref, annotation, image in _refs(file, form, dataset):
-            refs.append(ref)
+        for ref, annotation, image in _refs(file, form):
+            refs.append(ref | {"split": _split(ref["split"], split_by)})
             images[image["id"]] = image
             annotations[annotation["id"]] = annotation
     if not refs:
@@ -79,7 +79,7 @@ def _form(file: Path) -> list[str]:
     raise UserError(f"{file} has no columns {', '.join(_BY_REF)}: use the REFER files or jxu124's parquet")
 
 
-def _refs(file: Path, form: list[str], dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+def _refs(file: Path, form: list[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """Each ref of a file, normalised, its annotation and its image; a few rows in memory at once, and no pictures."""
     try:
         for batch in _open(file).iter_batches(_ROWS, columns=form):
@@ -87,8 +87,7 @@ def _refs(file: Path, form: list[str], dataset: str) -> Iterator[tuple[dict[str,
                 for ref, annotation, image in _of_row(row, form):
                     if annotation["id"] != ref["ann_id"]:
                         raise ValueError(f"ref {ref['ref_id']} comes with annotation {annotation['id']}")
-                    ref = normalised_ref(ref) | {"split": _split(ref["split"], dataset)}
-                    yield ref, annotation, {k: image[k] for k in IMAGE_KEYS}
+                    yield normalised_ref(ref), annotation, {k: image[k] for k in IMAGE_KEYS}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file} is damaged ({type(e).__name__}: {str(e)[:100]}): fetch it again") from None
 
@@ -110,8 +109,8 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file} is no parquet file ({str(e)[:100]}): fetch it again") from None
 
 
-def _split(name: str, dataset: str) -> str:
-    """REFER's name of a split; the Hugging Face hub has others."""
-    if dataset in ("refcoco", "refcoco+") and name == "test":
-        return "testA"
-    return "val" if name == "validation" else name
+def _split(name: str, split_by: str) -> str:
+    """REFER's name of a split; the Hugging Face hub has others. By unc there are several tests, and no `test`."""
+    if name == "validation":
+        return "val"
+    return "testA" if name == "test" and split_by == "unc" else name
