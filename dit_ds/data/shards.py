@@ -171,9 +171,8 @@ def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
 
 
 def _ignore_interrupt() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the parent, which lets shards that are begun be finished
+    # Ctrl-C reaches the parent, which lets shards that are begun be finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_shard(k: int) -> tuple[str, dict[str, Any]]:
