@@ -20,18 +20,31 @@ def add(commands: Any) -> None:
     p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
 
     p = command(
-        data_commands, "shard", _data_shard, "REFER files to WebDataset tars and a manifest; run again to go on"
+        data_commands, "shard", _data_shard, "annotations to WebDataset tars and a manifest; run again to go on"
     )
-    p.add_argument("--refer-root", required=True, help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--refer-root", help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
+    source.add_argument("--coco", help="a COCO file with expressions: a set of your own, see README")
+    source.add_argument("--parquet", help="folder with the parquet files of jxu124/refcoco, refcocoplus or refcocog")
     p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
-    p.add_argument("--dataset", default="refcoco", help="refcoco, refcoco+, refcocog, ... (default refcoco)")
-    p.add_argument("--split-by", default="unc", help="unc, google, umd, ... (default unc)")
+    p.add_argument(
+        "--dataset",
+        default="refcoco",
+        help="refcoco, refcoco+, refcocog, refclef, grefcoco, or a name of yours; several, separated by commas, are "
+        "combined to train on, without the images of any val or test split (default refcoco)",
+    )
+    p.add_argument("--split-by", help="unc, google, umd, ... (default umd for refcocog, own with --coco, else unc)")
     p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
     p.add_argument(
         "--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
     )
     p.add_argument(
         "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
+    )
+    p.add_argument(
+        "--legacy-overlap",
+        action="store_true",
+        help="pixels where polygons of one annotation overlap become background, as LAVT and LISA read them",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
     p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
@@ -59,12 +72,11 @@ def _shard_counts(text: str) -> dict[str, int]:
     return counts
 
 
-def _totals(manifest_splits: dict[str, Any]) -> dict[str, Any]:
-    keys = ("images", "refs", "sentences")
-    return {
-        name: {k: s[k] for k in keys} | {"shards": len(s["shards"]), "dropped": s["dropped"]}
-        for name, s in manifest_splits.items()
-    }
+def _totals(manifest: dict[str, Any]) -> dict[str, Any]:
+    keys = ("images", "refs", "sentences", "no_target", "overlapping", "dropped")
+    splits = manifest["splits"].items()
+    totals = {name: {k: s[k] for k in keys} | {"shards": len(s["shards"])} for name, s in splits}
+    return totals | ({"leakage": manifest["leakage"]} if "leakage" in manifest else {})
 
 
 def _data_shard(args: argparse.Namespace) -> int:
@@ -80,8 +92,11 @@ def _data_shard(args: argparse.Namespace) -> int:
         args.processes,
         args.skip_bad,
         args.overwrite,
+        args.legacy_overlap,
+        args.coco,
+        args.parquet,
     )
-    report(args, _totals(manifest["splits"]))
+    report(args, _totals(manifest))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from dit_ds.data.source import is_url
+from dit_ds.data.storage import is_url
 from dit_ds.errors import UserError
 from dit_ds.models.schemes import SCHEMES
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dit_ds.data.source import is_url
+from dit_ds.data.storage import is_url
 
 
 class Section(BaseModel):

@@ -17,7 +17,7 @@ from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.loader import checked, make_loader
 from dit_ds.data.order import EvalBatches
 from dit_ds.distributed import World, gather_objects
-from dit_ds.metrics import intersection_and_union, summarize
+from dit_ds.metrics import intersection_and_union, summarize, summarize_generalized
 from dit_ds.models.segmenter import upscale
 
 # what the model's forward takes, by the batch's names; words, and points with boxes, only where the batch has them
@@ -55,16 +55,19 @@ class Binarize:
             paper's released code: thresholded in the square, the 0/1 mask resized, and in is whatever then is above 0,
             which makes masks grow by up to a pixel of the square.
         align_corners: of the logits' upsampling to the square.
+        no_target_pixels: fewer say that there is no target; `evaluate` asks, where there may be none.
     """
 
     threshold: float
     rule: str = "probability"
     align_corners: bool = False
+    no_target_pixels: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, threshold: float | None = None) -> Binarize:
         """As configured; another threshold lies over the configuration's."""
-        return cls(threshold or config.eval.threshold, config.eval.mask_rule, config.model.align_corners)
+        e = config.eval
+        return cls(threshold or e.threshold, e.mask_rule, config.model.align_corners, e.no_target_pixels)
 
     def __call__(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
         """(s, s) logits to an (H, W) bool mask; `size`, `shape`, `image_size` as for `original_probabilities`."""
@@ -95,22 +98,28 @@ def evaluate(
         timeout: see `make_loader`.
         collect: called with (batch, row, (H, W) prediction) for each expression of this rank.
     Returns:
-        `n` and the metrics of `metrics.summarize`, the same on every rank.
+        `n` and the metrics of `metrics.summarize`, the same on every rank; where the split has expressions without a
+        target those of `metrics.summarize_generalized`, too, and predictions of too few pixels are emptied.
     """
+    generalized = dataset.index.generalized
     batches = EvalBatches(len(dataset), batch_size, world.rank, world.world_size)
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
-    rows: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, int, int, int]] = []
     for batch in tqdm(checked(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
         logits = model(**model_inputs(batch, world.device))
         for i, truth in enumerate(batch["original"]):
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
                 continue
             prediction = binarize(logits[i], batch["size"][i], truth.shape, dataset.image_size).cpu().numpy()
-            rows.append((int(batch["sample"][i]), *intersection_and_union(prediction, truth)))
+            if generalized and prediction.sum() < binarize.no_target_pixels:
+                prediction = np.zeros_like(prediction)
+            rows.append((int(batch["sample"][i]), *intersection_and_union(prediction, truth), int(truth.sum())))
             if collect is not None:
                 collect(batch, i, prediction)
-    table = np.concatenate(gather_objects(np.array(rows, np.int64).reshape(-1, 3)))
+    table = np.concatenate(gather_objects(np.array(rows, np.int64).reshape(-1, 4)))
     table = table[np.argsort(table[:, 0])]
     if not np.array_equal(table[:, 0], np.arange(len(dataset))):
         raise AssertionError(f"{len(table)} results for {len(dataset)} expressions")
-    return {"n": len(table)} | summarize(table[:, 1], table[:, 2])
+    shared, either, target = table[:, 1], table[:, 2], table[:, 3]
+    result = {"n": len(table)} | summarize(shared, either)
+    return result | (summarize_generalized(shared, either, target) if generalized else {})

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,10 +57,11 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
         f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
 
 
-def read_json(path: str | Path, what: str) -> Any:
+def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read JSON; a missing or damaged file is a `UserError` that names it as `what`."""
     try:
-        return json.loads(Path(path).read_bytes())
+        with open(path, encoding="utf-8-sig") as f:
+            return json.load(f, object_hook=object_hook)
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
     except OSError as e:

@@ -106,6 +106,7 @@ def evaluate_checkpoint(
         name, _, split_by = dataset.index.parts[0].name.partition("/")
         how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
+        how |= {"no_target_pixels": binarize.no_target_pixels} if dataset.index.generalized else {}
         _leave_in_run(path, config, result | how)
     return result
 

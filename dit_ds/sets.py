@@ -16,7 +16,7 @@ from dit_ds.data.index import SplitIndex
 from dit_ds.data.loader import make_tokenize
 from dit_ds.data.manifest import load_manifest
 from dit_ds.data.prompts import Prompts, default_kind
-from dit_ds.data.source import locate
+from dit_ds.data.storage import locate
 from dit_ds.data.transforms import Augmentation
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer

@@ -20,7 +20,7 @@ from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.index import SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
 from dit_ds.data.order import TrainBatches
-from dit_ds.data.source import locate
+from dit_ds.data.storage import locate
 from dit_ds.errors import RankFailed
 from dit_ds.models.text_encoder import load_tokenizer
 

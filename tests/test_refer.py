@@ -7,23 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools import mask as coco
+from refer_files import H, W, box, filled
 
 from dit_ds.data.refer import UnusableRecord, annotation_rle, clean_sentence, decode_rle, load_refer
 from dit_ds.errors import UserError
-
-H, W = 20, 30
-
-
-def box(x0: int, y0: int, x1: int, y1: int) -> list[float]:
-    return [x0, y0, x1, y0, x1, y1, x0, y1]
-
-
-def filled(*boxes: tuple[int, int, int, int]) -> np.ndarray:
-    mask = np.zeros((H, W), np.uint8)
-    for x0, y0, x1, y1 in boxes:
-        mask[y0:y1, x0:x1] = 1
-    return mask
-
 
 BLOCK = filled((3, 2, 11, 9))
 RUNS = [3 * H + 2] + [7, H - 7] * 7 + [7, H - 9 + 18 * H + H]  # down the columns, zeros first

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import ROOT, dit_ds, environment, refused
+from tqdm import tqdm
 
 from dit_ds.data.refer import annotation_rle, decode_rle, load_refer
 from dit_ds.data.shards import shard_refer
 from dit_ds.data.verify import verify_shards
-from dit_ds.errors import UserError
+from dit_ds.errors import RunFailed, UserError
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -73,7 +74,7 @@ def test_webdataset_reads_back_every_image_ref_and_mask(refer_tree, shards):
             assert [r["ref_id"] for r in meta["refs"]] == [r["ref_id"] for r in record.refs]
             for ref, original in zip(meta["refs"], record.refs):
                 assert [s["sent"] for s in ref["sentences"]] == [s["sent"] for s in original["sentences"]]
-                truth = annotation_rle(record.annotations[original["ann_id"]], meta["height"], meta["width"])
+                truth = annotation_rle(record.annotations[original["ann_ids"][0]], meta["height"], meta["width"])
                 coded = meta["anns"][str(ref["ann_ids"][0])]["rle"]
                 np.testing.assert_array_equal(decode_rle(coded), decode_rle(truth))
     assert verify_shards(folder)["ok"]
@@ -110,6 +111,29 @@ def test_a_killed_run_leaves_no_manifest_and_is_continued(tmp_path):
     manifest = (folder / "manifest.json").stat().st_mtime_ns
     dit_ds(*arguments, "--out", tmp_path / "cut")  # nothing to do
     assert (folder / "manifest.json").stat().st_mtime_ns == manifest
+
+
+def test_a_worker_that_is_ended_ends_the_run(refer_tree, tmp_path, monkeypatch):
+    """As for want of memory: it is said, not waited for."""
+    monkeypatch.setattr("dit_ds.data.shards.image_bytes", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunFailed, match="fewer --processes"):
+        shard(refer_tree, tmp_path, processes=2)
+    assert not list((tmp_path / "refcoco/unc").iterdir())
+
+
+def test_ctrl_c_ends_it_and_the_next_run_goes_on(refer_tree, shards, tmp_path, monkeypatch):
+    class Interrupted(tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("dit_ds.data.shards.tqdm", Interrupted)
+        shard(refer_tree, tmp_path, shards={"train": 32})
+    folder = tmp_path / "refcoco/unc"
+    assert len(list(folder.glob("*.tar"))) < 35 and not (folder / "manifest.json").exists()
+    assert not list(folder.glob(".*.tmp"))
+    shard(refer_tree, tmp_path, shards={"train": 4})
+    assert digest(folder) == digest(shards / "refcoco/unc")
 
 
 def test_another_set_is_not_overwritten_unasked(refer_tree, tmp_path):

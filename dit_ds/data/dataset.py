@@ -88,7 +88,7 @@ class ExpressionDataset(Dataset):
         masks = [decode_rle(meta["anns"][str(a)]["rle"]) for a in record["ann_ids"]]
         if kind != "text" and not any(m.any() for m in masks):
             raise self._without_mask(image, kind)
-        whole = np.maximum.reduce(masks)
+        whole = np.maximum.reduce(masks) if masks else np.zeros(pixels.shape[:2], np.uint8)  # no target
         picture = resize_image(pixels, side, self.resize)
         mask = resize_mask(whole, side, self.resize, self.mask_rule)  # what is learned
         inside = mask if kind == "text" else on_resized(mask, whole)  # what is shown of it

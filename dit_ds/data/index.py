@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_ds.data.manifest import manifest_bytes, parse_manifest, size_errors
 from dit_ds.data.order import Samples
-from dit_ds.data.source import file_of
+from dit_ds.data.storage import file_of
 from dit_ds.errors import UserError
 
 JPG, JSON = 2, 5  # the first of a member's columns in `SplitIndex.images`: offset, bytes, CRC-32
@@ -43,6 +43,7 @@ class SplitIndex:
         sentences: (sentences,) int64: the ref of each.
         manifest_sha: SHA-256 of the manifest, or of several; a resumed run must find the same.
         parts: the sets.
+        generalized: there are refs that nothing in the image fits.
     """
 
     shards: list[Path | str]
@@ -51,13 +52,14 @@ class SplitIndex:
     sentences: np.ndarray
     manifest_sha: str
     parts: list[Part]
+    generalized: bool = False
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> SplitIndex:
         """Read the manifest and look at the shards' sizes.
 
         Args:
-            folder: as `source.locate` gives it.
+            folder: as `storage.locate` gives it.
         Raises:
             UserError: no such set or split, or a shard that is missing or cut short.
         """
@@ -82,22 +84,33 @@ class SplitIndex:
             np.array(lengths, np.int64),
             hashlib.sha256(data).hexdigest(),
             f"{manifest['dataset']}/{manifest['split_by']}",
+            generalized=manifest["splits"][split].get("no_target", 0) > 0,
         )
 
     @classmethod
     def _of(
-        cls, shards: list[Path | str], images: np.ndarray, refs: np.ndarray, lengths: np.ndarray, sha: str, name: str
+        cls,
+        shards: list[Path | str],
+        images: np.ndarray,
+        refs: np.ndarray,
+        lengths: np.ndarray,
+        sha: str,
+        name: str,
+        generalized: bool,
     ) -> SplitIndex:
         """One set, from its refs' images and positions (refs, 2) and numbers of sentences (refs,)."""
         table = np.column_stack([refs, np.cumsum(lengths) - lengths, lengths])
         sentences = np.repeat(np.arange(len(lengths)), lengths)
-        return cls(shards, images, table, sentences, sha, [Part(name, 1.0, len(refs), len(sentences))])
+        return cls(shards, images, table, sentences, sha, [Part(name, 1.0, len(refs), len(sentences))], generalized)
 
     def without_images(self, image_ids: np.ndarray) -> SplitIndex:
         """This one set without the refs of some images."""
         keep = ~np.isin(self.images[self.refs[:, 0], 1], image_ids)
         refs = self.refs[keep]
-        return self._of(self.shards, self.images, refs[:, :2], refs[:, 3], self.manifest_sha, self.parts[0].name)
+        name = self.parts[0].name
+        return self._of(
+            self.shards, self.images, refs[:, :2], refs[:, 3], self.manifest_sha, name, generalized=self.generalized
+        )
 
     @classmethod
     def chain(cls, indices: list[SplitIndex], weights: list[float]) -> SplitIndex:
@@ -113,7 +126,15 @@ class SplitIndex:
             shards += index.shards
             n += [len(index.images), len(index.refs), len(index.sentences)]
         sha = hashlib.sha256(json.dumps([[i.manifest_sha, w] for i, w in zip(indices, weights)]).encode()).hexdigest()
-        return cls(shards, np.concatenate(images), np.concatenate(refs), np.concatenate(sentences), sha, parts)
+        return cls(
+            shards,
+            np.concatenate(images),
+            np.concatenate(refs),
+            np.concatenate(sentences),
+            sha,
+            parts,
+            any(i.generalized for i in indices),
+        )
 
     def ref_of(self, unit: str, samples: np.ndarray | slice = slice(None)) -> np.ndarray:
         """The ref of each sample: of unit `sentence` every expression is one, else every ref."""

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from dit_ds.data.source import file_of, is_url, read_file
+from dit_ds.data.storage import file_of, is_url, read_file
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write
 
@@ -31,7 +31,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """Read a set's manifest.
 
     Args:
-        folder: as `source.locate` gives it.
+        folder: as `storage.locate` gives it.
     Raises:
         UserError: there is none (the set was never finished), or it is damaged, edited or of another schema.
     """

@@ -1,4 +1,4 @@
-"""Records to WebDataset tars and a manifest, in parallel; and the checks of what was written.
+"""Records to WebDataset tars and a manifest, in parallel.
 
 Schema: `data_shards/README.md`. A shard appears whole or not at all, the manifest comes last, and the same input gives
 the same bytes whatever the number of processes.
@@ -6,25 +6,31 @@ the same bytes whatever the number of processes.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
 import signal
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
+from webdataset import TarWriter
 
 from dit_ds import __version__
 from dit_ds.data.manifest import SCHEMA, load_manifest, read_members, size_errors, write_manifest
-from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord, annotation_rle, clean_sentence, load_refer
-from dit_ds.data.transforms import decode_jpeg
-from dit_ds.errors import UserError
+from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord
+from dit_ds.data.samples import Rules, image_bytes, sample
+from dit_ds.data.sources import load_source
+from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import atomic_write, read_json, sha256_of, usable_cores, write_json
 
-MASK_POLICY = "union"
+_DROPPED = ("images", "refs", "sentences")
+_COUNTED = (*_DROPPED, "no_target", "overlapping")  # the latter are refs: that mean nothing; whose polygons overlap
 _IMAGES_A_SHARD = 50  # at least; RefCOCO's train split then has 256 shards of 66 images, 11 MB each
 
 
@@ -38,34 +44,51 @@ class ShardPlan:
     digest: str
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the worker processes need; inherited by the fork, so never pickled."""
+
+    folder: Path
+    images: Path
+    tree: ReferTree
+    plans: list[ShardPlan]
+    rules: Rules
+
+
 def shard_refer(
-    refer_root: str | Path,
+    refer_root: str | Path | None,
     images: str | Path,
     dataset: str,
-    split_by: str,
+    split_by: str | None,
     out: str | Path,
     shards: dict[str, int] | None = None,
     processes: int | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
+    legacy_overlap: bool = False,
+    coco: str | Path | None = None,
+    parquet: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write `OUT/DATASET/SPLIT_BY/SPLIT-00000-of-NNNNN.tar` for each split, then `manifest.json`; return the manifest.
 
     Shards that an interrupted run finished are checked and kept.
 
     Args:
+        refer_root, coco, parquet, dataset, split_by: as for `load_source`.
         shards: shards a split; by default the largest power of two that leaves 50 images in each.
         skip_bad: drop refs and images that can't be used, and count them, instead of refusing.
         overwrite: replace a finished set that was made from other files or with other options.
+        legacy_overlap: as for `unite`.
     Raises:
-        UserError: anything missing, damaged or unusable in the tree; a full disk; a different set already there.
+        UserError: anything missing, damaged or unusable in the files; a full disk; a different set already there.
+        RunFailed: a worker process was ended from outside.
     """
     if not Path(images).is_dir():
-        raise UserError(f"no image folder at {images}: --images must hold COCO's train2014 files")
-    tree = load_refer(refer_root, dataset, split_by)
+        raise UserError(f"no image folder at {images}: --images must hold the set's pictures, as COCO's train2014")
+    tree = load_source(dataset, split_by, refer_root, coco, parquet)
     counts = _shard_counts(tree, shards or {})
-    folder = Path(out) / dataset / split_by
-    plans = [p for split, records in tree.splits.items() for p in _plan(tree, split, records, counts[split], skip_bad)]
+    folder, rules = Path(out) / tree.dataset / tree.split_by, Rules(skip_bad, legacy_overlap)
+    plans = [p for split, records in tree.splits.items() for p in _plan(tree, split, records, counts[split], rules)]
     digest = _digest([p.digest for p in plans])
 
     published = folder / "manifest.json"
@@ -77,11 +100,11 @@ def shard_refer(
             raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
         published.unlink()
     try:
-        parts = _write_all(plans, folder, Path(images), tree, skip_bad, processes)
+        parts = _write_all(_Job(folder, Path(images), tree, plans, rules), processes)
     finally:
         for half_written in folder.glob(".*.tmp"):  # by a worker that was ended, now or in a run that was killed
             half_written.unlink()
-    manifest = _manifest(tree, plans, parts, digest)
+    manifest = _manifest(tree, plans, parts, digest, rules)
     write_manifest(published, manifest)
     _remove_leftovers(folder, {p.name for p in plans})
     return manifest
@@ -101,11 +124,11 @@ def _shard_counts(tree: ReferTree, asked: dict[str, int]) -> dict[str, int]:
     return counts
 
 
-def _plan(tree: ReferTree, split: str, records: list[ImageRecord], n: int, skip_bad: bool) -> list[ShardPlan]:
+def _plan(tree: ReferTree, split: str, records: list[ImageRecord], n: int, rules: Rules) -> list[ShardPlan]:
     """Deal the images to `n` shards whose sizes differ by one at most, in the order of a hash of the image id."""
     ordered = sorted(records, key=lambda r: hashlib.sha256(str(r.image["id"]).encode()).digest())
     bounds = np.linspace(0, len(ordered), n + 1).astype(int)
-    common = [SCHEMA, tree.dataset, tree.split_by, tree.sources, MASK_POLICY, skip_bad]
+    common = [SCHEMA, _COUNTED, tree.dataset, tree.split_by, tree.sources, rules.mask_policy, rules.skip_bad]
     plans = []
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
         name = f"{split}-{k:05d}-of-{n:05d}.tar"
@@ -117,62 +140,68 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-_job: tuple[Path, Path, ReferTree, list[ShardPlan], bool]  # inherited by the forked workers, so never pickled
+_job: _Job
 
 
-def _write_all(
-    plans: list[ShardPlan], folder: Path, images: Path, tree: ReferTree, skip_bad: bool, processes: int | None
-) -> dict[str, dict[str, Any]]:
+def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
     global _job
-    _job = (folder, images, tree, plans, skip_bad)
+    _job = job
     parts = {}
-    total = sum(len(p.records) for p in plans)
-    with (
-        multiprocessing.get_context("fork").Pool(processes or usable_cores(), initializer=_ignore_interrupt) as pool,
-        tqdm(desc=f"{tree.dataset} {tree.split_by}", total=total, unit="img", mininterval=1) as bar,
-    ):
-        for name, part in pool.imap_unordered(_write_shard, range(len(plans))):
-            parts[name] = part
-            bar.update(part["entry"]["images"] + part["dropped"]["images"])
+    total = sum(len(p.records) for p in job.plans)
+    gc.collect()
+    gc.freeze()  # the workers' collector would write to, and so copy, every page of the records
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes or usable_cores(), fork, initializer=_ignore_interrupt)
+    try:
+        with tqdm(desc=f"{job.tree.dataset} {job.tree.split_by}", total=total, unit="img", mininterval=1) as bar:
+            for done in as_completed([pool.submit(_write_shard, k) for k in range(len(job.plans))]):
+                name, part = done.result()
+                parts[name] = part
+                bar.update(part["entry"]["images"] + part["dropped"]["images"])
+    except BrokenProcessPool:
+        raise RunFailed(
+            "a worker process was ended, for want of memory perhaps: shard again, which keeps whole shards, with fewer "
+            "--processes"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
+        del _job
     return parts
 
 
 def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+    # Ctrl-C reaches the parent, which lets shards that are begun be finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_shard(k: int) -> tuple[str, dict[str, Any]]:
     """Write shard `k` unless an earlier run did, and the note `.NAME.json` that says so."""
-    folder, images, tree, plans, skip_bad = _job
-    plan = plans[k]
-    path, note = folder / plan.name, folder / f".{plan.name}.json"
+    plan = _job.plans[k]
+    path, note = _job.folder / plan.name, _job.folder / f".{plan.name}.json"
     if note.exists() and path.exists():
         part = read_json(note, "shard note")
         if part["digest"] == plan.digest and part["entry"]["sha256"] == sha256_of(path):
             return plan.name, part
     note.unlink(missing_ok=True)
     with atomic_write(path) as f:
-        entry, dropped = _write_tar(f, tree, plan, images, skip_bad)
+        entry, dropped = _write_tar(f, plan)
     entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": read_members(path)}
     part = {"digest": plan.digest, "entry": entry, "dropped": dropped}
     write_json(note, part, indent=None)
     return plan.name, part
 
 
-def _write_tar(
-    f: BinaryIO, tree: ReferTree, plan: ShardPlan, images: Path, skip_bad: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
-    from webdataset import TarWriter
-
-    counts = {"images": 0, "refs": 0, "sentences": 0}
-    dropped = {"images": 0, "refs": 0, "sentences": 0}
+def _write_tar(f: BinaryIO, plan: ShardPlan) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write the shard's samples; what was written and what was left out."""
+    counts, dropped = dict.fromkeys(_COUNTED, 0), dict.fromkeys(_DROPPED, 0)
     with TarWriter(f, mtime=0, encoder=False) as tar:
         for record in plan.records:
             try:
-                jpg = _image_bytes(images, record)
-                meta = _sample(tree, plan.split, record, skip_bad, dropped)
+                jpg = image_bytes(_job.images, _job.tree.image_set, record)
+                meta, overlapping = sample(_job.tree, plan.split, record, _job.rules, dropped)
             except UnusableRecord as e:
-                if not skip_bad:
+                if not _job.rules.skip_bad:
                     raise UserError(f"{e}: mend it, or leave it out with --skip-bad") from None
                 dropped["images"] += 1
                 continue
@@ -181,90 +210,28 @@ def _write_tar(
             counts["images"] += 1
             counts["refs"] += len(meta["refs"])
             counts["sentences"] += sum(len(r["sentences"]) for r in meta["refs"])
+            counts["no_target"] += sum(r["no_target"] for r in meta["refs"])
+            counts["overlapping"] += overlapping
     return counts, dropped
 
 
-def _image_bytes(images: Path, record: ImageRecord) -> bytes:
-    """The image file as it is, after a look whether it decodes to the size that the annotations speak of."""
-    path = images / record.image["file_name"]
-    try:
-        jpg = path.read_bytes()
-    except FileNotFoundError:
-        raise UnusableRecord(f"no image {path}") from None
-    except OSError as e:
-        raise UnusableRecord(f"image {path}: {e.strerror}") from None
-    try:
-        shape = decode_jpeg(jpg).shape[:2]
-    except ValueError as e:
-        raise UnusableRecord(f"image {path} is damaged ({e})") from None
-    if shape != (record.image["height"], record.image["width"]):
-        raise UnusableRecord(f"image {path} is {shape[1]}x{shape[0]}, its annotation says otherwise")
-    return jpg
-
-
-def _sample(
-    tree: ReferTree, split: str, record: ImageRecord, skip_bad: bool, dropped: dict[str, int]
+def _manifest(
+    tree: ReferTree, plans: list[ShardPlan], parts: dict[str, dict[str, Any]], digest: str, rules: Rules
 ) -> dict[str, Any]:
-    """The sample's JSON member."""
-    height, width = record.image["height"], record.image["width"]
-    anns: dict[str, Any] = {}
-    refs = []
-    for ref in record.refs:
-        annotation = record.annotations[ref["ann_id"]]
-        try:
-            rle = annotation_rle(annotation, height, width)
-        except UnusableRecord as e:
-            if not skip_bad:
-                raise UnusableRecord(f"ref {ref['ref_id']}: {e}") from None
-            dropped["refs"] += 1
-            continue
-        sentences = []
-        for s in ref["sentences"]:
-            try:
-                sentences.append({"sent_id": s["sent_id"], "raw": s.get("raw", ""), "sent": clean_sentence(s)})
-            except UnusableRecord as e:
-                if not skip_bad:
-                    raise UnusableRecord(f"ref {ref['ref_id']}: {e}") from None
-                dropped["sentences"] += 1
-        if not sentences:
-            dropped["refs"] += 1
-            continue
-        anns[str(ref["ann_id"])] = {k: annotation.get(k) for k in ("bbox", "category_id", "area", "iscrowd")} | {
-            "rle": rle
-        }
-        refs.append({"ref_id": ref["ref_id"], "ann_ids": [ref["ann_id"]], "no_target": False, "sentences": sentences})
-    if not refs:
-        raise UnusableRecord(f"image {record.image['id']} has no usable ref")
-    return {
-        "schema": SCHEMA, "dataset": tree.dataset, "split_by": tree.split_by, "split": split,
-        "image_id": record.image["id"], "file_name": record.image["file_name"], "height": height, "width": width,
-        "anns": anns, "refs": refs,
-    }  # fmt: skip
-
-
-def _manifest(tree: ReferTree, plans: list[ShardPlan], parts: dict[str, dict[str, Any]], digest: str) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     for plan in plans:
-        split = splits.setdefault(
-            plan.split,
-            {
-                "images": 0,
-                "refs": 0,
-                "sentences": 0,
-                "dropped": dict.fromkeys(["images", "refs", "sentences"], 0),
-                "shards": [],
-            },
-        )
-        part = parts[plan.name]
+        nothing = dict.fromkeys(_COUNTED, 0) | {"dropped": dict.fromkeys(_DROPPED, 0), "shards": []}
+        split, part = splits.setdefault(plan.split, nothing), parts[plan.name]
         split["shards"].append(part["entry"])
-        for what in ("images", "refs", "sentences"):
+        for what in _COUNTED:
             split[what] += part["entry"][what]
+        for what in _DROPPED:
             split["dropped"][what] += part["dropped"][what]
     return {
         "schema": SCHEMA, "tool": f"dit-ds {__version__}", "dataset": tree.dataset, "split_by": tree.split_by,
         "description": tree.description, "image_set": tree.image_set,
-        "mask_policy": MASK_POLICY, "sources": tree.sources, "digest": digest, "splits": splits,
-    }  # fmt: skip
+        "mask_policy": rules.mask_policy, "sources": tree.sources, "digest": digest, "splits": splits,
+    } | ({} if tree.leakage is None else {"leakage": tree.leakage})  # fmt: skip
 
 
 def _remove_leftovers(folder: Path, names: set[str]) -> None:
