@@ -88,14 +88,14 @@ class SplitIndex:
         """The sample's JSON, from bytes that were checked.
 
         Raises:
-            BadSample: it is of another image, or of other refs and sentences, than the manifest says: what was drawn
-                by the manifest's numbers would be another sample.
+            UserError: it is of another image, or of other refs and sentences, than the manifest says. That is no
+                damaged sample but a wrong manifest, by which others would be numbered wrongly, too.
         """
         meta = json.loads(data)
         first, last = (bisect.bisect_left(self.refs[:, 0], i) for i in (image, image + 1))
         lengths = [len(r["sentences"]) for r in meta["refs"]]
         if meta["image_id"] != self.images[image, 1] or lengths != self.refs[first:last, 3].tolist():
-            raise BadSample(
+            raise UserError(
                 f"{self.shards[self.images[image, 0]]}: {self.key(image)}.json has other refs than the manifest says: "
                 "remove the manifest and shard again"
             )
