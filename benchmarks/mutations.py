@@ -271,7 +271,7 @@ def entries_moved(copy: Path, rng: random.Random, other: Path) -> str:
     def change(manifest: dict[str, Any]) -> str:
         split, entry = _an_entry(manifest, rng)
         what = rng.choice(["two samples swapped", "two rows' members swapped", "a sample gone", "two shards swapped",
-                           "a shard gone", "a sample twice", "two splits swapped"])  # fmt: skip
+                           "a shard gone", "a split gone", "a sample twice", "two splits swapped"])  # fmt: skip
         rows, shards = entry["samples"], split["shards"]
         a, b = rng.sample(range(len(rows)), 2)
         if what == "two samples swapped":
@@ -289,6 +289,8 @@ def entries_moved(copy: Path, rng: random.Random, other: Path) -> str:
         elif what == "a shard gone":
             shards = manifest["splits"]["train"]["shards"]
             shards.pop(rng.randrange(len(shards)))
+        elif what == "a split gone":
+            del manifest["splits"][rng.choice(sorted(manifest["splits"]))]
         else:
             c, d = rng.sample(sorted(manifest["splits"]), 2)
             manifest["splits"][c], manifest["splits"][d] = manifest["splits"][d], manifest["splits"][c]

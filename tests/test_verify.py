@@ -120,7 +120,7 @@ SAMPLES = {
     "its mask's runs don't fill": broken_rle,
     "its mask is no compressed RLE": lambda s: annotation(s)["rle"].update(counts="~~"),
     "'s mask is empty": empty_mask,
-    " is empty: shard": lambda s: first(s)["refs"][0]["sentences"][0].update(sent=" "),
+    " is empty: remove": lambda s: first(s)["refs"][0]["sentences"][0].update(sent=" "),
     "not of the schema (KeyError: 'height')": lambda s: first(s).pop("height"),
     "not of the schema (TypeError: an id is [1])": lambda s: first(s)["refs"][0].update(ref_id=[1]),
 }
@@ -262,17 +262,17 @@ def test_a_damaged_manifest_is_refused_in_one_line(folder, refusal):
         assert "manifest" in refusal("data", "verify", folder)
     path.write_bytes(whole)
     edit_manifest(folder, lambda m: m["splits"]["train"].pop("shards"))
-    assert "(it has no 'shards'): shard the dataset again" in refusal("data", "verify", folder)
+    assert "(it has no 'shards'): remove it and shard the dataset again" in refusal("data", "verify", folder)
 
 
-def test_a_stray_tar_is_a_warning_and_processes_change_nothing(folder):
+def test_a_stray_tar_is_an_error_and_processes_change_nothing(folder):
     shutil.copy(folder / "val-00000-of-00001.tar", folder / "val-00001-of-00002.tar")
     edit_samples(folder, other_ref)
     (folder / "testA-00000-of-00001.tar").write_bytes(b"")
     alone = verify_shards(folder, 1)
     assert alone == verify_shards(folder, 3)
-    assert any("val-00001-of-00002.tar is none of the manifest's shards" in w for w in alone["warnings"])
-    assert len(alone["errors"]) == 2 and "has 0 bytes" in alone["errors"][0]
+    assert any("val-00001-of-00002.tar is none of the manifest's shards" in e for e in alone["errors"])
+    assert len(alone["errors"]) == 3 and "has 0 bytes" in alone["errors"][0]
 
 
 def test_the_report_for_people_and_the_status(folder, capsys):

@@ -43,22 +43,23 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         )
     manifest = read_json(path, "manifest")
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not of shard schema {SCHEMA}: shard the dataset again")
+        raise UserError(f"{path} is not of shard schema {SCHEMA}: remove it and shard the dataset again")
     data, checksum = path.read_bytes(), str(manifest.get("checksum")).encode()
     if hashlib.sha256(data.replace(checksum, _NO_CHECKSUM.encode(), 1)).hexdigest().encode() != checksum:
-        raise UserError(f"{path} was changed after it was written: shard the dataset again, which keeps whole shards")
+        raise UserError(f"{path} was changed after it was written: remove it and shard the dataset again")
     try:
         _require_fields(manifest)
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         what = f"it has no {e}" if isinstance(e, KeyError) else str(e)
-        raise UserError(f"{path} is not a manifest of schema {SCHEMA} ({what}): shard the dataset again") from None
+        raise UserError(f"{path} can't be used ({what}): remove it and shard the dataset again") from None
     return manifest
 
 
 def _require_fields(manifest: dict[str, Any]) -> None:
     """Raise what reading the manifest would raise somewhere later."""
-    for key in ("dataset", "split_by", "description"):
+    for key in ("dataset", "split_by", "description", "digest"):
         _require(isinstance(manifest[key], str), key)
+    _require(all(s["shards"] for s in manifest["splits"].values()) and bool(manifest["splits"]), "splits")
     for split in manifest["splits"].values():
         _require(all(type(split[k]) is int for k in COUNTS), "counts")
         _require(all(type(n) is int for n in split.get("dropped", {}).values()), "dropped")

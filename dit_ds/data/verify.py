@@ -31,8 +31,8 @@ def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str,
     folder = Path(folder)
     manifest = load_manifest(folder)
     splits = manifest["splits"]
-    errors = [f"{e}: shard the dataset again" for e in manifest_errors(folder, manifest)]
-    wrong_size, missized = size_errors(folder, manifest), set()
+    errors = [f"{e}: remove its manifest and shard the dataset again" for e in manifest_errors(folder, manifest)]
+    wrong_size = size_errors(folder, manifest)
     errors += [f"{e}: {REPLACE}" for e in wrong_size]
     missized = {e.split(".tar ", 1)[0] for e in wrong_size}
     jobs = [(s, e) for s in splits for e in splits[s]["shards"] if str(folder / e["name"])[:-4] not in missized]
@@ -40,13 +40,16 @@ def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str,
     errors += [e for r in reports for e in r.errors]
 
     by_split = {s: [r for r in reports if r.split == s] for s in splits}
-    warnings = _stray_tars(folder, manifest)
+    errors += _stray_tars(folder, manifest)
+    warnings: list[str] = []
     for split, found in by_split.items():
         errors += _repeated(f"split {split}: ref", (x for r in found for x in r.refs))
         errors += _repeated(f"split {split}: sentence", (x for r in found for x in r.sentences))
         seen, said = sum(r.counts["no_target"] for r in found), splits[split].get("no_target")
         if said not in (None, seen) and sum(r.counts["samples"] for r in found) == splits[split]["images"]:
-            errors.append(f"split {split} has {seen} refs without target, the manifest says {said}: shard it again")
+            errors.append(
+                f"split {split} has {seen} refs without target, the manifest says {said}: remove its manifest and shard the dataset again"
+            )
         warnings += _areas(split, found, manifest.get("mask_policy", "union"))
     shared = _shared_images(manifest, errors, warnings)
     if manifest["description"] != DESCRIPTION:  # the embedded set calls itself refcoco unc, too
@@ -80,7 +83,9 @@ def _repeated(what: str, ids: Iterable[tuple[Id, str]]) -> list[str]:
     for (dataset, number), key in ids:
         if (dataset, number) in first:
             where = f"in {first[dataset, number]} and in {key}"
-            errors.append(f"{what} {number} of {dataset} is there more than once, {where}: shard the dataset again")
+            errors.append(
+                f"{what} {number} of {dataset} is there more than once, {where}: remove its manifest and shard the dataset again"
+            )
         first.setdefault((dataset, number), key)
     return errors
 
@@ -98,12 +103,10 @@ def _areas(split: str, reports: list[ShardReport], mask_policy: str) -> list[str
 
 
 def _stray_tars(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Shards that the manifest doesn't have: it lost them, or they are left from another set."""
     known = {e["name"] for s in manifest["splits"].values() for e in s["shards"]}
-    strays = sorted(p.name for p in folder.glob("*.tar") if p.name not in known)
-    return [
-        f"{folder / s} is none of the manifest's shards, and a reader that takes *.tar has it: remove it"
-        for s in strays
-    ]
+    strays = sorted(p.name for p in folder.glob("*-of-*.tar") if p.name not in known)
+    return [f"{folder / s} is none of the manifest's shards: remove it, or shard the dataset again" for s in strays]
 
 
 def _shared_images(manifest: dict[str, Any], errors: list[str], warnings: list[str]) -> dict[str, dict[str, Any]]:

@@ -137,7 +137,7 @@ def _check_sample(
         report.counts["samples"] += 1
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         wrong = [f"its JSON is not of the schema ({type(e).__name__}: {e})"]
-    return [f"{what}: shard the dataset again" for what in wrong]
+    return [f"{what}: remove its manifest and shard the dataset again" for what in wrong]
 
 
 def _image_errors(jpg: bytes, meta: dict[str, Any]) -> Iterator[str]:
