@@ -53,8 +53,8 @@ def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str,
         warnings += _areas(split, found, manifest.get("mask_policy", "union"))
     shared = _shared_images(manifest, errors, warnings)
     if manifest["description"] != DESCRIPTION:  # the embedded set calls itself refcoco unc, too
-        for lines, more in zip((errors, warnings), official.compare(manifest["dataset"], manifest["split_by"], splits)):
-            lines += more
+        for known, more in zip((errors, warnings), official.compare(manifest["dataset"], manifest["split_by"], splits)):
+            known += more
     counts = {s: _counts(splits[s], found) | shared.get(s, {}) for s, found in by_split.items()}
     return {"ok": not errors, "errors": errors, "warnings": warnings, "counts": counts}
 
