@@ -50,9 +50,20 @@ def add(commands: Any) -> None:
     p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
 
     p = command(
-        data_commands, "verify", _data_verify, "check every shard's size, SHA-256 and members against the manifest"
+        data_commands,
+        "verify",
+        _data_verify,
+        "check a set: manifest, every shard's bytes and members, pictures, masks, refs, ids, splits, published counts",
     )
     p.add_argument("folder", help="as data_shards/refcoco/unc")
+    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+
+    p = command(data_commands, "stats", _data_stats, "what is in a split: words, refs, mask and image sizes, pictures")
+    p.add_argument("folder", help="as data_shards/refcoco/unc")
+    p.add_argument("--split", default="train", help="train, val, testA, ... (default train)")
+    p.add_argument("--sheet", metavar="PNG", help="also draw random expressions with their masks, as a .png or .pdf")
+    p.add_argument("--seed", type=int, default=0, help="of the sheet: another seed draws others (default 0)")
+    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
 
 
 def _data_sample(args: argparse.Namespace) -> int:
@@ -101,8 +112,16 @@ def _data_shard(args: argparse.Namespace) -> int:
 
 
 def _data_verify(args: argparse.Namespace) -> int:
-    from dit_ds.data.verify import verify_shards
+    from dit_ds.data import verify
 
-    found = verify_shards(args.folder)
-    report(args, found, lambda: [*found["errors"], "ok" if found["ok"] else f"{len(found['errors'])} errors"])
+    found = verify.verify_shards(args.folder, args.processes)
+    report(args, found, lambda: verify.lines(found))
     return 0 if found["ok"] else 1
+
+
+def _data_stats(args: argparse.Namespace) -> int:
+    from dit_ds.data import stats
+
+    found = stats.split_stats(args.folder, args.split, args.processes, args.sheet, args.seed)
+    report(args, found, lambda: stats.lines(found))
+    return 0

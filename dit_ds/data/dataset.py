@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,7 +139,7 @@ class ExpressionDataset(Dataset):
         return other["sentences"][nth % len(other["sentences"])]["sent"]
 
     def _meta(self, image: int) -> dict[str, Any]:
-        return json.loads(self.reader.read(image, JSON))
+        return self.index.parse(image, self.reader.read(image, JSON))
 
     def _decode(self, jpg: bytes, image: int) -> np.ndarray:
         try:

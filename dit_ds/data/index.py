@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dit_ds.data.manifest import manifest_bytes, parse_manifest, size_errors
+from dit_ds.data.manifest import manifest_bytes, manifest_errors, parse_manifest, size_errors
 from dit_ds.data.order import Samples
 from dit_ds.data.storage import file_of
 from dit_ds.errors import UserError
@@ -67,6 +69,9 @@ class SplitIndex:
         manifest = parse_manifest(data, folder)
         if split not in manifest["splits"]:
             raise UserError(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
+        errors = manifest_errors(folder, manifest)
+        if errors:
+            raise UserError(f"{errors[0]}: run 'dit-ds data verify {folder}', remove the manifest and shard again")
         errors = size_errors(folder, manifest)
         if errors:
             raise UserError(f"{errors[0]}: run 'dit-ds data verify {folder}', remove that shard and shard again")
@@ -161,6 +166,23 @@ class SplitIndex:
         if zlib.crc32(data) != self.images[image, member + 2]:
             raise self.damaged(image, "jpg" if member == JPG else "json")
         return data
+
+    def parse(self, image: int, data: bytes) -> dict[str, Any]:
+        """The sample's JSON, from bytes that were checked.
+
+        Raises:
+            UserError: it is of another image, or of other refs and sentences, than the manifest says. That is no
+                damaged sample but a wrong manifest, by which others would be numbered wrongly, too.
+        """
+        meta = json.loads(data)
+        first, last = (bisect.bisect_left(self.refs[:, 0], i) for i in (image, image + 1))
+        lengths = [len(r["sentences"]) for r in meta["refs"]]
+        if meta["image_id"] != self.images[image, 1] or lengths != self.refs[first:last, 3].tolist():
+            raise UserError(
+                f"{self.shards[self.images[image, 0]]}: {self.key(image)}.json has other refs than the manifest says: "
+                "remove the manifest and shard again"
+            )
+        return meta
 
     def key(self, image: int) -> str:
         """The WebDataset key of an image."""
