@@ -13,7 +13,7 @@ from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.index import SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
 from dit_ds.data.order import EvalBatches, TrainBatches, epoch_order
-from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, resize_image, resize_mask, resized_shape
+from dit_ds.data.transforms import Augmentation, decode_jpeg, resize_mask, resized_shape
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
 
@@ -117,14 +117,14 @@ def test_a_flip_turns_image_mask_and_words(index, tokenize):
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, :10] = 255
     mask = (image[..., 0] > 0).astype(np.uint8)
-    picture = resize_image(image, 30)
     rng = np.random.default_rng(0)
-    flipped, flipped_mask, text = augment(picture, mask, "the left man", Augmentation(flip=1.0), rng)
-    np.testing.assert_array_equal(np.asarray(flipped), image[:, ::-1])
-    np.testing.assert_array_equal(flipped_mask, mask[:, ::-1])
-    assert text == "the right man"
-    same, same_mask, text = augment(picture, mask, "the left man", Augmentation(), rng)
-    assert np.array_equal(np.asarray(same), image) and np.array_equal(same_mask, mask) and text == "the left man"
+    drawn = Augmentation(flip=1.0).draw(rng)
+    np.testing.assert_array_equal(drawn.picture(image), image[:, ::-1])
+    np.testing.assert_array_equal(drawn.mask(mask), mask[:, ::-1])
+    assert drawn.words("the left man") == "the right man"
+    drawn = Augmentation().draw(rng)
+    assert np.array_equal(drawn.picture(image), image) and np.array_equal(drawn.mask(mask), mask)
+    assert drawn.words("the left man") == "the left man"
 
 
 def test_augmentation_draws_from_epoch_and_sample(index, tokenize):

@@ -16,16 +16,8 @@ from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.errors import UserError
 
 
-def collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
-    """Stack arrays to tensors (B, ...); what differs in size or is no array stays a list."""
-    for s in samples:
-        if isinstance(s, UserError):
-            return s
-    batch: dict[str, Any] = {}
-    for key in samples[0]:
-        values = [s[key] for s in samples]
-        stacks = isinstance(values[0], (np.ndarray, np.generic)) and key != "original"
-        batch[key] = torch.from_numpy(np.stack(values)) if stacks else values
+def collate(batch: dict[str, Any] | UserError) -> dict[str, Any] | UserError:
+    """What the dataset makes of a list of items is a batch already."""
     return batch
 
 
