@@ -15,7 +15,7 @@ from dit_ds.data.index import JPG, JSON, BadSample, SplitIndex
 from dit_ds.data.picture import Picture
 from dit_ds.data.prompts import WORDS, Prompts, on_resized
 from dit_ds.data.readers import MemberReader
-from dit_ds.data.transforms import Augmentation, Drawn, decode_jpeg, resize_image, resize_quickly
+from dit_ds.data.transforms import Augmentation, Drawn, decode_jpeg
 from dit_ds.errors import UserError
 
 Item = tuple[int, int, float]  # epoch, sample, weight
@@ -144,8 +144,12 @@ class ExpressionDataset(Dataset):
 
     def _draw_kind_and_side(self, epoch: int, sample: int) -> tuple[str, int, np.random.Generator]:
         """The kind of prompt, the longer side, and the generator that draws points."""
-        of_prompt, of_scale = (np.random.default_rng([self.seed, epoch, sample, s]) for s in (_PROMPT, _SCALE))
-        return self.prompts.choose(of_prompt), self.scales[int(of_scale.random() * len(self.scales))], of_prompt
+        of_prompt, side = np.random.default_rng([self.seed, epoch, sample, _PROMPT]), self.scales[0]
+        if len(self.scales) > 1:
+            side = self.scales[
+                int(np.random.default_rng([self.seed, epoch, sample, _SCALE]).random() * len(self.scales))
+            ]
+        return self.prompts.choose(of_prompt), side, of_prompt
 
     def _prompt(self, kind: str, text: str, inside: np.ndarray, of_prompt: np.random.Generator) -> dict[str, Any]:
         """`tokens` and `token_mask`, (T,) each, `points` (P, 2) and `labels` (P,), where there are any."""
@@ -180,8 +184,7 @@ class ExpressionDataset(Dataset):
         if self._last is None or self._last[0] != image:
             trains = self.augmentation is not None
             pixels = self._decode(self.reader.read(image, JPG), image, fast=trains)
-            resize_pixels = resize_quickly if trains else resize_image
-            self._last = image, Picture(self._meta(image), pixels, resize_pixels, self.resize, self.mask_rule)
+            self._last = image, Picture(self._meta(image), pixels, self.resize, self.mask_rule, quick=trains)
         return self._last[1]
 
     def _text_of_another_image(self, at: _Place) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.refer import decode_rle
-from dit_ds.data.transforms import resize_mask
+from dit_ds.data.rle import decode_runs
+from dit_ds.data.transforms import resize_image, resize_mask, resize_mask_quickly, resize_quickly
 
 
 class Picture:
@@ -17,25 +17,19 @@ class Picture:
     Args:
         meta: the JSON member.
         pixels: (H, W, 3) uint8.
-        resize_pixels: `(pixels, longer side, resize)` to (h, w, 3).
         resize, mask_rule: as of `ExpressionDataset`.
+        quick: resize as one may in training, not exactly as SAM.
     """
 
-    def __init__(
-        self,
-        meta: dict[str, Any],
-        pixels: np.ndarray,
-        resize_pixels: Callable[[np.ndarray, int, str], np.ndarray],
-        resize: str,
-        mask_rule: str,
-    ):
+    def __init__(self, meta: dict[str, Any], pixels: np.ndarray, resize: str, mask_rule: str, quick: bool):
         self.meta, self.pixels = meta, pixels
-        self._resize_pixels, self._resize, self._mask_rule = resize_pixels, resize, mask_rule
+        self._resize, self._mask_rule, self._quick = resize, mask_rule, quick
         self._made: dict[tuple, np.ndarray] = {}
 
     def resized(self, side: int) -> np.ndarray:
         """(h, w, 3) uint8."""
-        return self._once(("pixels", side), lambda: self._resize_pixels(self.pixels, side, self._resize))
+        by = resize_quickly if self._quick else resize_image
+        return self._once(("pixels", side), lambda: by(self.pixels, side, self._resize))
 
     def whole(self, ann_ids: Sequence[int]) -> np.ndarray:
         """(H, W) uint8 of 0 and 1: the union of annotations; of none, nothing."""
@@ -43,13 +37,17 @@ class Picture:
 
     def mask(self, ann_ids: Sequence[int], side: int) -> np.ndarray:
         """(h, w): the same, resized by the rule."""
-        resized = lambda: resize_mask(self.whole(ann_ids), side, self._resize, self._mask_rule)  # noqa: E731
-        return self._once(("mask", side, *ann_ids), resized)
+        return self._once(("mask", side, *ann_ids), lambda: self._resized_mask(self.whole(ann_ids), side))
+
+    def _resized_mask(self, whole: np.ndarray, side: int) -> np.ndarray:
+        if self._quick and self._mask_rule == "half":
+            return resize_mask_quickly(whole, side, self._resize)
+        return resize_mask(whole, side, self._resize, self._mask_rule)
 
     def _union(self, ann_ids: Sequence[int]) -> np.ndarray:
         if not ann_ids:
-            return np.zeros((self.meta["height"], self.meta["width"]), np.uint8)
-        masks = [decode_rle(self.meta["anns"][str(a)]["rle"]) for a in ann_ids]
+            return np.zeros((self.meta["height"], self.meta["width"]), np.uint8, order="F")
+        masks = [decode_runs(self.meta["anns"][str(a)]["rle"]) for a in ann_ids]
         return masks[0] if len(masks) == 1 else np.maximum.reduce(masks)
 
     def _once(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:

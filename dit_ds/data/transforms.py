@@ -61,11 +61,11 @@ class Drawn:
         if self.radius is not None:
             kernel = cv2.getGaussianKernel(2 * math.ceil(2 * self.radius) + 1, self.radius, cv2.CV_32F)
             image = cv2.sepFilter2D(image, -1, kernel, kernel)
-        return cv2.flip(image, 1) if self.flipped else image
+        return self.mask(image)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """(h, w), turned as the picture."""
-        return mask[:, ::-1] if self.flipped else mask
+        return cv2.flip(mask, 1) if self.flipped else mask
 
     def words(self, text: str) -> str:
         """The expression as it is true of the picture."""
@@ -118,7 +118,7 @@ def resize_image(image: np.ndarray, image_size: int, resize: str = "pad") -> np.
 
 
 def resize_quickly(image: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
-    """(H, W, 3) uint8 to `resized_shape`, for training: an eighth of Pillow's time, and where it aliases a little, that
+    """(H, W, 3) or (H, W) uint8 to `resized_shape`, for training: an eighth of Pillow's time, and where it aliases a little, that
     is less than the augmentations change. Below half the size there would be pixels that it never looks at, so there
     each one is the mean of what it covers."""
     h, w = resized_shape(*image.shape[:2], image_size, resize)
@@ -126,25 +126,31 @@ def resize_quickly(image: np.ndarray, image_size: int, resize: str = "pad") -> n
     return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if shrinks >= 0.5 else cv2.INTER_AREA)
 
 
+def resize_mask_quickly(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
+    """(H, W) uint8 of 0 and 1 to (h, w), by the rule half: where the picture that `resize_quickly` makes of it is."""
+    covered = resize_quickly(mask.T * np.uint8(255), image_size, resize)  # a mask is quickest column by column
+    return cv2.threshold(cv2.transpose(covered), 127, 1, cv2.THRESH_BINARY)[1]
+
+
 def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: str = "half") -> np.ndarray:
     """(H, W) uint8 of 0 and 1 to (h, w); only where the mask is, is there anything to compute.
 
     Args:
-        mask: quickest column by column, as `decode_rle` has it.
+        mask: quickest column by column, as `decode_runs` has it.
         rule: half, uint8 of 0 and 1, a pixel is in where at least half of what it covers was; any, the same where any
             was; soft, float32, the share that was.
     """
     shape = resized_shape(*mask.shape, image_size, resize)
-    out = np.zeros(shape[::-1], np.float32 if rule == "soft" else np.uint8).T  # columns as the mask's
-    inside = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
-    if not len(inside[0]):
+    out = np.zeros(shape, np.float32 if rule == "soft" else np.uint8)
+    y, x, height, width = cv2.boundingRect(mask.T)
+    if not width:
         return out
     source, target, box = [], [], []
-    for places, long, short in zip(inside, mask.shape, shape):
+    for low, high, long, short in zip((y, x), (y + height, x + width), mask.shape, shape):
         scale = long / short
         reach = math.ceil(max(scale, 1)) + 1  # a resized pixel's filter extends so far on either side of its centre
-        first = max(0, int((places[0] - reach) / scale))
-        last = min(short, math.ceil((places[-1] + 1 + reach) / scale))
+        first = max(0, int((low - reach) / scale))
+        last = min(short, math.ceil((high + reach) / scale))
         start, end = max(0, int(first * scale) - reach), min(long, math.ceil(last * scale) + reach)
         source.append(slice(start, end))
         target.append(slice(first, last))
