@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,17 +51,19 @@ class Batch:
         self._in_numpy = self._image.numpy(), self._mask.numpy()
         self._rows: list[dict[str, Any]] = [{} for _ in range(rows)]
 
-    def put(self, row: int, image: np.ndarray, mask: np.ndarray, **values: Any) -> None:
+    def put(self, row: int, write_image: Callable[[np.ndarray], None], mask: np.ndarray, **values: Any) -> None:
         """One sample.
 
         Args:
-            image: (h, w, 3) uint8.
+            write_image: is given the (h, w, 3) uint8 to fill.
             mask: (h, w).
             values: what else there is, the same names in each row.
         """
         h, w = mask.shape
-        for array, part in zip(self._in_numpy, (image, mask)):
-            array[row, :h, :w] = part
+        image, masks = (array[row, :h, :w] for array in self._in_numpy)
+        write_image(image)
+        masks[:] = mask
+        for array in self._in_numpy:
             if not self._clean:
                 array[row, h:] = array[row, :h, w:] = 0
         self._rows[row] = {"size": np.array([h, w])} | values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ class ExpressionDataset(Dataset):
         inside = mask if kind == "text" else on_resized(mask, whole)  # what is shown of it
         drawn = Drawn() if self.augmentation is None else self.augmentation.draw(at.rng)
         out = {
-            "image": drawn.picture(picture.resized(side)),
+            "write_image": functools.partial(drawn.picture, picture.resized(side)),
             "mask": drawn.mask(mask),
             "weight": np.float32(weight),
             "sample": np.int64(sample),
@@ -130,28 +131,33 @@ class ExpressionDataset(Dataset):
     def _blank(self, epoch: int, sample: int) -> dict[str, Any]:
         """In a damaged sample's place: a row like the others, of the kind that it would have been."""
         kind, _, of_prompt = self._draw_kind_and_side(epoch, sample)
-        nothing = np.zeros((self.image_size, self.image_size, 4), np.uint8)
+        nothing = np.zeros((self.image_size, self.image_size), np.uint8)
         out = {
-            "image": nothing[..., :3],
-            "mask": nothing[..., 3],
+            "write_image": lambda pixels: pixels.fill(0),
+            "mask": nothing,
             "weight": np.float32(0),
             "sample": np.int64(sample),
         }
         out |= self._prompt(kind, "", np.ones((1, 1), np.uint8), of_prompt)
         if self.augmentation is None:
-            out |= self._evaluated(self._locate(epoch, sample).image, nothing[..., 3], "")
+            out |= self._evaluated(self._locate(epoch, sample).image, nothing, "")
         return out
 
-    def _draw_kind_and_side(self, epoch: int, sample: int) -> tuple[str, int, np.random.Generator]:
-        """The kind of prompt, the longer side, and the generator that draws points."""
-        of_prompt, side = np.random.default_rng([self.seed, epoch, sample, _PROMPT]), self.scales[0]
+    def _draw_kind_and_side(self, epoch: int, sample: int) -> tuple[str, int, np.random.Generator | None]:
+        """The kind of prompt, the longer side, and the generator that draws points; words need none."""
+        kind, of_prompt, side = "text", None, self.scales[0]
+        if self.prompts.kinds != ("text",):
+            of_prompt = np.random.default_rng([self.seed, epoch, sample, _PROMPT])
+            kind = self.prompts.choose(of_prompt)
         if len(self.scales) > 1:
             side = self.scales[
                 int(np.random.default_rng([self.seed, epoch, sample, _SCALE]).random() * len(self.scales))
             ]
-        return self.prompts.choose(of_prompt), side, of_prompt
+        return kind, side, of_prompt
 
-    def _prompt(self, kind: str, text: str, inside: np.ndarray, of_prompt: np.random.Generator) -> dict[str, Any]:
+    def _prompt(
+        self, kind: str, text: str, inside: np.ndarray, of_prompt: np.random.Generator | None
+    ) -> dict[str, Any]:
         """`tokens` and `token_mask`, (T,) each, `points` (P, 2) and `labels` (P,), where there are any."""
         out = {}
         if self.prompts.words:
@@ -182,6 +188,7 @@ class ExpressionDataset(Dataset):
 
     def _open(self, image: int) -> Picture:
         if self._last is None or self._last[0] != image:
+            self._last = None  # whose memory the next one takes: what stays in the processor's cache is what is quick
             trains = self.augmentation is not None
             pixels = self._decode(self.reader.read(image, JPG), image, fast=trains)
             self._last = image, Picture(self._meta(image), pixels, self.resize, self.mask_rule, quick=trains)

@@ -17,6 +17,7 @@ cv2.setNumThreads(1)
 _SIDES = {"left": "right", "right": "left"}
 _SIDE_WORD = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|ward\b|wards\b|side\b)", re.IGNORECASE)
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's
+_OWN = np.eye(3)
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,17 @@ class Drawn:
     radius: float | None = None
     flipped: bool = False
 
-    def picture(self, image: np.ndarray) -> np.ndarray:
-        """(h, w, 3) uint8, augmented."""
-        if self.factors is not None:
-            image = cv2.transform(image, color_matrix(image, *self.factors))
+    def picture(self, image: np.ndarray, out: np.ndarray) -> None:
+        """Write an (h, w, 3) uint8 picture, augmented, to `out`, all steps in its memory."""
+        if self.factors is None:
+            out[:] = image
+        else:
+            cv2.transform(image, color_matrix(image, *self.factors), dst=out)
         if self.radius is not None:
             kernel = cv2.getGaussianKernel(2 * math.ceil(2 * self.radius) + 1, self.radius, cv2.CV_32F)
-            image = cv2.sepFilter2D(image, -1, kernel, kernel)
-        return self.mask(image)
+            cv2.sepFilter2D(out, -1, kernel, kernel, dst=out)
+        if self.flipped:
+            cv2.flip(out, 1, dst=out)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """(h, w), turned as the picture."""
@@ -79,8 +83,10 @@ def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturati
     grey stays grey, so they compose; only what lies beyond 0 and 255 is cut off once at the end, not in between.
     """
     grey = brightness * _GREY @ cv2.mean(image[::4])[:3]  # every fourth row tells the mean well enough
-    own = saturation * np.eye(3) + (1 - saturation) * _GREY
-    return np.column_stack([brightness * contrast * own, np.full(3, (1 - contrast) * grey)]).astype(np.float32)
+    matrix = np.empty((3, 4), np.float32)
+    matrix[:, :3] = brightness * contrast * (saturation * _OWN + (1 - saturation) * _GREY)
+    matrix[:, 3] = (1 - contrast) * grey
+    return matrix
 
 
 def decode_jpeg(data: bytes, fast: bool = False) -> np.ndarray:
@@ -94,9 +100,11 @@ def decode_jpeg(data: bytes, fast: bool = False) -> np.ndarray:
     import simplejpeg
 
     try:
+        if simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
+            raise ValueError("CMYK")  # of which simplejpeg makes an RGB one level off, or none
         return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=fast, fastupsample=fast)
     except ValueError as first:
-        try:  # CMYK and other rarities that simplejpeg leaves to others
+        try:  # rarities that simplejpeg leaves to others
             return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         except OSError:
             raise ValueError(str(first)) from None
@@ -127,8 +135,9 @@ def resize_quickly(image: np.ndarray, image_size: int, resize: str = "pad") -> n
 
 
 def resize_mask_quickly(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
-    """(H, W) uint8 of 0 and 1 to (h, w), by the rule half: where the picture that `resize_quickly` makes of it is."""
-    covered = resize_quickly(mask.T * np.uint8(255), image_size, resize)  # a mask is quickest column by column
+    """(H, W) uint8 of 0 and 1 to (h, w), by the rule half: where the picture that `resize_quickly` makes of it is.
+    Quickest column by column, as `decode_runs` has it."""
+    covered = resize_quickly(mask.T * np.uint8(255), image_size, resize)
     return cv2.threshold(cv2.transpose(covered), 127, 1, cv2.THRESH_BINARY)[1]
 
 
