@@ -78,10 +78,11 @@ def _picture(seed: int, i: int, folder: Path) -> list[list[list[float]]]:
         photo, inside = cv2.flip(photo, 1), [cv2.flip(m, 1) for m in inside]
     (folder / f"{i}.jpg").write_bytes(_encoded(np.ascontiguousarray(photo)))
     inside.sort(key=lambda m: -int(m.sum()))
-    polygons = [cv2.findContours(m, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_TC89_L1)[0] for m in inside[:10]]
+    outlines = [cv2.findContours(m, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0] for m in inside[:10]]
+    # to about the corners that annotators click
     return [
-        [c.ravel().astype(float).tolist() for c in parts if len(c) >= 4 and cv2.contourArea(c) > 20]
-        for parts in polygons
+        [cv2.approxPolyDP(c, 1.5, True).ravel().astype(float).tolist() for c in parts if cv2.contourArea(c) > 50]
+        for parts in outlines
     ]
 
 
