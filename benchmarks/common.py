@@ -68,6 +68,14 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes of a process: `private`, `shared` with others, and `share`, its part of them (PSS)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    private, shared = (sum(kilobytes[f"{kind}_{x}"] for x in ("Clean", "Dirty")) for kind in ("Private", "Shared"))
+    return {"private": private * 1024, "shared": shared * 1024, "share": kilobytes["Pss"] * 1024}
+
+
 def saved_bytes(forward: Callable[[], object]) -> int:
     """Bytes that wait for the backward pass after a forward: all storages made in it that are still alive."""
     with LiveTensors() as live:

@@ -25,8 +25,8 @@ INPUTS = ("image", "size", "tokens", "token_mask", "points", "labels")
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What of a batch the model takes, on its device."""
-    return {k: batch[k].to(device, non_blocking=True) for k in INPUTS if k in batch}
+    """What of a batch the model takes, on its device; there pictures, whose channels come last in memory, are turned."""
+    return {k: batch[k].to(device, non_blocking=True).contiguous() for k in INPUTS if k in batch}
 
 
 def original_probabilities(

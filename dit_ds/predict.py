@@ -241,7 +241,7 @@ def picture_inputs(
 ) -> dict[str, Tensor]:
     """What the model takes, of one sample, by name and on its device; arguments as of `segment`."""
     d = config.data
-    small = np.asarray(resize_image(pixels, d.image_size, d.resize))
+    small = resize_image(pixels, d.image_size, d.resize)
     shape = torch.tensor([small.shape[:2]])
     given = {"text": text is not None, "point": bool(points), "box": box is not None}
     trained = d.prompts if trained is None else trained

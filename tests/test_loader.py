@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import MINILM
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
+from dit_ds.data.index import JPG, BadSample, SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.order import TrainBatches
-from dit_ds.data.transforms import Augmentation, augment, decode_jpeg, resize_image, resize_mask, resized_shape
+from dit_ds.data.order import EvalBatches, TrainBatches
+from dit_ds.data.prompts import Prompts
+from dit_ds.data.transforms import Augmentation, decode_jpeg, resize_mask, resized_shape
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
 
@@ -33,10 +39,105 @@ def test_workers_give_the_same_samples(index, tokenize):
         sampler.start_at(2, 1)
         return list(checked(make_loader(dataset, sampler, workers, pin=False)))
 
-    alone, together = run(0), run(2)
-    assert len(alone) == len(together) > 2
-    for a, b in zip(alone, together):
-        assert all(torch.equal(a[k], b[k]) for k in a)
+    alone = run(0)
+    for together in (run(1), run(3)):
+        assert len(alone) == len(together) > 2
+        for a, b in zip(alone, together):
+            assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_workers_give_the_same_evaluation(index, tokenize):
+    dataset = ExpressionDataset(index, "sentence", 64, tokenize)
+    batches = EvalBatches(len(dataset), 8, 0, 1)
+    for a, b in zip(*(checked(make_loader(dataset, batches, workers, pin=False)) for workers in (0, 3))):
+        assert a["text"] == b["text"] and a["image_id"] == b["image_id"]
+        assert all(np.array_equal(x, y) for x, y in zip(a["original"], b["original"], strict=True))
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_samples_do_not_depend_on_their_company(index, tokenize, data):
+    """Nor on what came before, in whichever order and however often."""
+    evaluates = data.draw(st.booleans())
+    augmentation = None if evaluates else Augmentation(0.4, 0.5, 0.5)
+    make = lambda: ExpressionDataset(  # noqa: E731
+        index, "sentence", 48, tokenize, augmentation, seed=5, prompts=Prompts.of(["text", "box"], 5),
+        scales=[] if evaluates else [32, 48], mask_rule=data.draw(st.sampled_from(["half", "soft"])),
+    )  # fmt: skip
+    item = st.tuples(st.integers(0, 2), st.integers(0, 11), st.sampled_from([0.0, 1.0]))
+    dataset = make()
+    for items in data.draw(st.lists(st.lists(item, min_size=1, max_size=6), min_size=1, max_size=3)):
+        batch = dataset.__getitems__(items)
+        assert batch["image"].shape == (len(items), 3, 48, 48)
+        for row, i in enumerate(items):
+            alone = dataset.__class__.__getitem__(copy.copy(dataset), i)
+            assert same(
+                alone, {k: np.asarray(batch[k][row]) if k not in ("text", "image_id") else batch[k][row] for k in alone}
+            )
+
+
+def test_an_image_is_decoded_once_for_its_expressions(index, tokenize, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("dit_ds.data.dataset.decode_jpeg", lambda *a: decoded.append(1) or decode_jpeg(*a))
+    dataset = ExpressionDataset(index, "sentence", 64, tokenize)
+    for items in EvalBatches(len(dataset), 5, 0, 1):
+        dataset.__getitems__(items)
+    assert len(decoded) == len(index.images) < len(dataset) / 2
+    decoded.clear()
+    dataset.__getitems__([(0, s, 1.0) for s in (0, len(dataset) - 1, 1, len(dataset) - 2)])
+    assert len(decoded) == 2
+
+
+def test_an_expression_of_nothing_has_an_empty_mask(index, tokenize, monkeypatch):
+    loads = json.loads
+
+    def without_target(data):
+        meta = loads(data)
+        meta["refs"][0]["ann_ids"] = []
+        return meta
+
+    monkeypatch.setattr("dit_ds.data.dataset.json.loads", without_target)
+    for augmentation in (None, Augmentation(0.4, 0.5, 0.5)):
+        for rule in ("half", "any", "soft"):
+            sample = ExpressionDataset(index, "sentence", 64, tokenize, augmentation, mask_rule=rule)[0, 0, 1.0]
+            assert sample["mask"].shape == (64, 64) and not sample["mask"].any() and sample["image"].any()
+            assert augmentation or (sample["original"].shape[0] > 64 and not sample["original"].any())
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(0.4, 0.5, 0.5)])
+@pytest.mark.parametrize("kinds", [["text"], ["text", "point", "box"], ["box"]])
+def test_damaged_samples_are_skipped_where_they_may_be(index, tokenize, augmentation, kinds, monkeypatch):
+    bad = set(range(0, len(index.images), 2))
+
+    def check(self, image, member, data):
+        if image in bad and member == JPG:
+            raise self.damaged(image, "jpg")
+        return data
+
+    make = lambda skips: ExpressionDataset(  # noqa: E731
+        index, "ref", 64, tokenize, augmentation, prompts=Prompts.of(kinds, 5), skip_bad=skips
+    )
+    items = [(0, s, 2.0) for s in range(12)]
+    whole = make(True).__getitems__(items)
+    assert whole["bad"] == [] and (whole["weight"] == 2).all()
+    monkeypatch.setattr(SplitIndex, "check", check)
+    stopped = make(False).__getitems__(items)
+    assert isinstance(stopped, BadSample) and "jpg is damaged" in str(stopped)
+    batch = make(True).__getitems__(items)
+    is_bad = torch.from_numpy(np.isin(index.refs[:12, 0], list(bad)))
+    assert len(batch["bad"]) == is_bad.sum() > 0 and all("jpg is damaged" in line for line in batch["bad"])
+    assert torch.equal(batch["weight"], torch.where(is_bad, 0.0, 2.0))
+    assert torch.equal(batch["sample"], whole["sample"])
+    for key in (k for k, v in batch.items() if isinstance(v, torch.Tensor)):
+        assert batch[key].shape == whole[key].shape and torch.equal(batch[key][~is_bad], whole[key][~is_bad])
+    assert not batch["image"][is_bad].any() and not batch["mask"][is_bad].any()
+    alone = make(True).__getitems__([items[int(is_bad.nonzero()[0])]])  # of nothing else
+    assert len(alone["bad"]) == 1 and alone["weight"].tolist() == [0] and alone["image"].shape == (1, 3, 64, 64)
 
 
 def test_lengths_and_contents(index, tokenize):
@@ -59,14 +160,16 @@ def test_a_flip_turns_image_mask_and_words(index, tokenize):
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, :10] = 255
     mask = (image[..., 0] > 0).astype(np.uint8)
-    picture = resize_image(image, 30)
     rng = np.random.default_rng(0)
-    flipped, flipped_mask, text = augment(picture, mask, "the left man", Augmentation(flip=1.0), rng)
-    np.testing.assert_array_equal(np.asarray(flipped), image[:, ::-1])
-    np.testing.assert_array_equal(flipped_mask, mask[:, ::-1])
-    assert text == "the right man"
-    same, same_mask, text = augment(picture, mask, "the left man", Augmentation(), rng)
-    assert np.array_equal(np.asarray(same), image) and np.array_equal(same_mask, mask) and text == "the left man"
+    drawn, out = Augmentation(flip=1.0).draw(rng), np.empty_like(image)
+    drawn.picture(image, out)
+    np.testing.assert_array_equal(out, image[:, ::-1])
+    np.testing.assert_array_equal(drawn.mask(mask), mask[:, ::-1])
+    assert drawn.words("the left man") == "the right man"
+    drawn = Augmentation().draw(rng)
+    drawn.picture(image, out)
+    assert np.array_equal(out, image) and np.array_equal(drawn.mask(mask), mask)
+    assert drawn.words("the left man") == "the left man"
 
 
 def test_augmentation_draws_from_epoch_and_sample(index, tokenize):

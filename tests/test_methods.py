@@ -14,7 +14,6 @@ from dit_ds import engine
 from dit_ds.config import load_config, validate
 from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.index import SplitIndex
-from dit_ds.data.loader import collate
 from dit_ds.errors import UserError
 from dit_ds.evaluate import original_probabilities
 from dit_ds.models.lavt import LAVT
@@ -264,14 +263,14 @@ def test_poly_goes_to_zero():
 def test_stretched_samples_fill_the_square_and_predictions_go_back(shards):
     index = SplitIndex.load(shards / "refcoco/unc", "val")
     words = lambda text: (np.zeros(4, np.int64), np.ones(4, bool))  # noqa: E731
-    both = {r: ExpressionDataset(index, "sentence", 64, words, resize=r)[0, 0, 1.0] for r in ("pad", "stretch")}
-    stretched, padded = both["stretch"], both["pad"]
+    sets = {r: ExpressionDataset(index, "sentence", 64, words, resize=r) for r in ("pad", "stretch")}
+    stretched, padded = (sets[r][0, 0, 1.0] for r in ("stretch", "pad"))
     height, width = stretched["original"].shape
     assert height != width and min(padded["size"]) < 64 == max(padded["size"])
     assert stretched["size"].tolist() == [64, 64] and stretched["mask"].shape == (64, 64)
     share = stretched["original"].mean()
     assert stretched["mask"].mean() == pytest.approx(share, abs=0.02) and share > 0.01
-    batch = collate([stretched])
+    batch = sets["stretch"].__getitems__([(0, 0, 1.0)])
     logits = (batch["mask"].float() * 2 - 1) * 9
     back = original_probabilities(logits[0], batch["size"][0], (height, width), 64).numpy() > 0.5
     overlap = np.logical_and(back, stretched["original"]).sum() / np.logical_or(back, stretched["original"]).sum()

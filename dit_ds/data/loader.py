@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import ctypes
 import functools
 import itertools
 import multiprocessing
 import signal
 import sys
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from dit_ds.data.batch import join
 from dit_ds.data.dataset import ExpressionDataset, Tokenize
 from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.data.readers import StreamReader
@@ -25,17 +29,19 @@ from dit_ds.errors import RankFailed, UserError
 _PR_SET_PDEATHSIG = 1
 
 
-def collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
-    """Stack arrays to tensors (B, ...); what differs in size or is no array stays a list."""
-    for s in samples:
-        if isinstance(s, UserError):
-            return s
-    batch: dict[str, Any] = {}
-    for key in samples[0]:
-        values = [s[key] for s in samples]
-        stacks = isinstance(values[0], (np.ndarray, np.generic)) and key != "original"
-        batch[key] = torch.from_numpy(np.stack(values)) if stacks else values
-    return batch
+@dataclass(frozen=True)
+class Loader:
+    """What `checked` iterates.
+
+    Attributes:
+        workers: torch's loader.
+        shares: of so many in turn each batch is joined.
+        timeout: seconds without a batch, after which workers count as stalled.
+    """
+
+    workers: DataLoader
+    shares: int
+    timeout: float
 
 
 class _Shares(IterableDataset):
@@ -51,46 +57,7 @@ class _Shares(IterableDataset):
         reader.plan([self.dataset.images_of(share) for share in shares])
         for step, share in enumerate(shares):
             reader.at(step)
-            yield collate([self.dataset[item] for item in share])
-
-
-class _StreamLoader:
-    """Joins what the workers read of each micro-batch."""
-
-    def __init__(self, loader: DataLoader, batches: TrainBatches | EvalBatches):
-        self.loader, self.batches = loader, batches
-
-    def __iter__(self) -> Iterator[dict[str, Any] | UserError]:
-        shares = iter(self.loader)  # workers in turn
-        joined = isinstance(self.batches, TrainBatches) and self.loader.num_workers > 1
-        with _ending(shares):
-            while batch := _join(list(itertools.islice(shares, self.loader.num_workers if joined else 1))):
-                yield batch
-
-
-def _join(shares: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError | None:
-    """One micro-batch of its workers' shares, every sample in its place."""
-    errors = [s for s in shares if isinstance(s, UserError)]
-    if errors or len(shares) < 2:
-        return (errors or shares or [None])[0]
-    batch: dict[str, Any] = {}
-    for key in shares[0]:
-        parts = [s[key] for s in shares]
-        n = sum(map(len, parts))
-        joined = _empty_like(parts[0], n) if isinstance(parts[0], torch.Tensor) else [None] * n
-        for worker, part in enumerate(parts):
-            joined[worker :: len(parts)] = part
-        batch[key] = joined
-    return batch
-
-
-def _empty_like(part: torch.Tensor, n: int) -> torch.Tensor:
-    """For n rows as `part` has them; pictures are channels last in memory, which decides how convolutions round."""
-    form = torch.channels_last if part.dim() == 4 else torch.contiguous_format
-    return torch.empty((n, *part.shape[1:]), dtype=part.dtype, memory_format=form)
-
-
-Loader = DataLoader | _StreamLoader
+            yield self.dataset.__getitems__(share)
 
 
 def make_loader(
@@ -100,37 +67,23 @@ def make_loader(
 
     Args:
         pin: for fast copies to a GPU.
-        timeout: seconds without a batch, after which workers count as stalled.
+        timeout: see `Loader`.
     """
     training = isinstance(batches, TrainBatches)
     how: dict[str, Any] = {
+        "collate_fn": _as_it_is,  # the dataset makes whole batches
         "pin_memory": pin,
         "prefetch_factor": 4 if workers else None,
         "worker_init_fn": _quiet_worker,
-        "timeout": timeout if workers else 0,
     }
     if isinstance(dataset.reader, StreamReader):
         if training:  # each reads its own places in the micro-batch
             workers = min(workers, batches.micro_batch)
-        return _StreamLoader(
-            DataLoader(_Shares(dataset, batches), None, num_workers=workers, collate_fn=_as_it_is, **how), batches
-        )
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        persistent_workers=workers > 0 and training,
-        **how,
-    )
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Python ends its daemonic children with SIGTERM and waits for them; loader workers ignore it."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+        loader = DataLoader(_Shares(dataset, batches), batch_size=None, num_workers=workers, **how)
+        return Loader(loader, max(1, workers) if training else 1, timeout)
+    persistent = workers > 0 and training
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=persistent, **how)
+    return Loader(loader, 1, timeout)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -146,6 +99,14 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
+def _end_workers() -> None:
+    """Python ends its daemonic children with SIGTERM and waits for them; loader workers ignore it."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def checked(loader: Loader) -> Iterator[dict[str, Any]]:
     """The loader's batches.
 
@@ -153,35 +114,58 @@ def checked(loader: Loader) -> Iterator[dict[str, Any]]:
         UserError: a worker met a damaged sample.
         RankFailed: a worker died, or none gave anything for too long.
     """
-    batches = iter(loader)
-    with _ending(batches), worker_failures():
-        for batch in batches:
+    parts = iter(loader.workers)
+    watch = _Watch(getattr(parts, "_workers", []), loader.timeout)
+    with _ending(parts), worker_failures(watch):
+        while True:
+            with watch:
+                batch = join(list(itertools.islice(parts, loader.shares)))
             if isinstance(batch, UserError):
                 raise batch
+            if batch is None:
+                return
             yield batch
 
 
+class _Watch:
+    """A context that workers have so many seconds for; then they are killed, which torch raises as their death, even
+    where it waits for the rest of what a worker was about to say."""
+
+    def __init__(self, workers: list[Any], seconds: float):
+        self.workers, self.seconds, self.stalled = workers, seconds, False
+
+    def __enter__(self) -> None:
+        self._timer = threading.Timer(self.seconds, self._end)
+        if self.workers:
+            self._timer.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        self.stalled = True
+        for worker in self.workers:
+            worker.kill()
+
+
 @contextlib.contextmanager
-def _ending(batches: Any) -> Iterator[None]:
-    """Whatever ends the iteration early ends the workers, too: one that hangs would hold up the end of this process, as
-    they ignore SIGTERM."""
+def _ending(parts: Any) -> Iterator[None]:
+    """Whatever ends the iteration early ends the workers, too, even while the error still refers to them."""
     try:
         yield
     except BaseException as e:
-        workers = getattr(batches, "_workers", [])
-        if workers and isinstance(e, RuntimeError):  # torch's word of a dead or stalled one, which may hold a lock that
-            batches._shutdown = True  # an orderly end would wait for
+        workers = getattr(parts, "_workers", [])
+        if workers and isinstance(e, (RuntimeError, RankFailed)):  # one died, maybe with a lock that an orderly end
+            parts._shutdown = True  # would wait for
             for worker in workers:
                 worker.kill()
-        elif workers and not (isinstance(e, GeneratorExit) and batches._persistent_workers):
-            batches._shutdown_workers()
-        if isinstance(batches, Generator):
-            batches.close()  # not only when the error that refers to it is forgotten
+        elif workers and not (isinstance(e, GeneratorExit) and parts._persistent_workers):
+            parts._shutdown_workers()
         raise
 
 
 @contextlib.contextmanager
-def worker_failures() -> Iterator[None]:
+def worker_failures(watch: _Watch | None = None) -> Iterator[None]:
     """Say in one line that a loader worker died or stalled; torch raises it anywhere in the main thread.
 
     Raises:
@@ -191,22 +175,32 @@ def worker_failures() -> Iterator[None]:
         yield
     except RuntimeError as e:
         text = " ".join(str(e).split())
-        if not text.startswith("DataLoader"):
+        if not text.startswith("DataLoader worker"):
             raise
-        stalled = "timed out" in text
-        hint = (
-            "see whether the file system with the shards answers, or raise data.timeout"
-            if stalled
-            else "where it was killed, memory may have run out: lower data.workers"
-        )
-        raise RankFailed(f"{text.split('. ')[0].rstrip('.')}: {hint}, and go on with --resume") from None
+        what = f"{text.split('. ')[0].rstrip('.')}: if it was killed, memory may have run out: lower data.workers"
+        if watch is not None and watch.stalled:
+            what = (
+                f"no batch from {len(watch.workers)} loader workers for {watch.seconds:g} s: see whether the file system "
+                "with the shards answers, or raise data.timeout"
+            )
+        raise RankFailed(f"{what}, and go on with --resume") from None
 
 
 def make_tokenize(tokenizer: Any, length: int) -> Tokenize:
     """Expressions to `length` ids and a mask of the real ones, by a `transformers` tokenizer."""
-    return functools.partial(_tokenize, tokenizer, length)
+    if not tokenizer.is_fast:
+        return functools.partial(_tokenize_slowly, tokenizer, length)
+    tokenizer = copy.deepcopy(tokenizer)  # whose settings stay those of `length`
+    tokenizer("", padding="max_length", truncation=True, max_length=length)
+    # what transformers wraps takes a quarter of the time
+    return functools.partial(_tokenize, tokenizer.backend_tokenizer)
 
 
-def _tokenize(tokenizer: Any, length: int, text: str) -> tuple[np.ndarray, np.ndarray]:
+def _tokenize_slowly(tokenizer: Any, length: int, text: str) -> tuple[np.ndarray, np.ndarray]:
     encoded = tokenizer(text, padding="max_length", truncation=True, max_length=length)
     return np.array(encoded["input_ids"], np.int64), np.array(encoded["attention_mask"], bool)
+
+
+def _tokenize(backend: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    encoded = backend.encode(text)
+    return np.array(encoded.ids, np.int64), np.array(encoded.attention_mask, bool)

