@@ -101,7 +101,7 @@ def test_an_expression_of_nothing_has_an_empty_mask(index, tokenize, monkeypatch
         meta["refs"][0]["ann_ids"] = []
         return meta
 
-    monkeypatch.setattr("dit_ds.data.dataset.json.loads", without_target)
+    monkeypatch.setattr("dit_ds.data.index.json.loads", without_target)
     for augmentation in (None, Augmentation(0.4, 0.5, 0.5)):
         for rule in ("half", "any", "soft"):
             sample = ExpressionDataset(index, "sentence", 64, tokenize, augmentation, mask_rule=rule)[0, 0, 1.0]

@@ -255,7 +255,7 @@ def test_a_set_of_ones_own(tmp_path):
     counts = json.loads(done.stdout)
     keys = ("images", "refs", "sentences", "no_target", "overlapping")
     assert {s: [c[k] for k in keys] for s, c in counts.items()} == {"train": [2, 3, 4, 1, 0], "val": [1, 1, 1, 0, 0]}
-    assert verify_shards(tmp_path / "out/mine/own")["ok"]
+    assert verify_shards(tmp_path / "out/mine/own")["errors"] == []
     train = samples_of(tmp_path / "out/mine/own")[7]
     assert [(r["ann_ids"], r["no_target"], [s["sent"] for s in r["sentences"]]) for r in train["refs"]] == [
         ([5], False, ["the left dog"]),

@@ -89,8 +89,7 @@ def test_runs_decode_as_pycocotools_decodes(seed):
     rng = np.random.default_rng(seed)
     for mask in (blobs(seed, *rng.integers(1, 200, 2)), (rng.random(rng.integers(1, 40, 2)) < 0.5).astype(np.uint8)):
         rle = coco.encode(np.asfortranarray(mask))
-        for counts in (rle["counts"], rle["counts"].decode()):
-            np.testing.assert_array_equal(decode_runs(rle | {"counts": counts}), mask)
+        np.testing.assert_array_equal(decode_runs(rle | {"counts": rle["counts"].decode()}), mask)
 
 
 def painted(image: np.ndarray, drawn: Drawn) -> np.ndarray:

@@ -64,7 +64,9 @@ def edit_samples(folder: Path, change, split: str = "train", only_manifest: bool
         lengths = [n for s in entry["samples"] for n in s[7]]
         entry |= {"images": len(entry["samples"]), "refs": len(lengths), "sentences": sum(lengths)}
         whole = manifest["splits"][split]
-        whole |= {k: sum(e[k] for e in whole["shards"]) for k in COUNTS}
+        if not only_manifest:
+            entry["no_target"] = sum(bool(r.get("no_target")) for _, m in samples.values() for r in m.get("refs", []))
+        whole |= {k: sum(e[k] for e in whole["shards"]) for k in (*COUNTS, "no_target")}
 
     edit_manifest(folder, publish)
 

@@ -155,7 +155,9 @@ def _ending(parts: Any) -> Iterator[None]:
         yield
     except BaseException as e:
         workers = getattr(parts, "_workers", [])
-        if workers and isinstance(e, (RuntimeError, RankFailed)):  # one died, maybe with a lock that an orderly end
+        if workers and isinstance(
+            e, (RuntimeError, ConnectionError, EOFError, RankFailed)
+        ):  # one died, maybe with a lock that an orderly end
             parts._shutdown = True  # would wait for
             for worker in workers:
                 worker.kill()
@@ -173,8 +175,10 @@ def worker_failures(watch: _Watch | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as e:
+    except (RuntimeError, ConnectionError, EOFError) as e:
         text = " ".join(str(e).split())
+        if not isinstance(e, RuntimeError):  # it died while it handed a batch over
+            text = "DataLoader worker exited unexpectedly"
         if not text.startswith("DataLoader worker"):
             raise
         what = f"{text.split('. ')[0].rstrip('.')}: if it was killed, memory may have run out: lower data.workers"

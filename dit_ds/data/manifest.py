@@ -109,11 +109,13 @@ def manifest_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
                 errors.append(f"the manifest has {entry['name']} where {due} is due")
             lengths = [n for s in entry["samples"] for n in s[7]]
             found = {"images": len(entry["samples"]), "refs": len(lengths), "sentences": sum(lengths)}
-            errors += _differing(found, entry, f"{folder / entry['name']}: its samples")
+            errors += _differing(found, entry, f"{file_of(folder, entry['name'])}: its samples")
             if any(not s[7] for s in entry["samples"]) or min(lengths, default=0) < 1:
-                errors.append(f"{folder / entry['name']}: the manifest has a sample without refs or sentences")
+                errors.append(f"{file_of(folder, entry['name'])}: the manifest has a sample without refs or sentences")
             if not _fills_the_tar(entry):
-                errors.append(f"{folder / entry['name']}: the manifest's members leave gaps or overlap in the tar")
+                errors.append(
+                    f"{file_of(folder, entry['name'])}: the manifest's members leave gaps or overlap in the tar"
+                )
             ids += [s[0] for s in entry["samples"]]
         sums = {k: sum(e[k] for e in entries) for k in COUNTS}
         errors += _differing(sums, split, f"split {name}: its shards")
@@ -166,8 +168,8 @@ def size_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:
         try:
             size = os.stat(folder / entry["name"]).st_size
         except FileNotFoundError:
-            errors.append(f"{folder / entry['name']} is missing")
+            errors.append(f"{file_of(folder, entry['name'])} is missing")
             continue
         if size != entry["bytes"]:
-            errors.append(f"{folder / entry['name']} has {size} bytes, the manifest says {entry['bytes']}")
+            errors.append(f"{file_of(folder, entry['name'])} has {size} bytes, the manifest says {entry['bytes']}")
     return errors
