@@ -65,7 +65,7 @@ def saves(size: str, rounds: int, folder: Path, world: World) -> dict:
             meta = {
                 "step": step,
                 "frozen": frozen,
-                "progress": {"best_step": 0, "best_miou": 0.0},
+                "progress": {"best_step": 0, "best_score": 0.0},
                 "engine": ds.counters(engine),
             }
             blocked = saver.begin(meta)

@@ -158,7 +158,8 @@ class Saver:
         _sync_folder(self.folder)
         progress = meta["progress"]
         if progress["best_step"]:  # each time: a kill may have come between the best checkpoint and its note
-            best = {"step": progress["best_step"], "miou": progress["best_miou"]}
+            name = "giou" if "giou" in progress["metrics"] else "miou"
+            best = {"step": progress["best_step"], name: progress["best_score"]}
             write_json(self.folder.parent / "best.json", best)
         self._prune(final, self.folder / f"step_{progress['best_step']:08d}")
 

@@ -45,7 +45,7 @@ class Progress:
     epoch: int = 0  # the epoch under way
     batch: int = 0  # global batches of it that were taken
     seconds: float = 0.0  # of training; evaluation and saving not counted
-    best_miou: float = -1.0
+    best_score: float = -1.0  # mIoU, of sets with expressions without target gIoU
     best_step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
     evaluated: int = 0  # the step it was made at
@@ -361,8 +361,9 @@ class _Run:
         progress.evaluated = progress.step
         self.metrics("eval", metrics)
         self.record.log(f"step {progress.step}: mIoU {metrics['miou']:.4f}, oIoU {metrics['oiou']:.4f}")
-        if metrics["miou"] > progress.best_miou:
-            progress.best_miou, progress.best_step = metrics["miou"], progress.step
+        score = metrics.get("giou", metrics["miou"])  # which alone knows that there may be no target
+        if score > progress.best_score:
+            progress.best_score, progress.best_step = score, progress.step
 
     def save(self) -> None:
         """Begin a checkpoint of this step; in the foreground, finish it, too."""

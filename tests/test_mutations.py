@@ -19,7 +19,8 @@ def test_every_damage_is_found_and_none_is_silent(tmp_path):
     assert result["missed"] == []
     total = result["total"]
     assert total["damages"] == total["found_by_verify"] == 3 * len(mutations.DAMAGES)
-    assert total["stopped"] and total["bad samples named"] and total["identical"]
+    for reader in mutations.READERS:
+        assert total[reader]["stopped"] and total[reader]["bad samples named"] and total[reader]["identical"]
 
 
 @pytest.mark.parametrize("check", ["check", "parse"])
@@ -33,4 +34,4 @@ def test_without_a_check_it_would_be_seen(tmp_path, monkeypatch, check):
         kinds = ["manifest sealed again: a number, sums agree"]
     monkeypatch.setattr(mutations, "DAMAGES", {k: mutations.DAMAGES[k] for k in kinds})
     total = mutations.run(4, 7, tmp_path, images=40)["total"]
-    assert total["silently wrong"] + total["traceback"] > 0
+    assert all(total[r]["silently wrong"] + total[r]["traceback"] > 0 for r in mutations.READERS)

@@ -231,14 +231,14 @@ def test_legacy_overlap_is_the_sum_of_the_polygons(tmp_path, seed):
 # --- a set of one's own -------------------------------------------------------------------------------------------
 
 OWN = {
-    "images": [image(7, "a.jpg"), image(8, "b.jpg")],
-    "annotations": ANNOTATIONS[:1] + [annotation(5, 7), annotation(6, 7, [box(20, 10, 25, 15)]), annotation(9, 8)],
+    "images": [image(7, "a.jpg"), image(8, "b.jpg"), image(9, "c.jpg")],
+    "annotations": ANNOTATIONS[:1] + [annotation(5, 7), annotation(6, 7, [box(20, 10, 25, 15)]), annotation(9, 9)],
     "categories": [{"id": 1, "name": "dog"}],
     "expressions": [
         {"image_id": 7, "annotation_ids": [5], "text": "The left dog!", "split": "train"},
         {"image_id": 7, "annotation_ids": [5, 6], "text": ["both dogs", "Dogs"], "split": "train"},
         {"image_id": 8, "annotation_ids": [], "text": "a cat", "split": "train"},
-        {"image_id": 8, "annotation_ids": [9], "text": "dog", "split": "val", "id": 77},
+        {"image_id": 9, "annotation_ids": [9], "text": "dog", "split": "val", "id": 77},
     ],
 }
 

@@ -119,7 +119,9 @@ def _shared_images(manifest: dict[str, Any], errors: list[str], warnings: list[s
             continue
         for one, other in ((a, b), (b, a)):
             shared.setdefault(one, {"shared_images": {}})["shared_images"][other] = len(both)
-        line = f"splits {a} and {b} share {len(both)} images, as {min(both):012d}: shard the official files again"
+        line = (
+            f"splits {a} and {b} share {len(both)} images, as {min(both):012d}: give an image one split and shard again"
+        )
         kind = official.sharing_is(manifest["dataset"], manifest["split_by"], (a, b))
         if kind != "design":
             (errors if kind == "error" else warnings).append(line)
