@@ -81,6 +81,17 @@ class DataConfig(Section):
     )
 
     @property
+    def train_sets(self) -> dict[str, float]:
+        """DATASET/SPLIT_BY of what is trained on, and its weight."""
+        return self.mixture or {f"{self.dataset}/{self.split_by}": 1.0}
+
+    @property
+    def val_set(self) -> str:
+        """DATASET/SPLIT_BY of what is evaluated: by default the first that is trained on."""
+        dataset, split_by = next(iter(self.train_sets)).split("/")
+        return f"{self.val_dataset or dataset}/{self.val_split_by or split_by}"
+
+    @property
     def streamed(self) -> bool:
         """Whether shards are read from front to back."""
         return self.reader == "stream" or self.reader == "auto" and is_url(self.root)

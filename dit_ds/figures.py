@@ -122,7 +122,7 @@ Opened = tuple[str, RunConfig, ExpressionDataset]
 
 def _require_same_set(a: Opened, b: Opened) -> None:
     """Sample numbers mean the same expressions in both."""
-    names = [f"{config.data.dataset}/{config.data.split_by}" for _, config, _ in (a, b)]
+    names = [config.data.val_set for _, config, _ in (a, b)]
     if names[0] != names[1]:
         raise UserError(f"{a[0]} is of {names[0]}, {b[0]} of {names[1]}: compare checkpoints of one data set")
     if a[2].index.manifest_sha != b[2].index.manifest_sha:

@@ -112,10 +112,11 @@ def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
 
 def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict[str, Any]]) -> Scored:
     d = config.data
+    dataset = d.val_set.split("/")[0]
     splits = dict(sorted(splits.items(), key=lambda item: (item[0] != d.val_split, item[0])))
     steps = {split: e["step"] for split, e in splits.items()}
     scores = {
-        Column(d.dataset, split, metric): round(100 * e[metric], 2)
+        Column(dataset, split, metric): round(100 * e[metric], 2)
         for split, e in splits.items()
         for metric in _METRICS
         if e[metric] is not None
@@ -123,10 +124,10 @@ def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict
     settings = settings_of(config, prompt, trained=max(steps.values()) > 0)
     scored = Scored(str(folder), config, prompt, settings, steps, scores)
     for split, e in splits.items():
-        full = EXPRESSIONS.get(d.dataset, {}).get(split)
+        full = EXPRESSIONS.get(dataset, {}).get(split)
         if e["n"] != full:
             scored.comparable = False
-            known = f"{full:,} of {d.dataset}" if full else f"none that the paper has ({d.dataset})"
+            known = f"{full:,} of {dataset}" if full else f"none that the paper has ({dataset})"
             scored.notes.append(
                 f"not comparable: {split} has {e['n']:,} expressions instead of {known}; neither ranked nor subtracted"
             )

@@ -33,7 +33,7 @@ def train_index(d: DataConfig) -> SplitIndex:
     Raises:
         UserError: a set isn't there or not whole; nothing is left of one.
     """
-    folders = {name: locate(d.root, *name.split("/")) for name in d.mixture or {f"{d.dataset}/{d.split_by}": 1.0}}
+    folders = {name: locate(d.root, *name.split("/")) for name in d.train_sets}
     named = dict.fromkeys([*folders.values(), val_folder(d)])
     if len(named) == 1:
         return SplitIndex.load(*named, d.train_split)
@@ -49,13 +49,12 @@ def train_index(d: DataConfig) -> SplitIndex:
         if left_out:
             _log.info(f"{name}: {left_out} of {len(whole.refs)} refs left out, their images are evaluated on")
         indices.append(index)
-    return SplitIndex.chain(indices, [d.mixture.get(name, 1.0) for name in folders])
+    return SplitIndex.chain(indices, list(d.train_sets.values()))
 
 
 def val_folder(d: DataConfig) -> Path | str:
-    """Where the set is that is evaluated during training: by default the first that is trained on."""
-    first = next(iter(d.mixture), f"{d.dataset}/{d.split_by}").split("/")
-    return locate(d.root, d.val_dataset or first[0], d.val_split_by or first[1])
+    """Where the set is that is evaluated."""
+    return locate(d.root, *d.val_set.split("/"))
 
 
 def _held_out(manifests: list[dict[str, Any]], train_split: str) -> dict[str, np.ndarray]:

@@ -48,17 +48,21 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     try:
         data = load_config(args.config, overrides).data
-        source = Path(data.root) / data.dataset / data.split_by
-        if not (source / "manifest.json").exists():
-            raise UserError(f"{source} holds no shards: write them with 'dit-ds data shard'")
-        copied, files = stage(source, args.folder / data.dataset / data.split_by)
+        if data.streamed:
+            raise UserError(f"data.root {data.root} is read as a stream, which can't be copied: unset STAGE_DIR")
+        sets = dict.fromkeys([*data.train_sets, data.val_set])
+        for name in sets:
+            if not Path(data.root, name, "manifest.json").exists():
+                raise UserError(f"{Path(data.root, name)} holds no shards: write them with 'dit-ds data shard'")
+        counts = [stage(Path(data.root, name), args.folder / name) for name in sets]
+        copied, files = map(sum, zip(*counts))
     except UserError as e:
         print(f"stage: error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
         print(f"stage: error: {socket.gethostname()}: {e}: free some space there, or empty STAGE_DIR", file=sys.stderr)
         return 1
-    print(f"{socket.gethostname()}: {copied} of {files} files of {source} copied to {args.folder}", flush=True)
+    print(f"{socket.gethostname()}: {copied} of {files} files of {', '.join(sets)} copied to {args.folder}", flush=True)
     return 0
 
 

@@ -36,7 +36,12 @@ def runs(draw) -> tuple[Samples, int, int]:
     samples = Samples(
         parts, np.array(images) if kind == "image" else None, np.array(shards) if kind == "shards" else None, "sha"
     )
-    return samples, draw(st.integers(1, 4)), draw(st.integers(5, 24))
+    # an image's five samples must go in a batch
+    micro, places = (
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([5, 6, 7, 8, 12, 16, 24, 32, 36, 48, 60, 61, 64, 128])),
+    )
+    return samples, micro, places
 
 
 def global_batches(samples, micro, batch_size, world, seed=1, epoch=0, state=None):
@@ -65,13 +70,13 @@ def test_any_world_any_resumption_same_batches(run, data, epoch):
     samples, micro, places = run
     batch_size = micro * places
     reference = global_batches(samples, batch_size, batch_size, 1, epoch=epoch)
-    for world in {1, data.draw(st.sampled_from(divisors(places, 64)))}:
+    for world in {1, data.draw(st.sampled_from(divisors(places, 64)), "world")}:
         assert global_batches(samples, micro, batch_size, world, epoch=epoch) == reference
     # stop anywhere, go on with another world and micro-batch
     k = data.draw(st.integers(0, len(reference)))
     state = TrainBatches(samples, batch_size, batch_size, 0, 1, 1).state(epoch, k)
     assert set(state) == {"epoch", "samples_seen", "seed", "manifest_sha"}
-    other = data.draw(st.sampled_from(divisors(batch_size, 64)))
+    other = data.draw(st.sampled_from(divisors(batch_size, 64)), "world after the stop")
     micro = data.draw(st.sampled_from(divisors(batch_size // other, 8)))
     assert global_batches(samples, micro, batch_size, other, state=state) == reference[k:]
 
@@ -143,7 +148,7 @@ def test_evaluation_takes_each_once_in_lockstep(n, batch, world, workers):
 
 
 @quick
-@given(run=runs(), workers=st.integers(1, 8), data=st.data())
+@given(run=runs(), workers=st.integers(1, 8), data=st.data())  # 0 are the training process itself
 def test_readers_of_a_stream_share_each_micro_batch(run, workers, data):
     samples, micro, places = run
     world = data.draw(st.sampled_from(divisors(places, 64)))
@@ -160,7 +165,7 @@ def test_readers_of_a_stream_share_each_micro_batch(run, workers, data):
 def test_a_stream_is_read_about_once():
     """All readers together, on any number of ranks and workers: hardly more shards than there are."""
     shards = np.repeat(np.arange(256), 160)  # RefCOCO's train split
-    for world, workers in [(1, 4), (8, 4), (64, 1)]:
+    for world, workers in [(1, 4), (8, 2)]:
         opened = 0
         for rank in range(world):
             sampler = TrainBatches(Samples([(len(shards), 1.0)], shards=shards), 64, 64 // world, rank, world, 0)
