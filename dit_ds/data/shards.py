@@ -6,28 +6,24 @@ the same bytes whatever the number of processes.
 
 from __future__ import annotations
 
-import gc
+import functools
 import hashlib
 import json
-import multiprocessing
-import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 from webdataset import TarWriter
 
 from dit_ds import __version__
 from dit_ds.data.manifest import SCHEMA, load_manifest, read_members, size_errors, write_manifest
+from dit_ds.data.parallel import forked_map
 from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord
 from dit_ds.data.samples import Rules, image_bytes, sample
 from dit_ds.data.sources import load_source
-from dit_ds.errors import RunFailed, UserError
-from dit_ds.files import atomic_write, read_json, sha256_of, usable_cores, write_json
+from dit_ds.errors import UserError
+from dit_ds.files import atomic_write, read_json, sha256_of, write_json
 
 _DROPPED = ("images", "refs", "sentences")
 _COUNTED = (*_DROPPED, "no_target", "overlapping")  # the latter are refs: that mean nothing; whose polygons overlap
@@ -140,68 +136,42 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-_job: _Job
-
-
 def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
-    global _job
-    _job = job
-    parts = {}
-    total = sum(len(p.records) for p in job.plans)
-    gc.collect()
-    gc.freeze()  # the workers' collector would write to, and so copy, every page of the records
-    fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(processes or usable_cores(), fork, initializer=_ignore_interrupt)
-    try:
-        with tqdm(desc=f"{job.tree.dataset} {job.tree.split_by}", total=total, unit="img", mininterval=1) as bar:
-            for done in as_completed([pool.submit(_write_shard, k) for k in range(len(job.plans))]):
-                name, part = done.result()
-                parts[name] = part
-                bar.update(part["entry"]["images"] + part["dropped"]["images"])
-    except BrokenProcessPool:
-        raise RunFailed(
-            "a worker process was ended, for want of memory perhaps: shard again, which keeps whole shards, with fewer "
-            "--processes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        gc.unfreeze()
-        del _job
-    return parts
+    label, total = f"{job.tree.dataset} {job.tree.split_by}", sum(len(p.records) for p in job.plans)
+
+    def images(written: tuple[str, dict[str, Any]]) -> int:
+        return written[1]["entry"]["images"] + written[1]["dropped"]["images"]
+
+    write = functools.partial(_write_shard, job)
+    return dict(forked_map(write, job.plans, processes, label, images, total, unit="img"))
 
 
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches the parent, which lets shards that are begun be finished
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _write_shard(k: int) -> tuple[str, dict[str, Any]]:
-    """Write shard `k` unless an earlier run did, and the note `.NAME.json` that says so."""
-    plan = _job.plans[k]
-    path, note = _job.folder / plan.name, _job.folder / f".{plan.name}.json"
+def _write_shard(job: _Job, plan: ShardPlan) -> tuple[str, dict[str, Any]]:
+    """Write a shard unless an earlier run did, and the note `.NAME.json` that says so."""
+    path, note = job.folder / plan.name, job.folder / f".{plan.name}.json"
     if note.exists() and path.exists():
         part = read_json(note, "shard note")
         if part["digest"] == plan.digest and part["entry"]["sha256"] == sha256_of(path):
             return plan.name, part
     note.unlink(missing_ok=True)
     with atomic_write(path) as f:
-        entry, dropped = _write_tar(f, plan)
+        entry, dropped = _write_tar(f, job, plan)
     entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": read_members(path)}
     part = {"digest": plan.digest, "entry": entry, "dropped": dropped}
     write_json(note, part, indent=None)
     return plan.name, part
 
 
-def _write_tar(f: BinaryIO, plan: ShardPlan) -> tuple[dict[str, Any], dict[str, int]]:
+def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any], dict[str, int]]:
     """Write the shard's samples; what was written and what was left out."""
     counts, dropped = dict.fromkeys(_COUNTED, 0), dict.fromkeys(_DROPPED, 0)
     with TarWriter(f, mtime=0, encoder=False) as tar:
         for record in plan.records:
             try:
-                jpg = image_bytes(_job.images, _job.tree.image_set, record)
-                meta, overlapping = sample(_job.tree, plan.split, record, _job.rules, dropped)
+                jpg = image_bytes(job.images, job.tree.image_set, record)
+                meta, overlapping = sample(job.tree, plan.split, record, job.rules, dropped)
             except UnusableRecord as e:
-                if not _job.rules.skip_bad:
+                if not job.rules.skip_bad:
                     raise UserError(f"{e}: mend it, or leave it out with --skip-bad") from None
                 dropped["images"] += 1
                 continue
