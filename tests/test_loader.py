@@ -32,16 +32,19 @@ def index(shards):
     return SplitIndex.load(shards / "refcoco/unc", "train")
 
 
-def test_workers_give_the_same_samples(index, tokenize):
+@pytest.mark.parametrize(("unit", "order"), [("ref", "global"), ("image", "global"), ("sentence", "shards")])
+def test_workers_give_the_same_samples(index, tokenize, unit, order):
     def run(workers):
-        dataset = ExpressionDataset(index, "ref", 64, tokenize, Augmentation(0.4, 0.5, 0.5), seed=5)
-        sampler = TrainBatches(len(dataset), 16, 16, 0, 1, seed=5)
+        dataset = ExpressionDataset(index, unit, 64, tokenize, Augmentation(0.4, 0.5, 0.5), seed=5)
+        sampler = TrainBatches(index.samples(unit, order), 16, 8, 0, 1, seed=5)
         sampler.start_at(2, 1)
         return list(checked(make_loader(dataset, sampler, workers, pin=False)))
 
     alone = run(0)
-    for together in (run(1), run(3)):
-        assert len(alone) == len(together) > 2
+    assert len(alone) > 4
+    for workers in (1, 3, 8):
+        together = run(workers)
+        assert len(alone) == len(together)
         for a, b in zip(alone, together):
             assert all(torch.equal(a[k], b[k]) for k in a)
 
