@@ -88,7 +88,8 @@ class StreamReader:
 
     def _begin(self, shard: int) -> None:
         self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(4, "shard")
-        self._shards.setdefault(shard, self._pool.submit(self._fetch, shard))
+        if shard not in self._shards:
+            self._shards[shard] = self._pool.submit(self._fetch, shard)
 
     def _fetch(self, shard: int) -> dict[str, Any]:
         """The shard's samples by key, as far as it can be read: what is missing is said of the sample that needs it."""
