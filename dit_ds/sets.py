@@ -27,7 +27,7 @@ _log = logging.getLogger("dit_ds")
 def train_index(d: DataConfig) -> SplitIndex:
     """The training split, or those of `data.mixture`.
 
-    Where more than one set is named, to train on or to evaluate, images that are in another split than the training
+    Where there is a mixture, or another set to evaluate on, images that are in another split than the training
     split of any of them are left out, if both sets are of the same pictures; the log says how many.
 
     Raises:
@@ -35,7 +35,7 @@ def train_index(d: DataConfig) -> SplitIndex:
     """
     folders = {name: locate(d.root, *name.split("/")) for name in d.train_sets}
     named = dict.fromkeys([*folders.values(), val_folder(d)])
-    if len(named) == 1:
+    if len(named) == 1 and not d.mixture:
         return SplitIndex.load(*named, d.train_split)
     manifests = {folder: load_manifest(folder) for folder in named}
     held_out = _held_out(list(manifests.values()), d.train_split)

@@ -43,7 +43,7 @@ class SplitIndex:
         images: (images, 8) int64: shard, image_id, and offset, bytes and CRC-32 of the jpg and of the json member.
         refs: (refs, 4) int64: image, position in the image's refs, its first sentence, its number of sentences.
         sentences: (sentences,) int64: the ref of each.
-        manifest_sha: SHA-256 of the manifest, or of several; a resumed run must find the same.
+        manifest_sha: SHA-256 of the manifest, or of several and of what was left out; a resumed run must find the same.
         parts: the sets.
         generalized: there are refs that nothing in the image fits.
     """
@@ -112,10 +112,10 @@ class SplitIndex:
         """This one set without the refs of some images."""
         keep = ~np.isin(self.images[self.refs[:, 0], 1], image_ids)
         refs = self.refs[keep]
-        name = self.parts[0].name
-        return self._of(
-            self.shards, self.images, refs[:, :2], refs[:, 3], self.manifest_sha, name, generalized=self.generalized
-        )
+        name, sha = self.parts[0].name, self.manifest_sha
+        if not keep.all():  # what is left depends on other sets' manifests, too
+            sha = hashlib.sha256(sha.encode() + np.packbits(keep).tobytes()).hexdigest()
+        return self._of(self.shards, self.images, refs[:, :2], refs[:, 3], sha, name, generalized=self.generalized)
 
     @classmethod
     def chain(cls, indices: list[SplitIndex], weights: list[float]) -> SplitIndex:
