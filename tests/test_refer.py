@@ -40,6 +40,24 @@ def test_what_encloses_nothing_is_named(segmentation):
         annotation_rle({"id": 7, "segmentation": segmentation}, H, W)
 
 
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[1e300, 0, 1e300, 1e300, 0, 1e300]],
+        [[float("inf"), 1, 2, 3, 4, 5]],
+        [[float("nan")] * 6],
+        [["a"] * 6],
+        {"size": [H, W], "counts": [0, H * W + 1]},
+        {"size": [H, W], "counts": [10, -5, H * W - 5]},
+        {"size": [H, W], "counts": [10, 20]},
+        {"size": [H, W], "counts": "zzz~~~"},
+    ],
+)
+def test_what_pycocotools_would_die_of_is_named(segmentation):
+    with pytest.raises(UnusableRecord, match="annotation 7: its segmentation can't be read"):
+        annotation_rle({"id": 7, "segmentation": segmentation}, H, W)
+
+
 def test_a_mask_of_another_size_is_refused():
     rle = {"size": [H, W], "counts": RUNS}
     with pytest.raises(UnusableRecord, match="annotation 7"):

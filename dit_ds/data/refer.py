@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_ds.data.rle import run_lengths
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
 
@@ -24,6 +25,7 @@ IMAGE_SETS = dict.fromkeys(["refcoco", "refcoco+", "refcocog", "grefcoco"], "coc
 IMAGE_SETS["refclef"] = "saiapr_tc-12"
 IMAGE_KEYS = ("id", "file_name", "height", "width")
 _REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
+_FARTHEST = 10  # times the picture's longer side, a corner may lie from its origin
 _NO_TARGET = -1  # gRefCOCO's ann_id of an expression that nothing in the image fits
 
 
@@ -255,15 +257,30 @@ def _parts(annotation: dict[str, Any], height: int, width: int) -> list[dict[str
     # fewer than three corners enclose nothing, and pycocotools takes four numbers for a box
     parts = [p for p in parts if isinstance(p, dict) or (isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0)]
     try:
-        rles = [r for p in parts for r in (coco.frPyObjects([p], height, width) if _uncompressed(p) else [p])]
+        rles = [_compressed(p, height, width) for p in parts]
         coco.area(rles)  # reads each
         return rles
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as e:
         raise UnusableRecord(f"annotation {annotation.get('id')}: its segmentation can't be read ({e})") from None
 
 
-def _uncompressed(part: Any) -> bool:
-    return isinstance(part, list) or isinstance(part.get("counts"), list)
+def _compressed(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """One polygon or RLE as compressed RLE.
+
+    Raises:
+        ValueError: what pycocotools would die of, or give a mask for that fills no picture.
+    """
+    from pycocotools import mask as coco
+
+    if isinstance(part, list):
+        # it walks along the whole outline
+        if not (np.abs(np.array(part, float)) <= _FARTHEST * max(height, width)).all():
+            raise ValueError("a corner is far outside the picture")
+        return coco.frPyObjects([part], height, width)[0]
+    rle = coco.frPyObjects([part], height, width)[0] if isinstance(part["counts"], list) else part
+    counts = rle["counts"]
+    run_lengths({"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts})
+    return rle
 
 
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:

@@ -71,7 +71,7 @@ def sample(
     Raises:
         UnusableRecord: nothing of it can be used, or something can't and is not to be skipped.
     """
-    height, width = record.image["height"], record.image["width"]
+    height, width = int(record.image["height"]), int(record.image["width"])  # in some files 640.0
     masks: dict[Any, tuple[dict[str, Any], bool]] = {}  # by ann_id: several refs can mean one object
     refs = []
     for ref in record.refs:
