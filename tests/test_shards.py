@@ -19,6 +19,7 @@ import webdataset
 from conftest import ROOT, dit_ds, environment, refused
 from tqdm import tqdm
 
+from dit_ds.data.index import SplitIndex
 from dit_ds.data.refer import annotation_rle, decode_rle, load_refer
 from dit_ds.data.shards import shard_refer
 from dit_ds.data.verify import verify_shards
@@ -191,6 +192,22 @@ def test_bad_input_is_one_line_and_nothing_is_published(refer_tree, tmp_path, da
         report = json.loads(dit_ds(*arguments, "--skip-bad", "--json").stdout)
         assert sum(sum(split["dropped"].values()) for split in report.values()) >= 1
         assert verify_shards(folder)["ok"]
+
+
+def test_a_shard_of_which_nothing_is_left(refer_tree, tmp_path):
+    tree = shutil.copytree(refer_tree, tmp_path / "tree")
+    images = {r["image_id"]: r["split"] for r in pickle.loads((tree / "refcoco/refs(unc).p").read_bytes())}
+    bad = [i for i, s in images.items() if s == "testA"] + [i for i, s in images.items() if s == "val"][:1]
+    for i in bad:
+        (tree / f"images/train2014/COCO_train2014_{i:012d}.jpg").write_bytes(b"gone")
+    counts = {"val": sum(s == "val" for s in images.values())}
+    folder = tmp_path / "refcoco/unc"
+    shard_refer(tree, tree / "images/train2014", "refcoco", "unc", tmp_path, counts, processes=1, skip_bad=True)
+    assert verify_shards(folder)["errors"] == []
+    index = SplitIndex.load(folder, "val")
+    assert len(index.images) == len(index.shards) - 1 == counts["val"] - 1
+    with pytest.raises(UserError, match="split testA in .* has no samples"):
+        SplitIndex.load(folder, "testA")
 
 
 def test_requests_that_cannot_be_met(refer_tree, tmp_path):

@@ -69,6 +69,8 @@ class SplitIndex:
         manifest = parse_manifest(data, folder)
         if split not in manifest["splits"]:
             raise UserError(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
+        if not manifest["splits"][split]["images"]:
+            raise UserError(f"split {split} in {folder} has no samples: all were left out when it was sharded")
         errors = manifest_errors(folder, manifest)
         if errors:
             raise UserError(f"{errors[0]}: run 'dit-ds data verify {folder}', remove the manifest and shard again")

@@ -84,7 +84,8 @@ def _require_fields(manifest: dict[str, Any]) -> None:
             _require(all(type(entry[k]) is int for k in ("bytes", *COUNTS)), "counts of a shard")
             _require(all(type(entry[k]) is str for k in ("name", "sha256")), "names of a shard")
             members = np.array([s[:7] for s in entry["samples"]])
-            _require(members.shape[1:] == (7,) and members.dtype.kind == "i", "samples")
+            # --skip-bad may leave a shard without samples
+            _require(not len(members) or (members.shape[1:] == (7,) and members.dtype.kind == "i"), "samples")
             lengths = [n for s in entry["samples"] for n in s[7]]
             _require(all(type(n) is int for n in lengths), "sentences of a sample")
 
@@ -110,7 +111,7 @@ def manifest_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
             lengths = [n for s in entry["samples"] for n in s[7]]
             found = {"images": len(entry["samples"]), "refs": len(lengths), "sentences": sum(lengths)}
             errors += _differing(found, entry, f"{file_of(folder, entry['name'])}: its samples")
-            if any(not s[7] for s in entry["samples"]) or min(lengths, default=0) < 1:
+            if any(not s[7] for s in entry["samples"]) or min(lengths, default=1) < 1:
                 errors.append(f"{file_of(folder, entry['name'])}: the manifest has a sample without refs or sentences")
             if not _fills_the_tar(entry):
                 errors.append(
