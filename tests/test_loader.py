@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dit_ds.data.index import JPG, BadSample, SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
 from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.data.prompts import Prompts
+from dit_ds.data.readers import MemberReader
 from dit_ds.data.transforms import Augmentation, decode_jpeg, resize_mask, resized_shape
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
@@ -94,6 +96,14 @@ def test_an_image_is_decoded_once_for_its_expressions(index, tokenize, monkeypat
     decoded.clear()
     dataset.__getitems__([(0, s, 1.0) for s in (0, len(dataset) - 1, 1, len(dataset) - 2)])
     assert len(decoded) == 2
+
+
+def test_more_shards_than_a_process_may_open(index, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
+    reader = MemberReader(index)
+    images = np.random.default_rng(0).integers(0, len(index.images), 200).tolist()
+    assert [reader.read(i, JPG) for i in images] == [MemberReader(index).read(i, JPG) for i in images]
+    assert len(index.shards) > len(reader._files) == 2
 
 
 def test_an_expression_of_nothing_has_an_empty_mask(index, tokenize, monkeypatch):

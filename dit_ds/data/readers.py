@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import resource
 import tarfile
 from typing import Any
 
@@ -23,6 +24,8 @@ class MemberReader:
     def __init__(self, index: SplitIndex):
         self.index = index
         self._files: dict[int, int] = {}
+        # half of what a process may open: torch's queues take some, too, and wait for ever without
+        self._most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
     def read(self, image: int, member: int) -> bytes:
         """The bytes of one member, JPG or JSON.
@@ -33,6 +36,8 @@ class MemberReader:
         shard = int(self.index.images[image, 0])
         at, length, _ = (int(x) for x in self.index.images[image, member : member + 3])
         if shard not in self._files:
+            if len(self._files) >= self._most:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
         return self.index.check(image, member, os.pread(self._files[shard], length, at))
 
