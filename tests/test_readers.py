@@ -283,6 +283,13 @@ def changed(n: int, **changes) -> dict:
         ({"expressions": ["a cat"]}, "expression 0 has no 'image_id'"),
         ({"images": None}, "is not a COCO annotation file"),
         ({"images": [image(7) | {"id": "seven"}]}, "image ids must be whole numbers"),
+        ({"images": [image(2**70)]}, "image ids must be whole numbers"),
+        ({"images": [image(7) | {"file_name": 5}]}, "a file_name must be a string"),
+        ({"images": [image(7), image(7, "b.jpg")]}, "two of its images have the same id"),
+        ({"annotations": [annotation(5, 7), annotation(5, 7)]}, "two of its annotations have the same id"),
+        (changed(1, text="a \ud83d dog"), "expression 1: its text has half a character"),
+        (changed(3, split="../val"), "ref 3: its split '../val' can't name files"),
+        (changed(3, split=""), "ref 3: its split '' can't name files"),
     ],
 )
 def test_what_is_wrong_with_ones_own_file_is_one_line(tmp_path, changes, says):

@@ -199,6 +199,8 @@ def join(
         for a in ref["ann_ids"]:
             if a not in annotations:
                 raise UserError(f"ref {ref['ref_id']}: annotation {a} is not in {path}: {remedy}")
+        if not re.fullmatch(r"\w[\w.+-]*", ref["split"]):
+            raise UserError(f"ref {ref['ref_id']}: its split '{ref['split']}' can't name files: call it train or val")
         of_image = grouped.setdefault(ref.pop("split"), {}).setdefault(ref.pop("image_id"), [])
         of_image.append(ref)
     return {
