@@ -102,9 +102,11 @@ def _quiet_worker(_: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """Python ends its daemonic children with SIGTERM and waits for them; loader workers ignore it."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    children = [c for c in multiprocessing.active_children() if c.daemon]
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker dies
+    for child in children:
+        child.kill()
 
 
 def checked(loader: Loader) -> Iterator[dict[str, Any]]:
