@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli_output import command, report
+from dit_ds.cli_output import command, from_one, from_zero, report
 
 
 def add(commands: Any) -> None:
@@ -15,9 +15,9 @@ def add(commands: Any) -> None:
     data_commands = data.add_subparsers(metavar="COMMAND")
     p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
     p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
-    p.add_argument("--images", type=int, default=2000, help="pictures to draw (default 2000)")
-    p.add_argument("--seed", type=int, default=0, help="another seed gives another set (default 0)")
-    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+    p.add_argument("--images", type=from_one, default=2000, help="pictures to draw (default 2000)")
+    p.add_argument("--seed", type=from_zero, default=0, help="another seed gives another set (default 0)")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
     p = command(
         data_commands, "shard", _data_shard, "annotations to WebDataset tars and a manifest; run again to go on"
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         help="pixels where polygons of one annotation overlap become background, as LAVT and LISA read them",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
-    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
     p = command(
         data_commands,
@@ -56,14 +56,14 @@ def add(commands: Any) -> None:
         "check a set: manifest, every shard's bytes and members, pictures, masks, refs, ids, splits, published counts",
     )
     p.add_argument("folder", help="as data_shards/refcoco/unc")
-    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
     p = command(data_commands, "stats", _data_stats, "what is in a split: words, refs, mask and image sizes, pictures")
     p.add_argument("folder", help="as data_shards/refcoco/unc")
     p.add_argument("--split", default="train", help="train, val, testA, ... (default train)")
     p.add_argument("--sheet", metavar="PNG", help="also draw random expressions with their masks, as a .png or .pdf")
-    p.add_argument("--seed", type=int, default=0, help="of the sheet: another seed draws others (default 0)")
-    p.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+    p.add_argument("--seed", type=from_zero, default=0, help="of the sheet: another seed draws others (default 0)")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
 
 def _data_sample(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli_output import command, report
+from dit_ds.cli_output import command, from_one, report
 
 
 def add(commands: Any) -> None:
@@ -14,14 +14,14 @@ def add(commands: Any) -> None:
     p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
     p.add_argument("--out", required=True, metavar="FILE", help="PNG or PDF to write")
     _split(p)
-    p.add_argument("--rows", type=_from_one, default=8, help="expressions to show (default 8)")
+    p.add_argument("--rows", type=from_one, default=8, help="expressions to show (default 8)")
 
     p = command(commands, "grid", _grid, "figure 4: the predictions of several checkpoints, wrong ones framed red")
     p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="runs' folders or checkpoints, of one data set")
     p.add_argument("--out", required=True, metavar="FILE", help="PNG or PDF to write")
     _split(p)
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--rows", type=_from_one, default=8, help="expressions, spread over the split (default 8)")
+    which.add_argument("--rows", type=from_one, default=8, help="expressions, spread over the split (default 8)")
     which.add_argument("--samples", type=_numbers, help="these, by their numbers in the split from 0 on, as 3,17")
     p.add_argument("--wrong-below", type=_share, default=0.5, metavar="IOU", help="frame these (default 0.5)")
     p.add_argument("--titles", type=lambda text: text.split(","), help="of the checkpoints, as SAM,E-DIT,L-DIT "
@@ -79,9 +79,3 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,4,12")
     return [int(part) for part in text.split(",")]
-
-
-def _from_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
-    return int(text)

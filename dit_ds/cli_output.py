@@ -33,3 +33,19 @@ def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], he
     sub.set_defaults(run=run)
     sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return sub
+
+
+def from_one(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    return _from(1, text)
+
+
+def from_zero(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    return _from(0, text)
+
+
+def _from(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} on")
+    return int(text)

@@ -87,8 +87,8 @@ class DataConfig(Section):
 
     @property
     def val_set(self) -> str:
-        """DATASET/SPLIT_BY of what is evaluated: by default the first that is trained on."""
-        dataset, split_by = next(iter(self.train_sets)).split("/")
+        """DATASET/SPLIT_BY of what is evaluated: by default the first that is trained on, also of a combined set."""
+        dataset, split_by = (part.split(",")[0] for part in next(iter(self.train_sets)).split("/"))
         return f"{self.val_dataset or dataset}/{self.val_split_by or split_by}"
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,12 @@ from dit_ds.data.transforms import Augmentation
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
 
-_log = logging.getLogger("dit_ds")
-
 
 def train_index(d: DataConfig) -> SplitIndex:
     """The training split, or those of `data.mixture`.
 
     Where there is a mixture, or another set to evaluate on, images that are in another split than the training
-    split of any of them are left out, if both sets are of the same pictures; the log says how many.
+    split of any of them are left out, if both sets are of the same pictures; the index's `notes` say how many.
 
     Raises:
         UserError: a set isn't there or not whole; nothing is left of one.
@@ -39,7 +37,7 @@ def train_index(d: DataConfig) -> SplitIndex:
         return SplitIndex.load(*named, d.train_split)
     manifests = {folder: load_manifest(folder) for folder in named}
     held_out = _held_out(list(manifests.values()), d.train_split)
-    indices = []
+    indices, notes = [], []
     for name, folder in folders.items():
         whole = SplitIndex.load(folder, d.train_split)
         index = whole.without_images(held_out.get(manifests[folder]["image_set"], np.zeros(0, np.int64)))
@@ -47,9 +45,9 @@ def train_index(d: DataConfig) -> SplitIndex:
         if not len(index.refs):
             raise UserError(f"every image of {name} {d.train_split} is one that is evaluated on: train on another set")
         if left_out:
-            _log.info(f"{name}: {left_out} of {len(whole.refs)} refs left out, their images are evaluated on")
+            notes.append(f"{name}: {left_out} of {len(whole.refs)} refs left out, their images are evaluated on")
         indices.append(index)
-    return SplitIndex.chain(indices, list(d.train_sets.values()))
+    return replace(SplitIndex.chain(indices, list(d.train_sets.values())), notes=notes)
 
 
 def val_folder(d: DataConfig) -> Path | str:
@@ -102,7 +100,8 @@ def dataset_of(
         trained: the kinds of prompts that the model was trained with, none of SAM's own weights; by default the run's.
     """
     d = config.data
-    d = d.model_copy(update={"root": data_root or d.root})
+    if data_root is not None:  # by whichever reader can read there
+        d = d.model_copy(update={"root": data_root, "reader": "auto"})
     index = SplitIndex.load(val_folder(d), split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
     trained = d.prompts if trained is None else trained

@@ -129,6 +129,8 @@ class _Run:
         if loaded is not None and newest is None:
             self.record.describe_checkpoint(loaded)
         self.record.describe_parameters(model)
+        for note in data.train.index.notes:
+            self.record.log(note)
         self.frozen = weights.frozen_digest(model) if world.main else ""
         frozen = self.store_frozen(model)
         model.checkpoint_activations(config.train.activation_checkpointing)
@@ -152,6 +154,9 @@ class _Run:
         self.batches = TrainBatches(
             samples, config.train.batch_size, micro_batch, world.rank, world.world_size, config.seed
         )
+        if newest is not None:
+            self.batches.resume(checkpoint.read_meta(newest))
+            self.progress.batch = self.batches.first_batch
         self.loader = make_loader(
             data.train, self.batches, d.workers, pin=world.device.type == "cuda", timeout=d.timeout
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dit_ds.data.refer import ReferTree, coco_tables, join
+from dit_ds.data.refer import ReferTree, coco_tables, describe, join
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
 
@@ -44,7 +44,7 @@ def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
         refs.append({"ref_id": n, "image_id": expression["image_id"], "split": expression["split"], "ann_ids": ids,
                      "no_target": not ids, "sentences": sentences})  # fmt: skip
     splits = join(refs, images, annotations, path, "mend the expression or add what it names")
-    description = str((file.get("info") or {}).get("description", ""))
+    description = describe(file)
     return ReferTree(dataset, split_by, splits, {path.name: sha256_of(path)}, description, dataset)
 
 

@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class SplitIndex:
         manifest_sha: SHA-256 of the manifest, or of several and of what was left out; a resumed run must find the same.
         parts: the sets.
         generalized: there are refs that nothing in the image fits.
+        notes: what the log should say of it.
     """
 
     shards: list[Path | str]
@@ -55,6 +57,7 @@ class SplitIndex:
     manifest_sha: str
     parts: list[Part]
     generalized: bool = False
+    notes: Sequence[str] = ()
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> SplitIndex:

@@ -100,18 +100,21 @@ class StreamReader:
         """The shard's samples by key, as far as it can be read: what is missing is said of the sample that needs it."""
         import webdataset
 
-        url, most = str(self.index.shards[shard]), {}
+        url, most, error = str(self.index.shards[shard]), {}, "it ends early"
+        whole = np.count_nonzero(self.index.images[:, 0] == shard)
         for _ in range(_TRIES):
             samples: dict[str, Any] = {}
             try:
                 shards = webdataset.SimpleShardList([url])
                 for sample in webdataset.DataPipeline(shards, webdataset.tarfile_to_samples()):
                     samples[sample["__key__"]] = sample
-                return samples
             except (OSError, EOFError, ValueError, tarfile.TarError) as e:
-                error, most = e, max(most, samples, key=len)
+                error = " ".join(str(e).split())
+            most = max(most, samples, key=len)
+            if len(most) >= whole:  # webdataset says nothing of a stream that ends between two members
+                return most
         if not most:
-            raise UserError(f"cannot read {url} ({' '.join(str(error).split())}): see that it can be reached")
+            raise UserError(f"cannot read {url} ({error}): see that it can be reached")
         return most
 
     def __getstate__(self) -> dict[str, Any]:

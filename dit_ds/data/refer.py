@@ -10,6 +10,7 @@ import difflib
 import io
 import pickle
 import re
+import unicodedata
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
         _leave_out_crowds(refs, annotations)
     splits = join(refs, images, annotations, instances_file, "fetch both again")
     sources = {f.name: sha256_of(f) for f in (refs_file, instances_file)}
-    description = str((instances.get("info") or {}).get("description", ""))
+    description = describe(instances)
     return ReferTree(dataset, split_by, splits, sources, description, IMAGE_SETS.get(dataset, dataset))
 
 
@@ -300,7 +301,15 @@ def clean_sentence(sentence: dict[str, Any]) -> str:
     """
     text = sentence.get("sent", "").strip()
     if not text:
-        text = " ".join(re.sub(r"[^\w\s-]", " ", sentence.get("raw", "").lower()).split())
+        raw = unicodedata.normalize("NFC", sentence.get("raw", "").lower())
+        kept = (c if re.match(r"[\w\s-]", c) or unicodedata.category(c)[0] == "M" else " " for c in raw)
+        text = " ".join("".join(kept).split())
     if not text:
         raise UnusableRecord(f"sentence {sentence.get('sent_id')} is empty")
     return text
+
+
+def describe(file: dict[str, Any]) -> str:
+    """What a COCO file says of itself; nothing, if nothing."""
+    info = file.get("info")
+    return str(info.get("description", "")) if isinstance(info, dict) else ""

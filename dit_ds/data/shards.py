@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ from dit_ds.data.refer import ImageRecord, ReferTree, UnusableRecord
 from dit_ds.data.samples import Rules, image_bytes, sample
 from dit_ds.data.sources import load_source
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write, read_json, sha256_of, write_json
+from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, sha256_of, write_json
 
 _DROPPED = ("images", "refs", "sentences")
 _COUNTED = (*_DROPPED, "no_target", "overlapping")  # the latter are refs: that mean nothing; whose polygons overlap
@@ -79,6 +80,9 @@ def shard_refer(
         UserError: anything missing, damaged or unusable in the files; a full disk; a different set already there.
         RunFailed: a worker process was ended from outside.
     """
+    for name in filter(None, (dataset, split_by)):
+        if not re.fullmatch(r"[\w+-][\w+,.-]*", name):
+            raise UserError(f"'{name}' can't be a folder's name: write letters, digits, + - _ and . only")
     if not Path(images).is_dir():
         raise UserError(f"no image folder at {images}: --images must hold the set's pictures, as COCO's train2014")
     tree = load_source(dataset, split_by, refer_root, coco, parquet)
@@ -87,6 +91,8 @@ def shard_refer(
     plans = [p for split, records in tree.splits.items() for p in _plan(tree, split, records, counts[split], rules)]
     digest = _digest([p.digest for p in plans])
 
+    with full_disk_is_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     published = folder / "manifest.json"
     if published.exists():
         manifest = load_manifest(folder)

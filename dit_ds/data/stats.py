@@ -14,6 +14,7 @@ from dit_ds.data.index import JPG, JSON, SplitIndex
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.readers import MemberReader
 from dit_ds.data.refer import decode_rle
+from dit_ds.data.storage import local
 from dit_ds.data.transforms import decode_jpeg, swap_sides
 from dit_ds.visualize import GridRow, picture_format, write_grid
 
@@ -59,7 +60,7 @@ def split_stats(
     """
     if sheet:
         picture_format(sheet)
-    index = SplitIndex.load(folder, split)
+    index = SplitIndex.load(local(folder), split)
     shards = list(range(len(index.shards)))
     seen = list(forked_map(functools.partial(_read_shard, index), shards, processes, "stats"))
 

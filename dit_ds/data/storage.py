@@ -12,6 +12,17 @@ def is_url(root: str | Path) -> bool:
     return "://" in str(root) or str(root).startswith("pipe:")
 
 
+def local(folder: str | Path) -> Path:
+    """A folder of this machine.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    if is_url(folder):
+        raise UserError(f"{folder} is read as a stream, and this needs local shards: run it where they lie")
+    return Path(folder)
+
+
 def locate(root: str | Path, *parts: str) -> Path | str:
     """A file or folder under a root.
 

@@ -13,6 +13,7 @@ from dit_ds.data import official
 from dit_ds.data.manifest import COUNTS, load_manifest, manifest_errors, size_errors
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.sample_set import DESCRIPTION
+from dit_ds.data.storage import local
 from dit_ds.data.verify_shard import REPLACE, Id, ShardReport, check_shard
 
 _NAMED = 5  # of the worst, in one line
@@ -28,7 +29,7 @@ def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str,
     Raises:
         UserError: the manifest is missing or damaged, so there is nothing to check by.
     """
-    folder = Path(folder)
+    folder = local(folder)
     manifest = load_manifest(folder)
     splits = manifest["splits"]
     errors = [f"{e}: remove its manifest and shard the dataset again" for e in manifest_errors(folder, manifest)]
