@@ -39,7 +39,7 @@ class FieldStyle(Dataset):
 
         self.folder, self.index, self.unit, self.tokenize = folder, like.index, like.unit, like.tokenize
         self.texts = [
-            [s["sent"] for s in like._meta(int(image))["refs"][position]["sentences"]]
+            [s["sent"] for s in json.loads(like.reader.read(int(image), JSON))["refs"][position]["sentences"]]
             for image, position, *_ in like.index.refs
         ]
         self.how, side = like.augmentation, like.image_size

@@ -2,9 +2,12 @@
 
 Photos as `photos.py` makes them. A share is the loader's samples a second over those of nothing but one simplejpeg
 decode, full size with its default flags, of each sample's image, in the same run; decodes and loaders take turns and
-medians are given. Evaluation takes expressions in their order, so an image's several follow one another and it is
-decoded once: `decode_once` are the shares of decoding each image once, and `evaluation_distinct` is evaluation where no
-two expressions share an image. `worker` is one worker process through `make_loader`, `in_process` none.
+medians are given. No decode's result is kept, so that each is written where the last one was. Evaluation takes
+expressions in their order, so an image's several follow one another and it is decoded once: `decode_once` are the
+shares of decoding each image once, and `evaluation_distinct` is evaluation where no two expressions share an image.
+`worker` is one worker process through `make_loader`, `in_process` none.
+
+First batch and resumption are of a set as long as RefCOCO's training split, of images of 32x32 pixels.
 
     python benchmarks/loader.py --json
 """
@@ -12,6 +15,7 @@ two expressions share an image. `worker` is one worker process through `make_loa
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import os
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +33,12 @@ import numpy as np
 import simplejpeg
 import torch
 from field_style import FieldStyle, unpack
-from photos import write_photos
+from photos import DATASET, write_photos, write_thumbnails
 from torch.utils.data import DataLoader
 
 from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.index import JPG, SplitIndex
 from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.manifest import load_manifest, write_manifest
 from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.data.shards import shard_refer
 from dit_ds.data.transforms import Augmentation
@@ -43,7 +46,8 @@ from dit_ds.models.text_encoder import load_tokenizer
 
 SIZE, BATCH, TOKENS = 512, 16, 20
 AUGMENTATION = Augmentation(0.4, 0.5, 0.5)  # as configs/base.yaml
-EXPRESSIONS = 120_624  # RefCOCO unc's training split
+LONG = 16_994  # images of RefCOCO unc's training split; some 120,000 expressions
+FIELD = 16  # batches of the field's loader, whose rate needs no more
 Batches = list[list[tuple[int, int, float]]]
 
 
@@ -55,15 +59,21 @@ def dataset(index: SplitIndex, unit: str, augmentation: Augmentation | None = No
     return ExpressionDataset(index, unit, SIZE, tokenizer(), augmentation)
 
 
+def sharded(tree: Path) -> Path:
+    """The folder of a tree's shards, made beside it."""
+    shard_refer(tree, tree / "images", DATASET, "unc", tree / "shards")
+    return tree / "shards" / DATASET / "unc"
+
+
 def workloads(index: SplitIndex) -> dict[str, tuple[ExpressionDataset, Batches]]:
     """Datasets and what is asked of them, by name."""
     training, evaluation = dataset(index, "ref", AUGMENTATION), dataset(index, "sentence")
     first_ref = np.unique(index.refs[:, 0], return_index=True)[1]
     alone = [(0, int(s), 1.0) for s in index.refs[first_ref, 2]]
     return {
-        "evaluation": (evaluation, list(EvalBatches(min(len(evaluation), 64 * BATCH), BATCH, 0, 1))),
+        "evaluation": (evaluation, list(EvalBatches(min(len(evaluation), 32 * BATCH), BATCH, 0, 1))),
         "evaluation_distinct": (evaluation, [alone[i : i + BATCH] for i in range(0, len(alone), BATCH)]),
-        "augmented": (training, list(TrainBatches(len(training), BATCH, BATCH, 0, 1, 0))),
+        "augmented": (training, list(TrainBatches(index.samples("ref"), BATCH, BATCH, 0, 1, 0))),
     }
 
 
@@ -79,12 +89,17 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_by_worker(loader: DataLoader) -> float:
-    """For all batches, from the rate after the first: starting the process is not its speed."""
-    batches = iter(loader)
+def seconds_by_worker(batches: Iterator, count: int) -> float:
+    """For `count` batches, from the rate after the first: starting the process is not its speed."""
     next(batches)
-    seconds = seconds_of(lambda: [None for _ in batches])
-    return seconds * len(loader) / (len(loader) - 1)
+    timed = itertools.count()
+    seconds = seconds_of(lambda: exhaust(zip(batches, timed)))
+    return seconds * count / next(timed)
+
+
+def exhaust(results: Iterable) -> None:
+    """Go through, and keep none."""
+    collections.deque(results, maxlen=0)
 
 
 def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int) -> dict[str, Any]:
@@ -93,11 +108,11 @@ def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int)
     jpegs = {i: data.reader.read(i, JPG) for i in sorted(set(images))}
     field = FieldStyle(loose, data)
     calls = {
-        "bound": lambda: seconds_of(lambda: [simplejpeg.decode_jpeg(jpegs[i]) for i in images]),
-        "in_process": lambda: seconds_of(lambda: [data.__getitems__(b) for b in batches]),
-        "worker": lambda: seconds_by_worker(make_loader(data, batches, 1, pin=False)),
+        "bound": lambda: seconds_of(lambda: exhaust(simplejpeg.decode_jpeg(jpegs[i]) for i in images)),
+        "in_process": lambda: seconds_of(lambda: exhaust(data.__getitems__(b) for b in batches)),
+        "worker": lambda: seconds_by_worker(checked(make_loader(data, batches, 1, pin=False)), len(batches)),
         "field_style": lambda: seconds_by_worker(
-            DataLoader(field, batch_sampler=batches, num_workers=1, prefetch_factor=4)
+            iter(DataLoader(field, batch_sampler=batches[:FIELD], num_workers=1, prefetch_factor=4)), len(batches)
         ),
     }
     rows = [{k: call() for k, call in calls.items()} for _ in range(rounds + 1)][1:]  # the first warms up
@@ -112,24 +127,13 @@ def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int)
     }
 
 
-def write_long_manifest(folder: Path) -> None:
-    """Let the training split have as many expressions as RefCOCO's: its samples again and again, the tars being the
-    same. The order and the index know no difference."""
-    manifest = load_manifest(folder)
-    train = manifest["splits"]["train"]
-    times = -(-EXPRESSIONS // train["sentences"])
-    for entry in train["shards"]:
-        entry["samples"] *= times
-    write_manifest(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "checksum"})
-
-
 def probe(folder: Path, at: float) -> dict[str, float]:
     """In a fresh process: seconds from the manifest to a training batch, and what a worker then weighs."""
     tokenize = tokenizer()
     start = time.perf_counter()
     index = SplitIndex.load(folder, "train")
     data = ExpressionDataset(index, "sentence", SIZE, tokenize, AUGMENTATION)
-    batches = TrainBatches(len(data), BATCH, BATCH, 0, 1, 0)
+    batches = TrainBatches(index.samples("sentence"), BATCH, BATCH, 0, 1, 0)
     batches.start_at(3, int(at * batches.batches_per_epoch))
     loader = checked(make_loader(data, batches, 2, pin=False))
     next(loader)
@@ -175,7 +179,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200, help="distinct photos")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
@@ -186,14 +190,13 @@ def main() -> None:
         print(json.dumps(probe(args.probe, args.at)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        tree, shards = Path(temporary) / "tree", Path(temporary) / "shards"
+        tree, long = Path(temporary) / "tree", Path(temporary) / "long"
         write_photos(tree, args.images, args.images, splits={"train": 1.0})
-        shard_refer(tree, tree / "images", "refcoco", "unc", shards)
-        folder = shards / "refcoco/unc"
-        index = SplitIndex.load(folder, "train")
+        index = SplitIndex.load(sharded(tree), "train")
         unpack(index, tree / "loose")
         found = {name: measure(*of, tree / "loose", args.rounds) for name, of in workloads(index).items()}
-        write_long_manifest(folder)
+        write_thumbnails(long, LONG)
+        folder = sharded(long)
         first, resumed = probes(folder, 0.0), probes(folder, 0.9)
     result = {
         **common.conditions("cpu"),

@@ -18,6 +18,7 @@ import imgviz
 import numpy as np
 import simplejpeg
 
+DATASET = "photos"  # no name of a published set, whose counts it would have to meet
 WIDTH, HEIGHT, JPEG_BYTES = 640, 480, 171_000
 REFS, SENTENCES = (2, 3), (2, 3, 3, 3, 3, 3)  # in turns: 2.5 and about 2.84
 SPLITS = {"train": 0.85, "val": 0.075, "testA": 0.0375, "testB": 0.0375}  # of RefCOCO unc's images
@@ -25,12 +26,35 @@ _WORDS = "the a left right front back man woman in red blue green shirt bus tabl
 
 
 def write_photos(out: Path, images: int, distinct: int, seed: int = 0, splits: dict[str, float] = SPLITS) -> dict:
-    """Write `OUT/refcoco/{refs(unc).p,instances.json}` and `OUT/images`; of so many images `distinct` pictures, the
+    """Write `OUT/DATASET/{refs(unc).p,instances.json}` and `OUT/images`; of so many images `distinct` pictures, the
     others being links to them. Returns the counts."""
     pictures = out / "images"
     pictures.mkdir(parents=True)
-    (out / "refcoco").mkdir()
     drawn = [_picture(seed, i, pictures) for i in range(distinct)]
+    return _write_tree(out, images, drawn, (WIDTH, HEIGHT), seed, splits)
+
+
+def write_thumbnails(out: Path, images: int, side: int = 32) -> dict:
+    """As `write_photos`, but all images the same small one with three boxes in it, and all in the training split: a set
+    of full length that takes seconds to shard."""
+    (out / "images").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    (out / "images/0.jpg").write_bytes(simplejpeg.encode_jpeg(pixels))
+    boxes = [(x, x, x, side - 2, side - 2, side - 2, side - 2, x) for x in (2, 6, 10)]
+    return _write_tree(out, images, [[[list(map(float, box))] for box in boxes]], (side, side), 0, {"train": 1.0})
+
+
+def _write_tree(
+    out: Path,
+    images: int,
+    drawn: list[list[list[list[float]]]],
+    size: tuple[int, int],
+    seed: int,
+    splits: dict[str, float],
+) -> dict:
+    """`drawn` has the polygons of each object of each picture `OUT/images/NUMBER.jpg`, all of a size (width, height)."""
+    pictures, distinct = out / "images", len(drawn)
+    (out / DATASET).mkdir()
     rng, refs, annotations, sentences = np.random.default_rng(seed), [], [], 0
     split_of = np.repeat(list(splits), np.diff(np.rint(np.cumsum([0, *splits.values()]) * images).astype(int)))
     for i in range(images):
@@ -49,13 +73,13 @@ def write_photos(out: Path, images: int, distinct: int, seed: int = 0, splits: d
                                for j, t in enumerate(texts)]}
             )  # fmt: skip
             sentences += n
-    records = [{"id": i + 1, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
-    with open(out / "refcoco/instances.json", "w") as f:
+    records = [{"id": i + 1, "file_name": f"{i}.jpg", "height": size[1], "width": size[0]} for i in range(images)]
+    with open(out / DATASET / "instances.json", "w") as f:
         json.dump(
             {"info": {"description": "photos"}, "licenses": [], "categories": [{"id": 1, "name": "thing"}],
              "images": records, "annotations": annotations}, f
         )  # fmt: skip
-    (out / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+    (out / DATASET / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
     return {"images": images, "refs": len(refs), "expressions": sentences, "annotations": len(annotations)}
 
 
