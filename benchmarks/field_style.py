@@ -51,12 +51,12 @@ class FieldStyle(Dataset):
         self.normalize = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
     def __len__(self) -> int:
-        return len(self.index.refs if self.unit == "ref" else self.index.sentences)
+        return len(self.index.refs if self.unit != "sentence" else self.index.sentences)
 
     def __getitem__(self, item: tuple[int, int, float]) -> dict[str, torch.Tensor]:
         _, sample, _ = item
-        ref = sample if self.unit == "ref" else int(self.index.sentences[sample])
-        nth = torch.randint(len(self.texts[ref]), ()) if self.unit == "ref" else sample - self.index.refs[ref, 2]
+        ref = sample if self.unit != "sentence" else int(self.index.sentences[sample])
+        nth = torch.randint(len(self.texts[ref]), ()) if self.unit != "sentence" else sample - self.index.refs[ref, 2]
         text = self.texts[ref][int(nth)]
         image = self.resize(Image.open(self.folder / f"{self.index.refs[ref, 0]}.jpg").convert("RGB"))
         mask = self.resize_mask(Image.fromarray(np.load(self.folder / f"{ref}.npy")))

@@ -294,7 +294,7 @@ def test_a_damaged_shard_and_a_damaged_checkpoint(config, shards, tmp_path):
         whole[tar] = tar.read_bytes()
         tar.write_bytes(whole[tar].replace(b"\xff\xd8\xff", b"\0\0\0"))  # where each JPEG begins
     (check,) = run_checks([configured.shards], c, 60)
-    assert check.status == "fail" and "its JPEG" in check.found and "damaged" in check.found
+    assert check.status == "fail" and ".jpg is damaged" in check.found
     tar = tars[0]
     for other in tars:
         other.write_bytes(whole[other])

@@ -27,6 +27,7 @@ from dit_ds.data.readers import StreamReader
 from dit_ds.errors import RankFailed, UserError
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,13 @@ def _as_it_is(batch: Any) -> Any:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # a training process that is killed takes its workers with it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a training process that is killed takes its workers with it
+        # a picture's memory is kept for the next one: new pages cost as much as resizing it (musl has no mallopt)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+            libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
     # SLURM signals all processes of a task; the training process acts on these and ends its workers itself
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -104,9 +110,15 @@ def _end_workers() -> None:
     """Python ends its daemonic children with SIGTERM and waits for them; loader workers ignore it."""
     children = [c for c in multiprocessing.active_children() if c.daemon]
     if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker dies
+        _forget_workers()
     for child in children:
         child.kill()
+
+
+def _forget_workers() -> None:
+    """From here on a worker's death is no news: torch's handler would raise at each, wherever the main thread is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def checked(loader: Loader) -> Iterator[dict[str, Any]]:
@@ -157,10 +169,8 @@ def _ending(parts: Any) -> Iterator[None]:
         yield
     except BaseException as e:
         workers = getattr(parts, "_workers", [])
-        if workers and isinstance(
-            e, (RuntimeError, ConnectionError, EOFError, RankFailed)
-        ):  # one died, maybe with a lock that an orderly end
-            parts._shutdown = True  # would wait for
+        if workers and (isinstance(e, RankFailed) or not all(w.is_alive() for w in workers)):
+            parts._shutdown = True  # one died, maybe with a lock that an orderly end would wait for
             for worker in workers:
                 worker.kill()
         elif workers and not (isinstance(e, GeneratorExit) and parts._persistent_workers):
@@ -183,6 +193,7 @@ def worker_failures(watch: _Watch | None = None) -> Iterator[None]:
             text = "DataLoader worker exited unexpectedly"
         if not text.startswith("DataLoader worker"):
             raise
+        _forget_workers()
         what = f"{text.split('. ')[0].rstrip('.')}: if it was killed, memory may have run out: lower data.workers"
         if watch is not None and watch.stalled:
             what = (
