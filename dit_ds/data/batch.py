@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from dit_ds.data.lending import batch_memory
 from dit_ds.errors import UserError
 
 
@@ -45,11 +45,11 @@ class Batch:
     """
 
     def __init__(self, rows: int, side: int, mask_type: torch.dtype = torch.uint8):
-        self._clean = get_worker_info() is not None  # new shared memory is zeros
-        self._image, self._mask = (
-            _empty(shape, dtype)
-            for shape, dtype in (((rows, side, side, 3), torch.uint8), ((rows, side, side), mask_type))
-        )
+        image, mask = (rows, side, side, 3), (rows, side, side)
+        start = -(-math.prod(image) // 64) * 64  # the mask's, behind the image, where any type may begin
+        storage, self._clean = batch_memory(start + math.prod(mask) * mask_type.itemsize)
+        self._image = torch.empty(0, dtype=torch.uint8).set_(storage, 0, image)
+        self._mask = torch.empty(0, dtype=mask_type).set_(storage, start // mask_type.itemsize, mask)
         self._in_numpy = self._image.numpy(), self._mask.numpy()
         self._rows: list[dict[str, Any]] = [{} for _ in range(rows)]
 
@@ -83,14 +83,6 @@ class Batch:
             else:
                 batch[key] = values
         return batch
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """In a worker shared memory, as torch's own collate takes, so that the queue hands it over without copying."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(shared, 0, shape)
 
 
 def join(shares: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError | None:

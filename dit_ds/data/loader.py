@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dit_ds.data.batch import join
 from dit_ds.data.dataset import ExpressionDataset, Tokenize
+from dit_ds.data.lending import lend
 from dit_ds.data.order import EvalBatches, TrainBatches
 from dit_ds.data.readers import StreamReader
 from dit_ds.errors import RankFailed, UserError
@@ -72,7 +73,7 @@ def make_loader(
     """
     training = isinstance(batches, TrainBatches)
     how: dict[str, Any] = {
-        "collate_fn": _as_it_is,  # the dataset makes whole batches
+        "collate_fn": lend,  # the dataset makes whole batches
         "pin_memory": pin,
         "prefetch_factor": 4 if workers else None,
         "worker_init_fn": _quiet_worker,
@@ -85,10 +86,6 @@ def make_loader(
     persistent = workers > 0 and training
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=persistent, **how)
     return Loader(loader, 1, timeout)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _quiet_worker(_: int) -> None:
