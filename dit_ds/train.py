@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dit_ds import checkpoint, weights
 from dit_ds import engine as ds
 from dit_ds.config import RunConfig
 from dit_ds.control import Control, StallWatch
+from dit_ds.data.dataset import ExpressionDataset
 from dit_ds.data.loader import checked, make_loader, worker_failures
 from dit_ds.data.order import TrainBatches
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
@@ -68,7 +69,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         _, world_size, _ = set_environment()
         ds.deepspeed_config(config, world_size)
         text_config(config.text.name, config.text.layers, config.data.tokens)
-        data = _Data(config)
+        data = _Data(train_dataset(config), dataset_of(config, config.data.val_split))
         if not resume and any(Path(config.run_dir).glob("checkpoints/*step_*/manifest.json")):
             raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")
         world = connect()
@@ -87,11 +88,11 @@ def _seed_of(*position: int) -> int:
     return int(np.random.SeedSequence(position).generate_state(1)[0])
 
 
-class _Data:
+class _Data(NamedTuple):
     """The datasets of a run."""
 
-    def __init__(self, config: RunConfig):
-        self.train, self.val = train_dataset(config), dataset_of(config, config.data.val_split)
+    train: ExpressionDataset
+    val: ExpressionDataset
 
 
 def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
@@ -353,15 +354,8 @@ class _Run:
             return self.engine(**inputs)
 
         with ds.averaged(self.state):
-            metrics = evaluate(
-                model,
-                self.data.val,
-                config.eval.batch_size,
-                Binarize.of(config),
-                config.data.workers,
-                self.world,
-                timeout=config.data.timeout,
-            )
+            how = (config.eval.batch_size, Binarize.of(config), config.data.workers, self.world)
+            metrics = evaluate(model, self.data.val, *how, timeout=config.data.timeout)
         progress.metrics = metrics = {"split": config.data.val_split} | metrics
         progress.evaluated = progress.step
         self.metrics("eval", metrics)

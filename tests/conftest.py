@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,3 +195,16 @@ def metrics_of(run_dir: Path, kind: str = "train") -> list[dict]:
     """The lines of one kind of a run's metrics.jsonl."""
     lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines(True) if x.endswith("\n")]
     return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture
+def folder(shards, tmp_path):
+    """A copy of the small set's shards, to damage."""
+    return Path(shutil.copytree(shards / "refcoco/unc", tmp_path / "unc"))
+
+
+def read_samples(path: Path) -> dict[str, list]:
+    """[JPEG bytes, JSON] by key."""
+    with tarfile.open(path) as tar:
+        data = {m.name: tar.extractfile(m).read() for m in tar}
+    return {n[:-4]: [d, json.loads(data[n[:-4] + ".json"])] for n, d in data.items() if n.endswith(".jpg")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -238,3 +239,18 @@ def test_jpeg_decoders_agree(refer_tree):
         np.testing.assert_array_equal(decode_jpeg(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     with pytest.raises(ValueError):
         decode_jpeg(data[:500])
+
+
+def test_a_shard_that_goes_away_is_named(shards, tokenize, tmp_path, monkeypatch):
+    folder = tmp_path / "unc"
+    shutil.copytree(shards / "refcoco/unc", folder)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))  # no limit of open files
+    index = SplitIndex.load(folder, "train")
+    dataset = ExpressionDataset(index, "ref", 64, tokenize)
+    first, last = index.shards[0], index.shards[-1]
+    assert not isinstance(dataset[0, 0, 1.0], UserError)
+    for shard in (first, last):
+        shard.unlink()
+    assert not isinstance(dataset[0, 1, 1.0], UserError)  # still open
+    gone = dataset[0, len(dataset) - 1, 1.0]
+    assert isinstance(gone, UserError) and f"cannot read {last}" in str(gone) and "No such file" in str(gone)

@@ -385,20 +385,3 @@ def test_prompts_get_the_places_they_were_trained_with():
     assert Prompts.of(["box"], 5) == Prompts(("box",), 5, False, 2)
     assert Prompts.of(["text"], 5, ["text", "point"]).words
     assert Prompts.of([], 5, ["box"]) == Prompts(("box",), 5, False, 0)  # SAM's own weights
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"data": {"prompts": ["text", "text"]}}, "names one twice"),
-        ({"data": {"prompts": []}}, "data.prompts"),
-        ({"data": {"prompts": ["mask"]}}, "data.prompts"),
-        ({"data": {"scales": [600]}}, "data.scales"),
-        ({"data": {"mask_rule": "soft"}, "model": {"name": "lavt", "size": "swin_b"}}, "data.mask_rule half or any"),
-        ({"data": {"prompts": ["box"]}, "model": {"name": "rela", "size": "swin_b"}}, "knows no data.prompts"),
-        ({"eval": {"mask_rule": "any"}}, "eval.mask_rule"),
-    ],
-)
-def test_settings_that_do_not_go_together(values, says):
-    with pytest.raises(UserError, match=says):
-        validate(values)

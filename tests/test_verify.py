@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import statistics
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import dit_ds, refused
-from PIL import Image
+from conftest import read_samples
 from pycocotools import mask as coco
 from webdataset import TarWriter
 
@@ -22,23 +19,8 @@ from dit_ds.cli import main
 from dit_ds.data import official
 from dit_ds.data.manifest import COUNTS, read_members, write_manifest
 from dit_ds.data.rle import run_lengths
-from dit_ds.data.stats import split_stats
 from dit_ds.data.verify import verify_shards
-from dit_ds.errors import UserError
 from dit_ds.files import sha256_of
-
-
-@pytest.fixture
-def folder(shards, tmp_path):
-    """A copy of the small set."""
-    return Path(shutil.copytree(shards / "refcoco/unc", tmp_path / "unc"))
-
-
-def read_samples(path: Path) -> dict[str, list]:
-    """[JPEG bytes, JSON] by key."""
-    with tarfile.open(path) as tar:
-        data = {m.name: tar.extractfile(m).read() for m in tar}
-    return {n[:-4]: [d, json.loads(data[n[:-4] + ".json"])] for n, d in data.items() if n.endswith(".jpg")}
 
 
 def edit_manifest(folder: Path, change) -> None:
@@ -353,53 +335,3 @@ def test_run_lengths_are_those_of_the_mask():
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
-
-
-def test_statistics_are_those_of_the_samples(shards, tmp_path):
-    folder = shards / "refcoco/unc"
-    metas = [m for p in sorted(folder.glob("train-*.tar")) for _, m in read_samples(p).values()]
-    refs = [(m, r) for m in metas for r in m["refs"]]
-    texts = [s["sent"] for _, r in refs for s in r["sentences"]]
-    areas = [int(coco.area(m["anns"][str(r["ann_ids"][0])]["rle"])) for m, r in refs]
-    found = split_stats(folder, "train", 1, tmp_path / "sheet.png")
-    lengths = [len(t.split()) for t in texts]
-    words = found["words_per_expression"]
-    assert (found["images"], found["refs"], found["expressions"]) == (len(metas), len(refs), len(texts))
-    assert words["mean"] == pytest.approx(statistics.mean(lengths)) and words["max"] == max(lengths)
-    assert words["median"] == statistics.median(lengths)
-    assert words["histogram"] == {str(k): n for k, n in sorted(Counter(lengths).items())}
-    assert found["mask_sizes"]["small"] == pytest.approx(sum(a < 1024 for a in areas) / len(areas))
-    assert found["mask_sizes"]["large"] == pytest.approx(sum(a >= 9216 for a in areas) / len(areas))
-    shares = [a / (m["height"] * m["width"]) for a, (m, _) in zip(areas, refs)]
-    assert found["mask_share"]["p50"] == pytest.approx(statistics.median(shares))
-    common = Counter(w for t in texts for w in t.split())
-    assert all(common[w] == n for w, n in found["frequent_words"])
-    assert found["frequent_words"][0][1] == max(common.values())
-    sided = [t for t in texts if any(w.startswith(("left", "right")) for w in t.split())]
-    assert found["left_right_share"] == pytest.approx(len(sided) / len(texts)) and sided
-    assert sum(s["images"] for s in found["image_sizes"]) == len(metas)
-    assert found == split_stats(folder, "train", 3)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG" and min(sheet.size) > 600
-    before = (tmp_path / "sheet.png").read_bytes()
-    split_stats(folder, "train", 1, tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").read_bytes() == before
-    split_stats(folder, "train", 1, tmp_path / "sheet.png", seed=1)
-    assert (tmp_path / "sheet.png").read_bytes() != before
-
-
-def test_statistics_of_what_cannot_be_read(folder, capsys, refusal):
-    assert main(["data", "stats", str(folder), "--split", "val"]) == 0
-    assert "val: 4 images, 12 refs (0 without target), 48 expressions" in capsys.readouterr().out
-    assert "no split 'dev'" in refusal("data", "stats", folder, "--split", "dev")
-    assert "neither a .png nor a .pdf" in refusal("data", "stats", folder, "--sheet", folder / "x.jpg")
-    path = folder / "val-00000-of-00001.tar"
-    with tarfile.open(path) as tar:
-        at = tar.getmembers()[1].offset_data
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-    assert "json is damaged" in refusal("data", "stats", folder, "--split", "val")
-    with pytest.raises(UserError, match="json is damaged"):
-        split_stats(folder, "val", 2)
-    assert "no manifest" in refused(dit_ds("data", "stats", folder / "none", check=None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import resource
+import sys
 import tarfile
 from typing import Any
 
@@ -25,21 +26,32 @@ class MemberReader:
         self.index = index
         self._files: dict[int, int] = {}
         # half of what a process may open: torch's queues take some, too, and wait for ever without
-        self._most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = sys.maxsize if may_open == resource.RLIM_INFINITY else max(1, may_open // 2)
 
     def read(self, image: int, member: int) -> bytes:
         """The bytes of one member, JPG or JSON.
 
         Raises:
             BadSample: they are not those that were written.
+            UserError: the shard is gone, or can't be read.
         """
         shard = int(self.index.images[image, 0])
         at, length, _ = (int(x) for x in self.index.images[image, member : member + 3])
+        try:
+            data = os.pread(self._open(shard), length, at)
+        except OSError as e:
+            raise UserError(
+                f"cannot read {self.index.shards[shard]} ({e.strerror}): see that it can be reached"
+            ) from None
+        return self.index.check(image, member, data)
+
+    def _open(self, shard: int) -> int:
         if shard not in self._files:
             if len(self._files) >= self._most:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-        return self.index.check(image, member, os.pread(self._files[shard], length, at))
+        return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # descriptors belong to one process
