@@ -25,12 +25,12 @@ import common  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from dit_ds import engine as ds  # noqa: E402
-from dit_ds import weights  # noqa: E402
-from dit_ds.config import validate  # noqa: E402
+from dit_ds.checkpointing import weights  # noqa: E402
+from dit_ds.checkpointing.writer import Saver, restore  # noqa: E402
+from dit_ds.config.load import validate  # noqa: E402
 from dit_ds.distributed import World, connect, disconnect  # noqa: E402
-from dit_ds.fragments import TrainingState  # noqa: E402
-from dit_ds.saver import Saver, restore  # noqa: E402
+from dit_ds.engine import engine as ds  # noqa: E402
+from dit_ds.engine.zero_state import TrainingState  # noqa: E402
 
 
 def saves(size: str, rounds: int, folder: Path, world: World) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dit_ds.memory.ledger import LiveTensors
+from dit_ds.planning.memory.tracker import LiveTensors
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

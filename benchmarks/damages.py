@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit_ds.data.manifest import COUNTS, write_manifest
+from dit_ds.data.shards.manifest import COUNTS, write_manifest
 
 Damage = Callable[[Path, random.Random, Path], str]  # a copy to damage and another set's folder; what was done
 

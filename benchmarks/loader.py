@@ -37,12 +37,12 @@ from field_style import FieldStyle, unpack
 from photos import DATASET, write_photos, write_thumbnails
 from torch.utils.data import DataLoader
 
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import JPG, SplitIndex
-from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.order import EvalBatches, TrainBatches
-from dit_ds.data.shards import shard_refer
-from dit_ds.data.transforms import Augmentation
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import JPG, SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.transforms import Augmentation
+from dit_ds.data.shards.write import shard_refer
 from dit_ds.models.text_encoder import load_tokenizer
 
 SIZE, BATCH, TOKENS = 512, 16, 20

@@ -26,9 +26,9 @@ import torch
 from loader import AUGMENTATION, BATCH, dataset
 from photos import DATASET, write_photos
 
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.loader import checked, make_loader
-from dit_ds.data.order import TrainBatches
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.sampler import TrainBatches
 
 CLI = [sys.executable, "-m", "dit_ds.cli", "data"]
 

@@ -29,11 +29,11 @@ import common  # noqa: E402
 import numpy as np  # noqa: E402
 from damages import DAMAGES  # noqa: E402
 
-from dit_ds.data.dataset import ExpressionDataset  # noqa: E402
-from dit_ds.data.index import BadSample, SplitIndex  # noqa: E402
-from dit_ds.data.sample_set import write_sample_set  # noqa: E402
-from dit_ds.data.shards import shard_refer  # noqa: E402
-from dit_ds.data.verify import verify_shards  # noqa: E402
+from dit_ds.data.loading.dataset import ExpressionDataset  # noqa: E402
+from dit_ds.data.loading.index import BadSample, SplitIndex  # noqa: E402
+from dit_ds.data.sample_set.write import write_sample_set  # noqa: E402
+from dit_ds.data.shards.verify import verify_shards  # noqa: E402
+from dit_ds.data.shards.write import shard_refer  # noqa: E402
 from dit_ds.errors import UserError  # noqa: E402
 
 # from the best to the worst; a damage counts as the worst that it does to any split

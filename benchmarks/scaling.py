@@ -20,9 +20,9 @@ from scaling_worker import compare  # noqa: E402
 from test_scaling import TIGHT  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from dit_ds.communication import Transfer  # noqa: E402
-from dit_ds.config import load_config  # noqa: E402
-from dit_ds.scaling import Machine, lines, table  # noqa: E402
+from dit_ds.config.load import load_config  # noqa: E402
+from dit_ds.planning.communication import Transfer  # noqa: E402
+from dit_ds.planning.scaling import Machine, lines, table  # noqa: E402
 
 COUNTED = [{"stage": stage, "accumulation": a} for stage in range(4) for a in (1, 2)] + [
     {"stage": 2, "override": {"zero_optimization": {"use_multi_rank_bucket_allreduce": False}}},

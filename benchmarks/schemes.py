@@ -22,7 +22,7 @@ from pathlib import Path
 from common import RESULTS, conditions, table, write
 from safetensors.torch import load_file, save_file
 
-from dit_ds.published import TABLES, Column
+from dit_ds.paper.tables import TABLES, Column
 
 ROOT = Path(__file__).parent.parent
 SCHEMES = {"default": "default", "end_to_end": "E-DIT", "layer_wise": "L-DIT"}

@@ -23,14 +23,14 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
-from dit_ds import engine as ds  # noqa: E402
-from dit_ds.config import RunConfig, validate  # noqa: E402
+from dit_ds.checkpointing.weights import build_model  # noqa: E402
+from dit_ds.config.load import RunConfig, validate  # noqa: E402
 from dit_ds.distributed import connect, disconnect  # noqa: E402
-from dit_ds.flops import peak_flops, step_flops  # noqa: E402
-from dit_ds.memory.step import fake_batch  # noqa: E402
+from dit_ds.engine import engine as ds  # noqa: E402
 from dit_ds.models.dit_sam import segmentation_loss  # noqa: E402
 from dit_ds.models.sam import SIZES  # noqa: E402
-from dit_ds.weights import build_model  # noqa: E402
+from dit_ds.planning.flops import peak_flops, step_flops  # noqa: E402
+from dit_ds.planning.memory.profiled_step import fake_batch  # noqa: E402
 
 MODES = {  # frozen image encoder, frozen text encoder
     "frozen": (True, True),

@@ -20,12 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
-from dit_ds import engine  # noqa: E402
-from dit_ds.config import load_config  # noqa: E402
-from dit_ds.memory.plan import GIB, needed  # noqa: E402
-from dit_ds.tune import command, report  # noqa: E402
-from dit_ds.tune.footprint import Jobs  # noqa: E402
-from dit_ds.tune.space import candidates  # noqa: E402
+from dit_ds.config.load import load_config  # noqa: E402
+from dit_ds.engine import engine  # noqa: E402
+from dit_ds.planning.memory.plan import GIB, needed  # noqa: E402
+from dit_ds.planning.tune import command, report  # noqa: E402
+from dit_ds.planning.tune.candidates import candidates  # noqa: E402
+from dit_ds.planning.tune.memory_model import Jobs  # noqa: E402
 
 CASES = [("vit_b", 1, 8), ("vit_h", 2, 8)]
 

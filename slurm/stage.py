@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dit_ds.config import load_config
+from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
 
 

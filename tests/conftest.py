@@ -96,7 +96,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """The one line with which a command, run in this process, refuses; for what is refused before ranks meet."""
-    from dit_ds.cli import main
+    from dit_ds.cli.entry import main
 
     def line(*args: object) -> str:
         capsys.readouterr()
@@ -123,7 +123,7 @@ def world():
 @pytest.fixture(scope="session")
 def refer_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 images of the sample set as a REFER tree."""
-    from dit_ds.data.sample_set import write_sample_set
+    from dit_ds.data.sample_set.write import write_sample_set
 
     out = tmp_path_factory.mktemp("refer")
     write_sample_set(out, images=40, seed=3, processes=1)
@@ -133,7 +133,7 @@ def refer_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(refer_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its shards; the folder that `--data.root` names."""
-    from dit_ds.data.shards import shard_refer
+    from dit_ds.data.shards.write import shard_refer
 
     out = tmp_path_factory.mktemp("shards")
     shard_refer(refer_tree, refer_tree / "images/train2014", "refcoco", "unc", out, shards={"train": 4}, processes=1)

@@ -26,12 +26,12 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import BertConfig  # noqa: E402
 
-from dit_ds.config import RunConfig, validate  # noqa: E402
+from dit_ds.config.load import RunConfig, validate  # noqa: E402
 from dit_ds.distributed import World, connect, disconnect, gather_objects  # noqa: E402
-from dit_ds.memory.fake import fake_cluster, fake_tensors  # noqa: E402
-from dit_ds.memory.ledger import Ledger, LiveTensors  # noqa: E402
-from dit_ds.memory.measure import Request, measure  # noqa: E402
-from dit_ds.memory.step import Steps  # noqa: E402
+from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors  # noqa: E402
+from dit_ds.planning.memory.measure import Request, measure  # noqa: E402
+from dit_ds.planning.memory.profiled_step import Steps  # noqa: E402
+from dit_ds.planning.memory.tracker import Ledger, LiveTensors  # noqa: E402
 
 MICRO_BATCH = 2
 

@@ -20,14 +20,14 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dit_ds import engine as ds
-from dit_ds.communication import Shape, communication_volume
-from dit_ds.config import RunConfig, merge, validate
+from dit_ds.checkpointing.weights import build_model
+from dit_ds.config.load import RunConfig, merge, validate
 from dit_ds.distributed import World, connect, disconnect
-from dit_ds.flops import hardware_flops
-from dit_ds.memory.step import fake_batch
+from dit_ds.engine import engine as ds
 from dit_ds.models.dit_sam import segmentation_loss
-from dit_ds.weights import build_model
+from dit_ds.planning.communication import Shape, communication_volume
+from dit_ds.planning.flops import hardware_flops
+from dit_ds.planning.memory.profiled_step import fake_batch
 
 KINDS = {
     "allreduce_": "all-reduce",

@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT, dit_ds, environment, refused
 
-from dit_ds.config import fields, load_config
+from dit_ds.config.load import fields, load_config
 from dit_ds.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dit_ds.config import validate
+from dit_ds.config.load import validate
 from dit_ds.errors import UserError
 
 

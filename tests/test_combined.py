@@ -10,12 +10,12 @@ import pytest
 from conftest import dit_ds, refused
 from refer_files import H, W, annotation, box, filled, image, ref, samples_of, write_images, write_refer
 
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.refer import decode_rle
-from dit_ds.data.shards import shard_refer
-from dit_ds.data.sources import load_source
-from dit_ds.data.verify import verify_shards
+from dit_ds.data.annotations.combine import load_source
+from dit_ds.data.annotations.refer import decode_rle
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.shards.verify import verify_shards
+from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError
 
 SETS = "refcoco,refcoco+,refcocog"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, dit_ds, metrics_of
 
-from dit_ds.cli import main
-from dit_ds.compare import compare
-from dit_ds.config import load_config
+from dit_ds.cli.entry import main
+from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
-from dit_ds.published import EXPRESSIONS
+from dit_ds.paper.compare import compare
+from dit_ds.paper.tables import EXPRESSIONS
 
 FULL = {"val": 10834, "testA": 5657, "testB": 5095}
 

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from dit_ds.config import TrainConfig
+from dit_ds.config.load import TrainConfig
 from dit_ds.distributed import set_environment
-from dit_ds.engine import learning_rate
+from dit_ds.engine.engine import learning_rate
 from dit_ds.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

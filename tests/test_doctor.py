@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import ROOT, dit_ds, environment, tiny_config
 
-from dit_ds.config import validate
+from dit_ds.config.load import validate
 from dit_ds.distributed import free_port
 from dit_ds.doctor import collective, configured, node
 from dit_ds.doctor.check import Check, Context, run_checks

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from conftest import MINILM, ROOT, dit_ds, environment, metrics_of, refused, tiny_config, wait_for_step
 
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.loader import checked, make_loader, make_tokenize, worker_failures
-from dit_ds.data.order import TrainBatches
-from dit_ds.data.storage import locate
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader, make_tokenize, worker_failures
+from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.shards.storage import locate
 from dit_ds.errors import RankFailed
 from dit_ds.models.text_encoder import load_tokenizer
 

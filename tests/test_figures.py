@@ -12,15 +12,15 @@ from conftest import tiny_config
 from PIL import Image
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.cli import main
-from dit_ds.config import RunConfig, merge, validate
-from dit_ds.metrics import intersection_and_union
+from dit_ds.checkpointing.weights import build_model, load_model, save_tensors
+from dit_ds.cli.entry import main
+from dit_ds.config.load import RunConfig, merge, validate
+from dit_ds.evaluation.metrics import intersection_and_union
 from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_places
 from dit_ds.models.image_encoder import WordAttention
 from dit_ds.models.sam import Size
 from dit_ds.models.schemes import SCHEMES
-from dit_ds.visualize import GridRow, write_grid
-from dit_ds.weights import build_model, load_model, save_tensors
+from dit_ds.visualize.drawing import GridRow, write_grid
 
 RED = (220, 0, 0)
 
@@ -249,8 +249,8 @@ def test_a_grid_tells_what_it_shows(checkpoints, call, tmp_path):
     assert result["titles"] == ["ours", "SAM"] and [s["sample"] for s in result["samples"]] == [5, 0]
     np.testing.assert_allclose(np.mean([s["ious"] for s in result["samples"]], axis=0), result["miou"])
 
-    from dit_ds.predict import segment
-    from dit_ds.sets import dataset_of
+    from dit_ds.data.build import dataset_of
+    from dit_ds.evaluation.inference import segment
 
     for k, path in enumerate(paths):  # what `dit-ds predict` would give
         model, config, _ = load_model(path)
@@ -309,7 +309,7 @@ def test_grids_that_cannot_be_drawn(checkpoints, call, shards, tmp_path):
 
 
 def test_other_shards_of_the_same_set_are_refused(checkpoints, call, refer_tree, tmp_path):
-    from dit_ds.data.shards import shard_refer
+    from dit_ds.data.shards.write import shard_refer
 
     shard_refer(refer_tree, refer_tree / "images/train2014", "refcoco", "unc", tmp_path, shards={"val": 2}, processes=1)
     other = checkpoints("other_shards", data={"root": str(tmp_path)})

@@ -6,8 +6,8 @@ import random
 
 import torch
 
-from dit_ds import fragments
-from dit_ds.fragments import digest
+from dit_ds.engine import zero_state as fragments
+from dit_ds.engine.zero_state import digest
 
 
 def test_a_digest_does_not_depend_on_how_a_parameter_is_cut_up(monkeypatch):

@@ -17,15 +17,15 @@ from pycocotools import mask as coco
 from refer_files import H, W, annotation, box, filled, image, python2_pickle, ref, samples_of, write_images, write_refer
 from test_methods import inputs, tiny
 
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.prompts import Prompts
-from dit_ds.data.refer import annotation_rle, decode_rle
-from dit_ds.data.shards import shard_refer
-from dit_ds.data.sources import load_source
-from dit_ds.data.verify import verify_shards
+from dit_ds.data.annotations.combine import load_source
+from dit_ds.data.annotations.refer import annotation_rle, decode_rle
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.prompts import Prompts
+from dit_ds.data.shards.verify import verify_shards
+from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError
-from dit_ds.metrics import summarize, summarize_generalized
+from dit_ds.evaluation.metrics import summarize, summarize_generalized
 from dit_ds.models.dit_sam import segmentation_loss
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dit_ds.data.batch import Batch
-from dit_ds.data.lending import _SLOTS, lend
+from dit_ds.data.loading.batch import Batch
+from dit_ds.data.loading.shared_memory import _SLOTS, lend
 
 _ROWS, _SIDE, _STEPS = 2, 32, 40
 

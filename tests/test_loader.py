@@ -14,13 +14,13 @@ from conftest import MINILM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import JPG, BadSample, SplitIndex
-from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.order import EvalBatches, TrainBatches
-from dit_ds.data.prompts import Prompts
-from dit_ds.data.readers import MemberReader
-from dit_ds.data.transforms import Augmentation, decode_jpeg, resize_mask, resized_shape
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import JPG, BadSample, SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.prompts import Prompts
+from dit_ds.data.loading.readers import MemberReader
+from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.transforms import Augmentation, decode_jpeg, resize_mask, resized_shape
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
 
@@ -89,7 +89,7 @@ def test_samples_do_not_depend_on_their_company(index, tokenize, data):
 
 def test_an_image_is_decoded_once_for_its_expressions(index, tokenize, monkeypatch):
     decoded = []
-    monkeypatch.setattr("dit_ds.data.dataset.decode_jpeg", lambda *a: decoded.append(1) or decode_jpeg(*a))
+    monkeypatch.setattr("dit_ds.data.loading.dataset.decode_jpeg", lambda *a: decoded.append(1) or decode_jpeg(*a))
     dataset = ExpressionDataset(index, "sentence", 64, tokenize)
     for items in EvalBatches(len(dataset), 5, 0, 1):
         dataset.__getitems__(items)
@@ -115,7 +115,7 @@ def test_an_expression_of_nothing_has_an_empty_mask(index, tokenize, monkeypatch
         meta["refs"][0]["ann_ids"] = []
         return meta
 
-    monkeypatch.setattr("dit_ds.data.index.json.loads", without_target)
+    monkeypatch.setattr("dit_ds.data.loading.index.json.loads", without_target)
     for augmentation in (None, Augmentation(0.4, 0.5, 0.5)):
         for rule in ("half", "any", "soft"):
             sample = ExpressionDataset(index, "sentence", 64, tokenize, augmentation, mask_rule=rule)[0, 0, 1.0]

@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT, environment
 from memory_worker import MICRO_BATCH, configuration, storages
 
-from dit_ds.config import validate
-from dit_ds.memory.ledger import Ledger, LiveTensors
-from dit_ds.memory.predict import Question, predict
-from dit_ds.memory.step import fake_batch
+from dit_ds.checkpointing.weights import build_model
+from dit_ds.config.load import validate
 from dit_ds.models.dit_sam import segmentation_loss
-from dit_ds.weights import build_model
+from dit_ds.planning.memory.estimate import Question, predict
+from dit_ds.planning.memory.profiled_step import fake_batch
+from dit_ds.planning.memory.tracker import Ledger, LiveTensors
 
 STAYS = ("parameters", "gradients", "optimizer", "average", "buffers")
 
@@ -164,7 +164,7 @@ def test_a_profile_is_drawn_by_predict_and_fits_table_8(tmp_path):
     """
     from PIL import Image
 
-    from dit_ds.memory.timeline import draw
+    from dit_ds.planning.memory.timeline import draw
 
     config = validate(
         {

@@ -10,18 +10,18 @@ import torch
 from conftest import ROOT
 
 import dit_ds.torchvision_stub  # noqa: F401  before transformers
-from dit_ds import engine
-from dit_ds.config import load_config, validate
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
+from dit_ds.config.load import load_config, validate
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.engine import engine
+from dit_ds.engine.batchnorm import RunningStatistics
 from dit_ds.errors import UserError
-from dit_ds.evaluate import original_probabilities
+from dit_ds.evaluation.evaluate import original_probabilities
 from dit_ds.models.lavt import LAVT
 from dit_ds.models.rela import Output, ReLA, SinePositions
 from dit_ds.models.segmenter import two_class_loss
 from dit_ds.models.swin import PWAM, SIZES, WordSwin
 from dit_ds.models.text_encoder import TextEncoder
-from dit_ds.statistics import RunningStatistics
 
 BERT = str(ROOT / "configs/text/bert_base")
 METHODS = {"lavt": LAVT, "rela": ReLA}

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, dit_ds, metrics_of, tiny_config
 from safetensors.torch import load_file
 
-from dit_ds.checkpoint import Reader
+from dit_ds.checkpointing.reader import Reader
 
 
 def config_of(name: str, data_root: Path, folder: Path, stage: int, **train) -> Path:

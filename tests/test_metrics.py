@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dit_ds.metrics import intersection_and_union, summarize
+from dit_ds.evaluation.metrics import intersection_and_union, summarize
 
 
 def test_intersection_and_union():

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dit_ds.data.index import SplitIndex
+from dit_ds.data.loading.index import SplitIndex
 
 sys.path.append(str(ROOT / "benchmarks"))
 

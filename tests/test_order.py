@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dit_ds.data.order import EvalBatches, Samples, TrainBatches, epoch_order
+from dit_ds.data.loading.sampler import EvalBatches, Samples, TrainBatches, epoch_order
 from dit_ds.errors import UserError
 
 WORLDS = st.integers(1, 64)

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import MINILM, ROOT
 
-from dit_ds.cli import main
-from dit_ds.config import merge, validate
+from dit_ds.cli.entry import main
+from dit_ds.config.load import merge, validate
 from dit_ds.errors import UserError
-from dit_ds.memory import plan, table8, table8_report, worker
-from dit_ds.memory.predict import GIB, Answer, Question, predict
-from dit_ds.tune.space import SETTINGS
+from dit_ds.paper import table8, table8_report
+from dit_ds.planning.memory import plan, worker
+from dit_ds.planning.memory.estimate import GIB, Answer, Question, predict
+from dit_ds.planning.tune.candidates import SETTINGS
 
 
 def tiny(**train):
@@ -184,7 +185,7 @@ def test_the_table_is_written_for_readers_and_for_programs(ldit, tmp_path):
 
 def test_every_row_is_a_run_that_can_be():
     """All of them: configurations that resolve, with batches that divide."""
-    from dit_ds.engine import deepspeed_config
+    from dit_ds.engine.engine import deepspeed_config
 
     rows = table8.rows("all", ROOT / "configs/paper")
     assert {r.method for r in rows} == {"L-DIT", "E-DIT", "LAVT", "ReLA"} and len(rows) > 50

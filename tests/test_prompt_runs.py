@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, dit_ds, metrics_of
 
-from dit_ds.cli import main
+from dit_ds.cli.entry import main
 
 MIX = ["text", "point", "box"]
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 from conftest import MINILM
 
-from dit_ds.config import validate
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import JPG, SplitIndex
-from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.order import TrainBatches
-from dit_ds.data.prompts import Prompts, box_of, on_resized, points_on, scale_places
-from dit_ds.data.transforms import Augmentation, resize_mask
+from dit_ds.checkpointing.weights import build_model
+from dit_ds.config.load import validate
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import JPG, SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.prompts import Prompts, box_of, on_resized, points_on, scale_places
+from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.transforms import Augmentation, resize_mask
 from dit_ds.errors import UserError
-from dit_ds.evaluate import Binarize, model_inputs
+from dit_ds.evaluation.evaluate import Binarize, model_inputs
+from dit_ds.evaluation.inference import segment
 from dit_ds.models.dit_sam import DITSAM, segmentation_loss
 from dit_ds.models.sam import SIZES
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
-from dit_ds.predict import segment
-from dit_ds.weights import build_model
 
 MIX = ["text", "point", "box"]
 

@@ -9,7 +9,7 @@ import pytest
 from pycocotools import mask as coco
 from refer_files import H, W, box, filled
 
-from dit_ds.data.refer import UnusableRecord, annotation_rle, clean_sentence, decode_rle, load_refer
+from dit_ds.data.annotations.refer import UnusableRecord, annotation_rle, clean_sentence, decode_rle, load_refer
 from dit_ds.errors import UserError
 
 BLOCK = filled((3, 2, 11, 9))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, dit_ds, environment, metrics_of, refused, start_ranks, tiny_config, wait_for_step
 
-from dit_ds.checkpoint import Reader, damage
+from dit_ds.checkpointing.reader import Reader, damage
 
 FULL_EPOCH = 12  # optimizer steps
 

@@ -9,9 +9,9 @@ import torch
 from conftest import MINILM, ROOT, dit_ds
 from scaling_worker import compare, configuration
 
-from dit_ds import flops, scaling
-from dit_ds.cli import main
-from dit_ds.communication import Shape, Transfer, Visit, communication_volume, fetched
+from dit_ds.cli.entry import main
+from dit_ds.planning import flops, scaling
+from dit_ds.planning.communication import Shape, Transfer, Visit, communication_volume, fetched
 
 # so small that the tiny model's layers are gathered again and again, and prefetched in part
 TIGHT = {

@@ -277,8 +277,8 @@ class WordsOnce(Instruction):
 
 
 def test_a_new_scheme_is_a_class_and_a_line(monkeypatch, config_file):
-    from dit_ds.config import load_config
-    from dit_ds.weights import build_model
+    from dit_ds.checkpointing.weights import build_model
+    from dit_ds.config.load import load_config
 
     monkeypatch.setitem(SCHEMES, "words_once", "test_schemes:WordsOnce")
     model = build_model(load_config(config_file, ["--model.scheme", "words_once", "--model.static_tokens", "2"]))
@@ -310,7 +310,7 @@ def test_a_new_scheme_is_a_class_and_a_line(monkeypatch, config_file):
     ],
 )
 def test_impossible_combinations_are_refused_in_a_line(config_file, capsys, overrides, says):
-    from dit_ds.cli import main
+    from dit_ds.cli.entry import main
 
     assert main(["train", "--config", str(config_file), *overrides.split()]) == 2
     err = capsys.readouterr().err
@@ -318,7 +318,7 @@ def test_impossible_combinations_are_refused_in_a_line(config_file, capsys, over
 
 
 def test_more_tokens_than_clip_reads_are_refused(config_file, tiny_clip, capsys):
-    from dit_ds.cli import main
+    from dit_ds.cli.entry import main
 
     overrides = ["--text.name", str(tiny_clip), "--data.tokens", "78"]
     assert main(["train", "--config", str(config_file), *overrides]) == 2

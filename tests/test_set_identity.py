@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from refer_files import annotation, box, image, ref, write_images, write_refer
 
-from dit_ds.config_sections import DataConfig
-from dit_ds.data.shards import shard_refer
-from dit_ds.sets import train_index
+from dit_ds.config.schema import DataConfig
+from dit_ds.data.build import train_index
+from dit_ds.data.shards.write import shard_refer
 
 IMAGES = [image(i) for i in range(1, 5)]
 

@@ -12,15 +12,15 @@ import pytest
 import yaml
 from conftest import dit_ds, metrics_of, refused, tiny_config
 
-from dit_ds.config import validate
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.loader import checked, make_loader
-from dit_ds.data.manifest import load_manifest
-from dit_ds.data.order import TrainBatches
-from dit_ds.data.sample_set import write_sample_set
-from dit_ds.data.shards import shard_refer
-from dit_ds.sets import train_dataset, train_index
+from dit_ds.config.load import validate
+from dit_ds.data.build import train_dataset, train_index
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.sample_set.write import write_sample_set
+from dit_ds.data.shards.manifest import load_manifest
+from dit_ds.data.shards.write import shard_refer
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_training_on_a_mixture_does_not_depend_on_the_world_or_a_stop(two_sets, 
 
 
 def test_an_image_is_decoded_once_for_its_refs(shards, monkeypatch):
-    from dit_ds.data import dataset as module
+    from dit_ds.data.loading import dataset as module
 
     decoded = []
     decode = module.decode_jpeg

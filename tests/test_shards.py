@@ -19,10 +19,10 @@ import webdataset
 from conftest import ROOT, dit_ds, environment, refused
 from tqdm import tqdm
 
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.refer import annotation_rle, decode_rle, load_refer
-from dit_ds.data.shards import shard_refer
-from dit_ds.data.verify import verify_shards
+from dit_ds.data.annotations.refer import annotation_rle, decode_rle, load_refer
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.shards.verify import verify_shards
+from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import RunFailed, UserError
 
 
@@ -116,7 +116,7 @@ def test_a_killed_run_leaves_no_manifest_and_is_continued(tmp_path):
 
 def test_a_worker_that_is_ended_ends_the_run(refer_tree, tmp_path, monkeypatch):
     """As for want of memory: it is said, not waited for."""
-    monkeypatch.setattr("dit_ds.data.shards.image_bytes", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("dit_ds.data.shards.write.image_bytes", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunFailed, match="fewer --processes"):
         shard(refer_tree, tmp_path, processes=2)
     assert not list((tmp_path / "refcoco/unc").iterdir())

@@ -11,7 +11,7 @@ from conftest import dit_ds, read_samples, refused
 from PIL import Image
 from pycocotools import mask as coco
 
-from dit_ds.cli import main
+from dit_ds.cli.entry import main
 from dit_ds.data.stats import split_stats
 from dit_ds.errors import UserError
 

@@ -13,12 +13,12 @@ import torch
 import yaml
 from conftest import MINILM, dit_ds, metrics_of, tiny_config
 
-from dit_ds.data.dataset import ExpressionDataset
-from dit_ds.data.index import SplitIndex
-from dit_ds.data.loader import checked, make_loader, make_tokenize
-from dit_ds.data.order import EvalBatches, TrainBatches
-from dit_ds.data.storage import locate
-from dit_ds.data.transforms import Augmentation
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.transforms import Augmentation
+from dit_ds.data.shards.storage import locate
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
 

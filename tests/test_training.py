@@ -14,7 +14,7 @@ from conftest import ROOT, dit_ds, metrics_of, refused, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dit_ds.checkpoint import Reader
+from dit_ds.checkpointing.reader import Reader
 
 MICRO = "--deepspeed.override.train_micro_batch_size_per_gpu"
 

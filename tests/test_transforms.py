@@ -11,9 +11,8 @@ from PIL import Image, ImageEnhance
 from pycocotools import mask as coco
 
 import dit_ds.torchvision_stub  # noqa: F401
-from dit_ds.data.loader import make_tokenize
-from dit_ds.data.rle import decode_runs
-from dit_ds.data.transforms import (
+from dit_ds.data.loading.loader import make_tokenize
+from dit_ds.data.loading.transforms import (
     Augmentation,
     Drawn,
     decode_jpeg,
@@ -23,6 +22,7 @@ from dit_ds.data.transforms import (
     resize_quickly,
     resized_shape,
 )
+from dit_ds.data.masks import decode_runs
 from dit_ds.models.text_encoder import load_tokenizer
 
 

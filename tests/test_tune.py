@@ -14,15 +14,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, metrics_of
 
-from dit_ds import engine, flops
-from dit_ds.cli import main
-from dit_ds.communication import Shape
-from dit_ds.config import load_config
+from dit_ds.cli.entry import main
+from dit_ds.config.load import load_config
+from dit_ds.engine import engine
 from dit_ds.errors import RunFailed
-from dit_ds.memory.plan import GIB, needed
-from dit_ds.scaling import Machine
-from dit_ds.tune import command, files, report, search, space, speed, trials
-from dit_ds.tune.footprint import Footprint, Footprints, Profiled
+from dit_ds.planning import flops
+from dit_ds.planning.communication import Shape
+from dit_ds.planning.memory.plan import GIB, needed
+from dit_ds.planning.scaling import Machine
+from dit_ds.planning.tune import candidates as space
+from dit_ds.planning.tune import command, report, search, trials
+from dit_ds.planning.tune import output as files
+from dit_ds.planning.tune import time_model as speed
+from dit_ds.planning.tune.memory_model import Footprint, Footprints, Profiled
 
 BASE = ROOT / "configs/base.yaml"
 

@@ -15,11 +15,11 @@ from conftest import read_samples
 from pycocotools import mask as coco
 from webdataset import TarWriter
 
-from dit_ds.cli import main
-from dit_ds.data import official
-from dit_ds.data.manifest import COUNTS, read_members, write_manifest
-from dit_ds.data.rle import run_lengths
-from dit_ds.data.verify import verify_shards
+from dit_ds.cli.entry import main
+from dit_ds.data.masks import run_lengths
+from dit_ds.data.shards import published_counts as official
+from dit_ds.data.shards.manifest import COUNTS, read_members, write_manifest
+from dit_ds.data.shards.verify import verify_shards
 from dit_ds.files import sha256_of
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 from conftest import ROOT, dit_ds, on_ranks, refused
 
-from dit_ds import engine
-from dit_ds.config import validate
+from dit_ds.config.load import validate
+from dit_ds.engine import engine
 from dit_ds.errors import UserError
 from dit_ds.models.schemes import SCHEMES
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.index import JPG, JSON, SplitIndex
+from dit_ds.data.annotations.refer import decode_rle
+from dit_ds.data.loading.index import JPG, JSON, SplitIndex
+from dit_ds.data.loading.readers import MemberReader
+from dit_ds.data.loading.transforms import decode_jpeg, swap_sides
 from dit_ds.data.parallel import forked_map
-from dit_ds.data.readers import MemberReader
-from dit_ds.data.refer import decode_rle
-from dit_ds.data.storage import local
-from dit_ds.data.transforms import decode_jpeg, swap_sides
-from dit_ds.visualize import GridRow, picture_format, write_grid
+from dit_ds.data.shards.storage import local
+from dit_ds.visualize.drawing import GridRow, picture_format, write_grid
 
 _SMALL, _LARGE = 32**2, 96**2  # pixels: COCO's small masks are below the first, its large ones from the second on
 _QUANTILES = (5, 25, 50, 75, 95)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from dit_ds import engine
-from dit_ds.config import RunConfig
+from dit_ds.config.load import RunConfig
+from dit_ds.engine import engine
 from dit_ds.errors import UserError
 
 GIB = 2**30

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dit_ds import engine
 from dit_ds.distributed import World, connect, gather_objects
 from dit_ds.doctor.check import Check, Context
+from dit_ds.engine import engine
 from dit_ds.errors import UserError
 
 _ELEMENTS = 1 << 24  # 64 MiB of fp32

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit_ds import engine
 from dit_ds.doctor.check import GIB, Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
+from dit_ds.engine import engine
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error
 
@@ -29,9 +29,9 @@ def configuration(c: Context) -> Iterator[Check]:
 
 def shards(c: Context) -> Iterator[Check]:
     """Manifest, sizes, one sample of this rank's own, and the speed of reading."""
-    from dit_ds.data.dataset import ExpressionDataset
-    from dit_ds.data.index import SplitIndex
-    from dit_ds.sets import train_index, val_folder
+    from dit_ds.data.build import train_index, val_folder
+    from dit_ds.data.loading.dataset import ExpressionDataset
+    from dit_ds.data.loading.index import SplitIndex
 
     d = c.config.data
     index = train_index(d)
@@ -139,7 +139,7 @@ def _checkpoint_bytes(c: Context) -> int:
     """fp32 masters, Adam's two moments and the moving average of what trains. 0 if it can't be told."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dit_ds.weights import build_model
+    from dit_ds.checkpointing.weights import build_model
 
     try:
         with FakeTensorMode():  # tensors without data

@@ -1,0 +1,229 @@
+"""What a checkpoint is: a folder that is whole or not there, found, checked and read.
+
+`checkpoints/step_00001200/` holds `rank_*.safetensors` (of each rank its ranges of the trained parameters: master
+weights, Adam's moments, moving average), `frozen.safetensors` (what doesn't change, linked to one file of the run), of
+models with BatchNorm `statistics.safetensors` (its running ones, the same on all ranks), `meta.json` and
+`manifest.json` (every file's size and SHA-256). Any world size and any ZeRO stage reads it: ranges are found by
+parameter name. `saver.py` writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dit_ds.distributed import World, gather_objects
+from dit_ds.engine.zero_state import MASTER, digest
+from dit_ds.errors import UserError
+from dit_ds.files import read_json, sha256_of
+
+FROZEN, STATISTICS = "frozen.safetensors", "statistics.safetensors"
+_log = logging.getLogger("dit_ds")
+
+
+def all_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in Path(run_dir).glob("checkpoints/step_*/manifest.json"))
+
+
+def find(path: str | Path) -> Path:
+    """A checkpoint from its own folder, or from a run's: its best, else its newest. An exported file is one itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / "manifest.json").exists() or path.is_file():
+        return path
+    checkpoints = all_checkpoints(path)
+    if not checkpoints:
+        raise UserError(
+            f"no checkpoint in {path}: give a run's folder, one of its checkpoints/step_*, or an exported file"
+        )
+    best = path / "best.json"
+    if best.exists():
+        chosen = path / "checkpoints" / f"step_{read_json(best, 'best score')['step']:08d}"
+        if chosen in checkpoints:
+            return chosen
+    return checkpoints[-1]
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; an exported file, in its header."""
+    if not path.is_file():
+        return read_json(path / "meta.json", "checkpoint")
+    with damage_is_user_error(path), safe_open(path, "pt") as f:
+        meta = (f.metadata() or {}).get("dit_ds")
+    if meta is None:
+        raise UserError(
+            f"{path} was not written by dit-ds export: give a run's folder or one of its checkpoints/step_*"
+        )
+    return json.loads(meta)
+
+
+@contextlib.contextmanager
+def damage_is_user_error(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into one line."""
+    try:
+        yield
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"checkpoint {path} is damaged ({e}): use another of the run's") from None
+
+
+def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, by size and SHA-256; each of `parts` callers reads its share."""
+    try:
+        files = read_json(path / "manifest.json", "manifest")["files"]
+        for i, (name, entry) in enumerate(sorted(files.items())):
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if i % parts == part and sha256_of(file) != entry["sha256"]:
+                return f"{name} has another SHA-256"
+    except (UserError, KeyError, TypeError, OSError) as e:  # a disk that can't be read, too
+        return str(e)
+    return None
+
+
+def newest_whole(run_dir: str | Path, world: World) -> Path | None:
+    """The newest checkpoint whose every byte is what was written; damaged ones are passed over with a warning. Collective.
+
+    What a killed run left half done is cleared first.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    if world.main:
+        clear_rests(Path(run_dir) / "checkpoints")
+    there = gather_objects([str(p) for p in all_checkpoints(run_dir)])[0]  # all ranks look at the same list
+    for path in map(Path, reversed(there)):
+        wrong = [w for w in gather_objects(damage(path, world.rank, world.world_size)) if w]
+        if not wrong:
+            return path
+        if world.main:
+            _log.warning(f"warning: checkpoint {path} is damaged ({wrong[0]}): going back to the one before")
+    if there:
+        raise UserError(f"all checkpoints of {run_dir} are damaged: start again with another --run_dir")
+    return None
+
+
+class Reader:
+    """A checkpoint's trained parameters, by name and range.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.meta = path, read_meta(path)
+        self.shapes: dict[str, list[int]] = self.meta["shapes"]
+        self.kinds = set(self.meta["digest"])
+        self._where: dict[str, list[tuple[int, int, Path]]] = {}
+        self._files: dict[Path, Any] = {}
+        with damage_is_user_error(path):
+            names = read_json(path / "manifest.json", "manifest")["files"]
+            for file in sorted(path / n for n in names if n.startswith("rank_")):
+                for name, (start, numel) in json.loads(self._open(file).metadata()["ranges"]).items():
+                    self._where.setdefault(name, []).append((start, numel, file))
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(file, "pt")
+        return self._files[file]
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """(numel,) of a parameter's `kind`, from element `start` on."""
+        out, found = torch.empty(numel), 0
+        with damage_is_user_error(self.path):
+            for at, length, file in self._where.get(name, []):
+                low, high = max(at, start), min(at + length, start + numel)
+                if low < high:
+                    piece = self._open(file).get_slice(f"{kind}/{name}")[low - at : high - at]
+                    out[low - start : high - start] = piece
+                    found += high - low
+        if found != numel:
+            raise UserError(f"checkpoint {self.path} is damaged ({name} is not whole): use another of the run's")
+        return out
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """Every trained parameter's `kind`, compared with the digest that was taken when it was saved."""
+        out, total = {}, 0
+        for name, shape in self.shapes.items():
+            flat = self.read(kind, name, 0, torch.Size(shape).numel())
+            total += digest(name, 0, flat)
+            out[name] = flat.view(shape)
+        self.compare({kind: total})
+        return out
+
+    def compare(self, digests: dict[str, int]) -> None:
+        """Compare digests, by kind, with those taken when the checkpoint was saved.
+
+        Raises:
+            UserError: another.
+        """
+        for kind, total in digests.items():
+            if f"{total % (1 << 64):016x}" != self.meta["digest"][kind]:
+                raise UserError(
+                    f"checkpoint {self.path} is damaged (the {kind} digest differs): use another of the run's"
+                )
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; no reader sees half of it, and nobody waits for the disk to free gigabytes."""
+    trash = path.with_name(f".removed_{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    _remove_later(trash)
+
+
+def replace(path: Path, new: Path) -> None:
+    """Give `new` the name `path`; a former one of that name is there until then, or comes back by `clear_rests`."""
+    former = path.with_name(f".replaced_{path.name}")
+    if path.exists():
+        path.rename(former)
+    new.rename(path)
+    if former.exists():
+        _remove_later(former)
+
+
+def _remove_later(folder: Path) -> None:
+    threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove").start()
+
+
+def clear_rests(folder: Path) -> None:
+    """Remove what a killed run left half done, and bring back what it was about to replace."""
+    for former in folder.glob(".replaced_*"):
+        path = folder / former.name.removeprefix(".replaced_")
+        if not path.exists():
+            former.rename(path)
+    for rest in [*folder.glob(".step_*.tmp"), *folder.glob(".removed_*"), *folder.glob(".replaced_*")]:
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def best_kind(meta: dict[str, Any]) -> str:
+    """The weights to evaluate: the moving average where one was kept."""
+    return "ema" if "ema" in meta["digest"] else MASTER
+
+
+def check_resumable(path: Path, expected: dict[str, Any]) -> None:
+    """Compare what must not change between stop and start with what the checkpoint says.
+
+    Raises:
+        UserError: it changed.
+    """
+    meta = read_meta(path)
+    for key, value in expected.items():
+        if meta.get(key) != value:
+            raise UserError(f"{path} was saved with {key} {meta.get(key)}, this run has {value}: resume with the same")

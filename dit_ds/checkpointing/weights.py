@@ -1,0 +1,220 @@
+"""A model from a configuration, from a checkpoint, and to one file of weights."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_ds.checkpointing import reader as checkpoint
+from dit_ds.config.load import RunConfig, load_config, merge, validate
+from dit_ds.engine.batchnorm import running_statistics
+from dit_ds.engine.zero_state import MASTER
+from dit_ds.errors import UserError
+from dit_ds.files import full_disk_is_user_error
+from dit_ds.models.dit_sam import DITSAM
+from dit_ds.models.lavt import LAVT
+from dit_ds.models.rela import ReLA
+from dit_ds.models.sam import DensePositions
+from dit_ds.models.segmenter import Segmenter
+from dit_ds.models.text_encoder import TextEncoder, text_config
+
+
+def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
+    """The configuration's model on the CPU, `model.checkpoint` not yet loaded.
+
+    Args:
+        text_weights: False skips reading pretrained text weights that a checkpoint is about to replace.
+    """
+    m, t = config.model, config.text
+    torch.manual_seed(config.seed)
+    text_config(t.name, t.layers, config.data.tokens)
+    text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache, m.mask_padding)
+    if m.name != "dit_sam":
+        windows = "eager" if m.attention == "eager" else "sdpa"
+        return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
+    return DITSAM(
+        text,
+        m.size,
+        config.data.image_size,
+        m.scheme,
+        zero_words=m.word_init == "zero" or (m.word_init == "auto" and m.checkpoint is not None),
+        adapters=m.adapters == "always" or (m.adapters == "frozen" and m.freeze_image_encoder),
+        static_tokens=m.static_tokens,
+        add_static=m.static_form == "add",
+        decoder_layers=m.decoder_layers,
+        freeze_image_encoder=m.freeze_image_encoder,
+        freeze_projections=m.freeze_projections,
+        freeze_mask_decoder=m.freeze_mask_decoder,
+        mask_padding=m.mask_padding,
+        attention=m.attention,
+        window_size=m.window_size,
+        word_dropout=m.word_dropout,
+        dice_weight=config.train.dice_weight,
+        align_corners=m.align_corners,
+        prompts=config.data.prompts,
+    )
+
+
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model doesn't change: frozen parameters and saved buffers, on the CPU."""
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} | running_statistics(model).keys()
+    return {n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n not in trained}
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """SHA-256 over what of a model doesn't train."""
+    sha = hashlib.sha256()
+    for name, value in sorted(frozen_state(model).items()):
+        sha.update(name.encode())
+        sha.update(value.view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def store_frozen(model: nn.Module, digest: str, run_dir: str | Path) -> Path:
+    """Write all that doesn't train, buffers too, as `frozen/DIGEST.safetensors` in the run's folder, unless it is there.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    path = Path(run_dir) / f"frozen/{digest}.safetensors"
+    if not path.exists():
+        save_tensors(frozen_state(model), path)
+    return path
+
+
+def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with full_disk_is_user_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(state, temporary, header)
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except SafetensorError as e:  # wraps the operating system's errors as text
+            if "No space left" in str(e) or "os error 28" in str(e):
+                raise OSError(errno.ENOSPC, "No space left on device") from e
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
+    """Put a checkpoint's weights into a model of the same configuration.
+
+    Args:
+        path: a checkpoint's folder, or an exported file.
+        kind: of the trained parameters, `master` or `ema`.
+    Raises:
+        UserError: of another model, damaged, or its frozen weights were left out and the model's are others.
+    """
+    left_out = path.is_dir() and not (path / checkpoint.FROZEN).exists()
+    with checkpoint.damage_is_user_error(path):
+        if path.is_file():
+            state = load_file(path)
+        else:
+            frozen = {} if left_out else load_file(path / checkpoint.FROZEN)
+            statistics = path / checkpoint.STATISTICS
+            state = (
+                frozen | (load_file(statistics) if statistics.exists() else {}) | checkpoint.Reader(path).whole(kind)
+            )
+    target = model.state_dict()
+    if left_out:  # the model's own stand in for them, if they are the same
+        state = {n: x for n, x in frozen_state(model).items() if n not in state} | state
+    for name in sorted(state.keys() | target.keys()):
+        if name not in state or name not in target or state[name].shape != target[name].shape:
+            have = tuple(state[name].shape) if name in state else "absent"
+            want = tuple(target[name].shape) if name in target else "absent"
+            raise UserError(
+                f"checkpoint {path} is of another model: {name} is {have}, here {want}: use its own model.* keys"
+            )
+    meta = checkpoint.read_meta(path)
+    if left_out and frozen_digest(model) != meta["frozen"]:
+        text, sam = meta["config"]["text"]["name"], meta["config"]["model"]["checkpoint"]
+        raise UserError(
+            f"{path} was saved without its frozen weights, and those of text.name {text} and model.checkpoint {sam} "
+            "are not the ones it was trained with: set both to the former files"
+        )
+    model.load_state_dict(state)
+
+
+def load_model(
+    path: str | Path, overrides: dict[str, Any] | None = None
+) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
+    """A checkpoint's model in evaluation mode, its run's configuration, and its meta data.
+
+    Where the run kept a moving average of the weights, these are the weights.
+
+    Args:
+        path: a run's folder, a checkpoint's, an exported file; or a configuration in YAML, whose model is then as
+            `model.checkpoint` has it, not tuned.
+        overrides: of the configuration, as a nested dict.
+    Raises:
+        UserError: there is none, it is damaged, or the configuration names no checkpoint.
+    """
+    if Path(path).suffix in (".yaml", ".yml"):
+        return _untuned(path, overrides or {})
+    path = checkpoint.find(path)
+    meta = checkpoint.read_meta(path)
+    here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
+    config = validate(merge(merge(meta["config"], here), overrides or {}))
+    complete = path.is_file() or (path / checkpoint.FROZEN).exists()
+    model = build_model(config, text_weights=not complete)
+    if not complete and config.model.checkpoint:
+        model.load_pretrained(config.model.checkpoint)
+    load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
+    return model.eval(), config, meta
+
+
+def _untuned(path: str | Path, overrides: dict[str, Any]) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
+    config = validate(merge(load_config(path).model_dump(mode="json"), overrides))
+    if config.model.checkpoint is None:
+        raise UserError(f"{path} names no weights: set model.checkpoint, or give the folder of a run that was trained")
+    model = build_model(config)
+    model.load_pretrained(config.model.checkpoint)
+    return model.eval(), config, {"step": 0, "epoch": 0, "config": config.model_dump(mode="json")}
+
+
+def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Write a checkpoint's model as one safetensors file: every tensor by its name, the text encoder's, too.
+
+    SAM's parts keep SAM's names. The header holds the configuration, so that `load_model` needs nothing else but the
+    text encoder's architecture and tokenizer. The file is read back and compared.
+
+    Args:
+        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them, and
+            BatchNorm's running statistics.
+    Returns:
+        `file`, `tensors`, `parameters`, `bytes`, `step`.
+    """
+    model, config, meta = load_model(path)
+    positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
+    state = {
+        name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
+        for name, x in model.state_dict().items()
+    }
+    header = {"config": config.model_dump(mode="json"), **{k: meta[k] for k in ("step", "epoch")}}
+    out = Path(out)
+    save_tensors(state, out, {"dit_ds": json.dumps(header), "format": "pt"})
+    with checkpoint.damage_is_user_error(out):
+        back = load_file(out)
+    if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
+        raise UserError(f"{out} could not be read back as written: check the disk")
+    parameters = sum(p.numel() for p in model.parameters())
+    size = out.stat().st_size
+    return {"file": str(out), "tensors": len(state), "parameters": parameters, "bytes": size, "step": meta["step"]}

@@ -1,0 +1,127 @@
+"""Commands that make, shard and check datasets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dit_ds.cli.output import command, from_one, from_zero, report
+
+
+def add(commands: Any) -> None:
+    """Add `data` to the parser's commands."""
+    data = commands.add_parser("data", help="make, shard and check datasets")
+    data.set_defaults(group=data)
+    data_commands = data.add_subparsers(metavar="COMMAND")
+    p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
+    p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
+    p.add_argument("--images", type=from_one, default=2000, help="pictures to draw (default 2000)")
+    p.add_argument("--seed", type=from_zero, default=0, help="another seed gives another set (default 0)")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+
+    p = command(
+        data_commands, "shard", _data_shard, "annotations to WebDataset tars and a manifest; run again to go on"
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--refer-root", help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
+    source.add_argument("--coco", help="a COCO file with expressions: a set of your own, see README")
+    source.add_argument("--parquet", help="folder with the parquet files of jxu124/refcoco, refcocoplus or refcocog")
+    p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
+    p.add_argument(
+        "--dataset",
+        default="refcoco",
+        help="refcoco, refcoco+, refcocog, refclef, grefcoco, or a name of yours; several, separated by commas, are "
+        "combined to train on, without the images of any val or test split (default refcoco)",
+    )
+    p.add_argument("--split-by", help="unc, google, umd, ... (default umd for refcocog, own with --coco, else unc)")
+    p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
+    p.add_argument(
+        "--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
+    )
+    p.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
+    )
+    p.add_argument(
+        "--legacy-overlap",
+        action="store_true",
+        help="pixels where polygons of one annotation overlap become background, as LAVT and LISA read them",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+
+    p = command(
+        data_commands,
+        "verify",
+        _data_verify,
+        "check a set: manifest, every shard's bytes and members, pictures, masks, refs, ids, splits, published counts",
+    )
+    p.add_argument("folder", help="as data_shards/refcoco/unc")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+
+    p = command(data_commands, "stats", _data_stats, "what is in a split: words, refs, mask and image sizes, pictures")
+    p.add_argument("folder", help="as data_shards/refcoco/unc")
+    p.add_argument("--split", default="train", help="train, val, testA, ... (default train)")
+    p.add_argument("--sheet", metavar="PNG", help="also draw random expressions with their masks, as a .png or .pdf")
+    p.add_argument("--seed", type=from_zero, default=0, help="of the sheet: another seed draws others (default 0)")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+
+
+def _data_sample(args: argparse.Namespace) -> int:
+    from dit_ds.data.sample_set.write import write_sample_set
+
+    report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
+    return 0
+
+
+def _shard_counts(text: str) -> dict[str, int]:
+    counts = {}
+    for part in text.split(","):
+        split, _, number = part.partition("=")
+        if not split or not number.isdigit():
+            raise argparse.ArgumentTypeError(f"'{part}' does not read SPLIT=NUMBER, as in train=256,val=8")
+        counts[split] = int(number)
+    return counts
+
+
+def _totals(manifest: dict[str, Any]) -> dict[str, Any]:
+    keys = ("images", "refs", "sentences", "no_target", "overlapping", "dropped")
+    splits = manifest["splits"].items()
+    totals = {name: {k: s[k] for k in keys} | {"shards": len(s["shards"])} for name, s in splits}
+    return totals | ({"leakage": manifest["leakage"]} if "leakage" in manifest else {})
+
+
+def _data_shard(args: argparse.Namespace) -> int:
+    from dit_ds.data.shards.write import shard_refer
+
+    manifest = shard_refer(
+        args.refer_root,
+        args.images,
+        args.dataset,
+        args.split_by,
+        args.out,
+        args.shards,
+        args.processes,
+        args.skip_bad,
+        args.overwrite,
+        args.legacy_overlap,
+        args.coco,
+        args.parquet,
+    )
+    report(args, _totals(manifest))
+    return 0
+
+
+def _data_verify(args: argparse.Namespace) -> int:
+    from dit_ds.data.shards import verify
+
+    found = verify.verify_shards(args.folder, args.processes)
+    report(args, found, lambda: verify.lines(found))
+    return 0 if found["ok"] else 1
+
+
+def _data_stats(args: argparse.Namespace) -> int:
+    from dit_ds.data import stats
+
+    found = stats.split_stats(args.folder, args.split, args.processes, args.sheet, args.seed)
+    report(args, found, lambda: stats.lines(found))
+    return 0

@@ -1,0 +1,162 @@
+"""The run configuration: typed, from YAML files that inherit from one another, with dotted overrides.
+
+The run's YAML owns batch size, learning rate, schedule and epochs; the DeepSpeed JSON that it names owns sharding,
+precision, offload and the micro-batch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from dit_ds.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    Section,
+    TextConfig,
+    TrainConfig,
+)
+from dit_ds.config.validation import check_combinations
+from dit_ds.errors import UserError
+from dit_ds.files import atomic_write
+
+
+class RunConfig(Section):
+    """Everything a run depends on. The resolved form is saved as config.yaml in its folder."""
+
+    run_dir: str = Field("runs/dit", description="the run's folder")
+    seed: int = Field(0, ge=0, description="of weights, sample order and augmentation")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML, atomically."""
+        with atomic_write(path) as f:
+            f.write(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, the files it is based on (`base: other.yaml`), and overrides `--a.b value` or `--a.b=value`.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key (with the nearest one), a value of the wrong type.
+    """
+    values = _read_yaml(Path(path), seen=())
+    for key, value in _parse_overrides(overrides or []):
+        _set(values, key, value)
+    return validate(values)
+
+
+def validate(values: dict[str, Any]) -> RunConfig:
+    """Check a nested dict against the schema; the first thing wrong becomes a one-line `UserError`."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(str(p) for p in error["loc"])
+        if error["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, field_names(), 1, cutoff=0.5)
+            hint = f": did you mean '{near[0]}'?" if near else ": see 'dit-ds train --help'"
+            raise UserError(f"unknown key '{key}'{hint}") from None
+        hint = ""
+        if error["type"] == "literal_error":
+            options = [o.strip(" '") for o in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+            near = difflib.get_close_matches(str(error["input"]), options, 1)
+            hint = f": did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}") from None
+    check_combinations(config)
+    return config
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path} is based on itself: remove the 'base' that closes the circle")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, as configs/base.yaml does")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return merge(_read_yaml(path.parent / base, (*seen, path)), values)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = merge(below[key], value) if both else value
+    return merged
+
+
+def _parse_overrides(arguments: list[str]) -> Iterator[tuple[str, Any]]:
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"'{option}' has no key before it: overrides read --section.key value")
+        key, equals, text = option[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{option} has no value: overrides read --section.key value")
+            text = rest.pop(0)
+        try:
+            yield key, yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{option}: '{text}' is not a YAML value") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"unknown key '{key}': '{section}' has no keys of its own")
+        values = inner
+    values[last] = value
+
+
+def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """(dotted name, default, type, meaning) of every field."""
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields(kind, f"{prefix}{name}.")
+        else:
+            default = info.get_default(call_default_factory=True)
+            label = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+            yield f"{prefix}{name}", default, label.replace("typing.", ""), info.description or ""
+
+
+def field_names() -> list[str]:
+    """All dotted names, and those of the sections."""
+    names = [name for name, *_ in fields()]
+    return names + sorted({n.rpartition(".")[0] for n in names if "." in n})
+
+
+def help_text() -> str:
+    """Every field with its meaning and default, for `--help`."""
+    lines = ["configuration keys (in YAML, or as --key value):"]
+    for name, default, kind, meaning in fields():
+        lines.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")
+    return "\n".join(lines)

@@ -1,0 +1,285 @@
+"""The sections of the run configuration: every key, its default and its meaning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dit_ds.data.shards.storage import is_url
+
+
+class Section(BaseModel):
+    """Keys that are not declared are refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Which expressions, at what size, in what order."""
+
+    root: str = Field("data_shards", description="folder that `dit-ds data shard` wrote to")
+    dataset: str = Field("refcoco", description="refcoco, refcoco+, refcocog, ...")
+    split_by: str = Field("unc", description="unc, google, umd, ...")
+    train_split: str = Field("train", description="split to train on")
+    val_split: str = Field("val", description="split to evaluate during training")
+    val_dataset: str | None = Field(None, description="dataset of val_split, if not the one that is trained on")
+    val_split_by: str | None = Field(None, description="split_by of val_split, if not the one that is trained on")
+    mixture: dict[str, float] = Field(
+        {},
+        description="several sets to train on instead of dataset and split_by, as {refcoco/unc: 1, refcocog/umd: 0.5}: "
+        "how often an epoch sees each of its samples; images of their val and test splits are left out",
+    )
+    reader: Literal["auto", "map", "stream"] = Field(
+        "auto",
+        description="map: reads samples of local shards where they lie; stream: reads shards from front to back, through "
+        "webdataset; auto: stream where root is a URL (https://, s3://, pipe:cat ..)",
+    )
+    order: Literal["auto", "global", "shards"] = Field(
+        "auto",
+        description="global: an epoch's samples in any order; shards: as many random shards side by side as a batch has "
+        "samples, which streams can follow; auto: what the reader can",
+    )
+    max_bad_samples: int = Field(
+        0, ge=0, description="damaged samples that a run may skip, named in the log; 0: the first one ends it"
+    )
+    timeout: float = Field(300, gt=0, description="seconds without a batch after which loader workers count as stalled")
+    image_size: int = Field(
+        512, gt=0, multiple_of=16, description="longer side after resizing, and side of the padded square, in pixels"
+    )
+    resize: Literal["pad", "stretch"] = Field(
+        "pad", description="pad: keep the aspect ratio and pad, as SAM; stretch: to the square, as LAVT and ReLA"
+    )
+    tokens: int = Field(20, ge=3, description="tokens an expression is cut or padded to, [CLS] and [SEP] included")
+    unit: Literal["ref", "sentence", "image"] = Field(
+        "ref",
+        description="what an epoch runs over: one sentence of each ref (the paper's code), every sentence, or images: as "
+        "ref, with all refs of an image in one step",
+    )
+    workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
+    prompts: list[Literal["text", "point", "box"]] = Field(
+        ["text"],
+        min_length=1,
+        description="what tells the model which object is meant: text, point, box; of several, each sample draws one "
+        "(the paper's Table 6)",
+    )
+    points: int = Field(5, ge=1, description="points of a point prompt, drawn on the mask")
+    mask_rule: Literal["half", "any", "soft"] = Field(
+        "half",
+        description="what of a pixel counts in the resized mask to train on: half, in where at least half of what it "
+        "covers was; any, where any was, and soft, the share that was, as the paper's released code",
+    )
+    scales: list[int] = Field(
+        [],
+        description="training only: the longer side is drawn from these sizes, in pixels, none larger than image_size; "
+        "none: always image_size",
+    )
+    color: float = Field(0.4, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share")
+    blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
+    flip: float = Field(
+        0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words"
+    )
+
+    @property
+    def train_sets(self) -> dict[str, float]:
+        """DATASET/SPLIT_BY of what is trained on, and its weight."""
+        return self.mixture or {f"{self.dataset}/{self.split_by}": 1.0}
+
+    @property
+    def val_set(self) -> str:
+        """DATASET/SPLIT_BY of what is evaluated: by default the first that is trained on, also of a combined set."""
+        dataset, split_by = (part.split(",")[0] for part in next(iter(self.train_sets)).split("/"))
+        return f"{self.val_dataset or dataset}/{self.val_split_by or split_by}"
+
+    @property
+    def streamed(self) -> bool:
+        """Whether shards are read from front to back."""
+        return self.reader == "stream" or self.reader == "auto" and is_url(self.root)
+
+    @property
+    def sample_order(self) -> str:
+        """global or shards."""
+        return ("shards" if self.streamed else "global") if self.order == "auto" else self.order
+
+
+class ModelConfig(Section):
+    """SAM and how words enter it; or another method, to compare with."""
+
+    name: Literal["dit_sam", "lavt", "rela"] = Field("dit_sam", description="the method; LAVT and ReLA to compare with")
+    size: Literal["vit_t", "vit_b", "vit_l", "vit_h", "swin_b", "swin_t_tiny"] = Field(
+        "vit_b", description="SAM's sizes, and vit_t for CPUs; of lavt and rela: swin_b, and swin_t_tiny for CPUs"
+    )
+    scheme: str = Field(
+        "layer_wise",
+        description="default: words meet the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
+        "layer_wise: L-DIT, equation 8; cascade: Table 9's; cross_attention, cross_attention_ffn: Table 4's",
+    )
+    word_init: Literal["auto", "zero", "uniform"] = Field(
+        "auto",
+        description="what the words' projections into the ViT start from: zero weights, much as the paper's released "
+        "code, so that all words are one blank token at first; uniform, PyTorch's; auto: zero where model.checkpoint is "
+        "given",
+    )
+    adapters: Literal["frozen", "always", "never"] = Field(
+        "frozen",
+        description="end_to_end's linear layer on the words between two layers: where the ViT is frozen (the paper), "
+        "always (its released code), or never",
+    )
+    static_tokens: int = Field(0, ge=0, description="learnable tokens beside the words in each layer (Table 2)")
+    static_form: Literal["concat", "add"] = Field(
+        "concat",
+        description="concat: beside the words; add: onto them, one for each of data.tokens (the released code)",
+    )
+    decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
+    checkpoint: str | None = Field(
+        None,
+        description="official sam_vit_*.pth to start from, of lavt and rela a folder with a Swin of transformers; none "
+        "starts from random weights",
+    )
+    freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
+    freeze_mask_decoder: bool = Field(False, description="don't train the mask decoder and the prompts' embeddings")
+    freeze_projections: bool = Field(
+        False,
+        description="freeze the words' way into the ViT together with it, as the paper's released code: with "
+        "word_init zero, what they say then never enters",
+    )
+    mask_padding: bool = Field(
+        True,
+        description="padding is no word: not attended to in the ViT, SAM's not_a_point in the decoder; false: as the "
+        "paper's released code",
+    )
+    align_corners: bool = Field(
+        False, description="of the logits' bilinear upsampling; true in the paper's released code"
+    )
+    attention: Literal[
+        "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "naive"
+    ] = Field(
+        "auto",
+        description="attention backend; auto: the fastest here; naive: layers over the whole concatenation, as the "
+        "paper's released code, to compare with; of lavt and rela: auto, eager or sdpa",
+    )
+    window_size: int = Field(
+        0,
+        ge=0,
+        description="0: all layers of the ViT attend globally (the paper's code); 14: all but four in windows, as SAM",
+    )
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of the words that enter the ViT; 0.1 in the paper's released code"
+    )
+
+
+class TextConfig(Section):
+    """The text encoder."""
+
+    name: str = Field(
+        "bert-base-uncased",
+        description="a BERT or a CLIP of transformers: hub id, folder, or package:NAME for an installed package",
+    )
+    tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the encoder")
+    layers: int | None = Field(None, ge=1, description="use the first so many layers only; none for all")
+    random_init: bool = Field(False, description="the encoder's architecture with fresh weights")
+    freeze: bool = Field(False, description="don't train the text encoder")
+    cache: int = Field(0, ge=0, description="remember a frozen encoder's features of so many expressions (for CPUs)")
+
+
+class TrainConfig(Section):
+    """Optimisation. The defaults are the paper's (section 4.2)."""
+
+    batch_size: int = Field(64, ge=1, description="global batch; what a rank takes at once is the DeepSpeed JSON's")
+    epochs: int = Field(40, ge=1, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; none for all epochs")
+    lr: float = Field(1e-4, gt=0, description="learning rate of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
+    )
+    nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
+    )
+    warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
+    decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
+    min_lr: float = Field(0.0, ge=0, description="where the schedule cosine ends")
+    schedule: Literal["step", "cosine", "poly"] = Field(
+        "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
+    )
+    poly_power: float = Field(0.9, gt=0, description="of the schedule poly")
+    milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
+    decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
+    gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
+    activation_checkpointing: str = Field(
+        "none",
+        pattern=r"^(none|block|selective|every_[1-9][0-9]*)$",
+        description="what of the ViT is computed again instead of kept: none, block (each layer), every_K (K layers at "
+        "a time), selective (each layer but its attention)",
+    )
+    compile: bool = Field(False, description="torch.compile the layers of the ViT")
+    dice_weight: float = Field(0.0, ge=0, description="weight of a Dice loss beside the paper's BCE")
+
+
+class EvalConfig(Section):
+    """Evaluation, in training and by `dit-ds eval`."""
+
+    every_epochs: int = Field(1, ge=0, description="evaluate after so many epochs, and after the last; 0: never")
+    batch_size: int = Field(16, ge=1, description="expressions at once on a rank")
+    threshold: float = Field(
+        0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)"
+    )
+    mask_rule: Literal["probability", "resize_then_any"] = Field(
+        "probability",
+        description="probability: thresholded at the image's own size; resize_then_any: as the paper's released code, "
+        "thresholded before the mask is resized, of which then all above 0 is in",
+    )
+    no_target_pixels: int = Field(
+        50,
+        ge=0,
+        description="a predicted mask of fewer pixels says that there is no target; in sets with such expressions only "
+        "(gRefCOCO)",
+    )
+
+
+class DeepSpeedConfig(Section):
+    """DeepSpeed."""
+
+    config: str = Field(
+        "configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch"
+    )
+    precision: Literal["bf16", "fp16", "fp32"] | None = Field(
+        None, description="of weights, gradients and communication, over what that JSON says; none leaves it"
+    )
+    override: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys laid over that JSON, e.g. --deepspeed.override.train_micro_batch_size_per_gpu 4",
+    )
+
+
+class CheckpointConfig(Section):
+    """What is saved, when, and what is kept."""
+
+    every_epochs: int = Field(1, ge=1, description="save after so many epochs, and after the last")
+    every_steps: int | None = Field(None, ge=1, description="save after so many steps, too")
+    every_minutes: float | None = Field(None, gt=0, description="save so many minutes after the last save, too")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+    asynchronous: bool = Field(
+        True, description="write in the background, from a copy in host memory; false: training waits for the disk"
+    )
+    frozen: Literal["store", "leave_out"] = Field(
+        "store",
+        description="weights that don't train: one file a run, by its hash, linked into each checkpoint; or left out, to "
+        "be found again in model.checkpoint and text.name",
+    )
+    on_full_disk: Literal["stop", "go_on"] = Field(
+        "stop", description="when a checkpoint can't be written; the former one stays whole either way"
+    )
+
+
+class LogConfig(Section):
+    """What is reported."""
+
+    every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")
+    samples: bool = Field(False, description="write the sample numbers of every step to samples/rank_*.jsonl")
+    stall_seconds: float = Field(
+        300, gt=0, description="name the rank for which all others wait after so many seconds without a micro-batch"
+    )

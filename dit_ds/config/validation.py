@@ -1,0 +1,114 @@
+"""Which settings of a run's configuration go together."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from dit_ds.data.shards.storage import is_url
+from dit_ds.errors import UserError
+from dit_ds.models.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from dit_ds.config.load import RunConfig
+    from dit_ds.config.schema import DataConfig
+
+_OF_DIT_SAM = {
+    "data": ("prompts",),
+    "model": (
+        "scheme", "word_init", "adapters", "static_tokens", "static_form", "decoder_layers", "freeze_image_encoder",
+        "freeze_mask_decoder", "freeze_projections", "mask_padding", "align_corners", "window_size", "word_dropout",
+    ),
+    "train": ("dice_weight",),
+}  # fmt: skip
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        UserError: what does not, and what to set.
+    """
+    _check_data(config)
+    if config.model.scheme not in SCHEMES:
+        near = difflib.get_close_matches(config.model.scheme, SCHEMES, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(SCHEMES)}"
+        raise UserError(f"model.scheme = '{config.model.scheme}': no such scheme: {hint}")
+    swin = config.model.size.startswith("swin")
+    if swin == (config.model.name == "dit_sam"):
+        fitting = "vit_t, vit_b, vit_l or vit_h" if swin else "swin_b or swin_t_tiny"
+        raise UserError(f"model.name {config.model.name} has no size {config.model.size}: set model.size {fitting}")
+    if swin:
+        _check_other_method(config)
+    else:
+        _check_scheme(config)
+
+
+def _check_data(config: RunConfig) -> None:
+    d = config.data
+    if len(set(d.prompts)) < len(d.prompts):
+        raise UserError(f"data.prompts {d.prompts} names one twice: leave it out")
+    wrong = [s for s in d.scales if not 16 <= s <= d.image_size]
+    if wrong:
+        raise UserError(f"data.scales: {wrong[0]} is not from 16 to data.image_size, {d.image_size}: leave it out")
+    if d.scales and d.resize == "stretch":
+        raise UserError("data.scales change the longer side, and data.resize stretch has none: set data.resize pad")
+    if is_url(d.root) and not d.streamed:
+        raise UserError(f"data.root {d.root} can only be read as a stream: set data.reader auto")
+    if d.streamed and d.sample_order == "global":
+        raise UserError("data.order global reads anywhere, which a stream can't: set data.order auto")
+    if d.unit == "image" and d.sample_order == "shards":
+        raise UserError("data.unit image goes with data.order global only: set data.unit ref")
+    _check_mixture(d)
+
+
+def _check_mixture(d: DataConfig) -> None:
+    for name, weight in d.mixture.items():
+        if name.count("/") != 1 or not all(name.split("/")):
+            raise UserError(f"data.mixture names '{name}', which does not read DATASET/SPLIT_BY, as refcoco/unc")
+        if not 0 < weight <= 100:
+            raise UserError(f"data.mixture gives {name} a weight of {weight:g}: choose one above 0, up to 100")
+        if d.unit == "image" and weight != int(weight):
+            raise UserError(f"data.unit image takes whole weights in data.mixture, {name} has {weight:g}: round it")
+
+
+def _check_scheme(config: RunConfig) -> None:
+    m = config.model
+    if m.static_tokens and m.scheme == "default":
+        raise UserError(
+            "model.static_tokens go beside the words in the ViT, and model.scheme default has none there: "
+            "set model.scheme layer_wise or end_to_end"
+        )
+    if m.static_form == "add" and m.static_tokens != config.data.tokens:
+        raise UserError(
+            f"model.static_form add wants a static token for each of data.tokens: set model.static_tokens {config.data.tokens}"
+        )
+    if m.adapters != "frozen" and m.scheme != "end_to_end":
+        raise UserError(f"model.adapters are of model.scheme end_to_end, not of {m.scheme}: leave them out")
+    if m.freeze_projections and not m.freeze_image_encoder:
+        raise UserError("model.freeze_projections goes with model.freeze_image_encoder: set both, or neither")
+    words = "text" in config.data.prompts
+    words_enter = words and m.scheme != "default" and not m.freeze_projections
+    text_trains = words and not config.text.freeze
+    if m.freeze_image_encoder and m.freeze_mask_decoder and not text_trains and not words_enter:
+        raise UserError(
+            "nothing is left to train: set one of model.freeze_image_encoder, model.freeze_mask_decoder and "
+            "text.freeze to false, or model.scheme to layer_wise"
+        )
+
+
+def _check_other_method(config: RunConfig) -> None:
+    m, policy = config.model, config.train.activation_checkpointing
+    if config.data.mask_rule == "soft":
+        raise UserError(f"model.name {m.name} learns masks of 0 and 1: set data.mask_rule half or any")
+    if m.attention not in ("auto", "eager", "sdpa"):
+        raise UserError(f"model.name {m.name} has no attention {m.attention}: set model.attention auto, eager or sdpa")
+    if policy not in ("none", "block"):
+        raise UserError(
+            f"model.name {m.name} can't recompute {policy}: set train.activation_checkpointing none or block"
+        )
+    for section, keys in _OF_DIT_SAM.items():
+        for key in keys:
+            of = getattr(config, section)
+            if getattr(of, key) != type(of).model_fields[key].default:
+                raise UserError(f"model.name {m.name} knows no {section}.{key}: leave it out")

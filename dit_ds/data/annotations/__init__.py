@@ -1,0 +1,1 @@
+"""Annotations as they are published: REFER, COCO, parquet; and combined."""

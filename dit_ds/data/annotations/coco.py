@@ -1,0 +1,66 @@
+"""A set of one's own: a COCO file with expressions in it.
+
+Beside COCO's `images` and `annotations` it has
+`"expressions": [{"image_id": 1, "annotation_ids": [5], "text": "the left dog", "split": "train"}, ...]`, where `text`
+may be a list of several that mean the same, several `annotation_ids` are meant together, and none, `[]`, says that
+nothing in the image fits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dit_ds.data.annotations.refer import ReferTree, coco_tables, describe, join
+from dit_ds.errors import UserError
+from dit_ds.files import read_json, sha256_of
+
+
+def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
+    """Load it; an expression is a ref, its position the ref_id.
+
+    Raises:
+        UserError: no such file, one without expressions, or an expression that lacks something.
+    """
+    path = Path(path)
+    file = read_json(path, "annotation file")
+    images, annotations = coco_tables(file, path)
+    expressions = file.get("expressions")
+    if not isinstance(expressions, list) or not expressions:
+        raise UserError(f"{path} has no 'expressions': a list of {{image_id, annotation_ids, text, split}}, see README")
+    if not all(isinstance(i, int) and 0 <= i < 2**63 for i in images):
+        raise UserError(f"{path}: image ids must be whole numbers: number the images")
+    if not all(isinstance(i["file_name"], str) for i in images.values()):
+        raise UserError(f"{path}: a file_name must be a string: mend it")
+    for what, known in (("images", images), ("annotations", annotations)):
+        if len(known) < len(file[what]):
+            raise UserError(f"{path}: two of its {what} have the same id: number them anew")
+    refs, sent_id = [], 0
+    for n, expression in enumerate(expressions):
+        texts = _texts(path, n, expression)
+        ids = expression["annotation_ids"]
+        sentences = [{"sent_id": sent_id + k, "raw": text, "sent": ""} for k, text in enumerate(texts)]
+        sent_id += len(texts)
+        refs.append({"ref_id": n, "image_id": expression["image_id"], "split": expression["split"], "ann_ids": ids,
+                     "no_target": not ids, "sentences": sentences})  # fmt: skip
+    splits = join(refs, images, annotations, path, "mend the expression or add what it names")
+    description = describe(file)
+    return ReferTree(dataset, split_by, splits, {path.name: sha256_of(path)}, description, dataset)
+
+
+def _texts(path: Path, n: int, expression: Any) -> list[str]:
+    """The texts of expression `n`, after a look whether it has all that it must."""
+    kinds = {"image_id": int, "annotation_ids": list, "text": (str, list), "split": str}
+    for key, kind in kinds.items():
+        if not isinstance(expression, dict) or not isinstance(expression.get(key), kind):
+            raise UserError(
+                f"{path}: expression {n} has no '{key}' as it should be: write {{image_id, annotation_ids, text, split}}"
+            )
+    texts = expression["text"] if isinstance(expression["text"], list) else [expression["text"]]
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise UserError(f"{path}: expression {n}: its text must be a string or a list of strings")
+    if any(0xD800 <= ord(c) < 0xE000 for t in texts for c in t):
+        raise UserError(f"{path}: expression {n}: its text has half a character, as \\ud83d: mend it")
+    if not all(isinstance(a, int) for a in expression["annotation_ids"]):
+        raise UserError(f"{path}: expression {n}: its annotation_ids must be whole numbers")
+    return texts

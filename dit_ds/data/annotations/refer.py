@@ -1,0 +1,315 @@
+"""REFER and gREFER files to records: a restricted pickle, COCO annotations, and the joins between them.
+
+The layout is `ROOT/{refcoco,refcoco+,refcocog,refclef}/{refs(SPLITBY).p,instances.json}`, and for gRefCOCO
+`ROOT/grefcoco/{grefs(SPLITBY).json or .p,instances.json}`. Readers of other files give the same records.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import pickle
+import re
+import unicodedata
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_ds.data.masks import run_lengths
+from dit_ds.errors import UserError
+from dit_ds.files import read_json, sha256_of
+
+IMAGE_SETS = dict.fromkeys(["refcoco", "refcoco+", "refcocog", "grefcoco"], "coco/train2014")
+IMAGE_SETS["refclef"] = "saiapr_tc-12"
+IMAGE_KEYS = ("id", "file_name", "height", "width")
+_REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
+_FARTHEST = 10  # times the picture's longer side, a corner may lie from its origin
+_NO_TARGET = -1  # gRefCOCO's ann_id of an expression that nothing in the image fits
+
+
+class UnusableRecord(UserError):
+    """One ref or image that can't be used; `dit-ds data shard --skip-bad` drops it and counts it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image of one split with what is said of it.
+
+    Attributes:
+        image: of COCO's image entry `id`, `file_name`, `height`, `width`.
+        refs: the split's refs of this image, by ref_id: `ref_id`, `ann_ids` (those whose masks together are meant),
+            `no_target` (none is), `sentences` of `sent_id`, `raw` and `sent`; in a combined set `dataset`, too.
+        annotations: COCO's annotations that those refs point at, by ann_id.
+    """
+
+    image: dict[str, Any]
+    refs: list[dict[str, Any]]
+    annotations: dict[int | str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ReferTree:
+    """A loaded set, whatever its files were.
+
+    Attributes:
+        splits: records by split.
+        sources: SHA-256 of the files they came from.
+        description: what the annotation file says of itself.
+        image_set: whose ids the image ids are; sets of one image set may share images.
+        leakage: of a combined set, the images, refs and sentences of each dataset that were left out of training
+            because a val or test split of any of them has the image.
+    """
+
+    dataset: str
+    split_by: str
+    splits: dict[str, list[ImageRecord]]
+    sources: dict[str, str]
+    description: str
+    image_set: str
+    leakage: dict[str, dict[str, int]] | None = None
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Loads plain containers, numbers and strings. A pickle is code otherwise."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks to load {module}.{name}")
+
+
+def load_refs(path: Path) -> list[dict[str, Any]]:
+    """Read a refs file: JSON, or a pickle written by Python 2 (hence latin1), without executing anything in it."""
+    try:
+        if path.suffix == ".json":
+            refs = read_json(path, "refs file")
+        else:
+            refs = _RestrictedUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except UserError:
+        raise
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} is not a plain REFER pickle ({e}), nothing was run: fetch the original file") from None
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): fetch the file again") from None
+    if not isinstance(refs, list) or not all(isinstance(r, dict) for r in refs):
+        raise UserError(f"{path} does not hold a list of refs: fetch the original file")
+    for ref in refs:
+        missing = [k for k in _REF_KEYS if k not in ref]
+        if not missing and not (
+            isinstance(ref["sentences"], list) and all(isinstance(s, dict) for s in ref["sentences"])
+        ):
+            missing = ["sentences"]
+        if missing:
+            raise UserError(f"{path}: ref {ref.get('ref_id', '?')} has no '{missing[0]}': fetch the original file")
+    return refs
+
+
+def _refs_file(folder: Path, split_by: str) -> Path:
+    for name in (f"refs({split_by}).p", f"grefs({split_by}).json", f"grefs({split_by}).p"):
+        if (folder / name).exists():
+            return folder / name
+    there = sorted({p.name.split("(")[1].split(")")[0] for p in folder.glob("*refs(*).*")})
+    hint = f"--split-by can be {', '.join(there)} here" if there else "--refer-root must hold DATASET/refs(SPLITBY).p"
+    raise UserError(f"no refs file at {folder / f'refs({split_by}).p'}: {hint}")
+
+
+def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
+    """Load one dataset of a REFER or gREFER tree and join its refs to images and annotations on their ids.
+
+    Of the annotations, which cover every object of the images, only those that are referred to are kept.
+
+    Raises:
+        UserError: a missing or damaged file, or a ref whose image or annotation isn't there.
+    """
+    folder = Path(root) / dataset
+    if not folder.is_dir():
+        there = sorted(p.parent.name for p in Path(root).glob("*/instances.json"))
+        near = difflib.get_close_matches(dataset, there, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it holds {', '.join(there) or 'no dataset'}"
+        raise UserError(f"no dataset '{dataset}' in {root}: {hint}")
+    refs_file, instances_file = _refs_file(folder, split_by), folder / "instances.json"
+    generalized = refs_file.name.startswith("grefs")
+    refs = [normalised_ref(r, generalized) for r in load_refs(refs_file)]
+    wanted = {a for r in refs for a in r["ann_ids"]}
+    instances = read_json(instances_file, "annotation file", object_hook=without_other_annotations(wanted))
+    images, annotations = coco_tables(instances, instances_file)
+    if generalized:
+        _leave_out_crowds(refs, annotations)
+    splits = join(refs, images, annotations, instances_file, "fetch both again")
+    sources = {f.name: sha256_of(f) for f in (refs_file, instances_file)}
+    description = describe(instances)
+    return ReferTree(dataset, split_by, splits, sources, description, IMAGE_SETS.get(dataset, dataset))
+
+
+def normalised_ref(ref: dict[str, Any], generalized: bool = False) -> dict[str, Any]:
+    """A ref of REFER, or `generalized` of gREFER, as `ImageRecord` has it, still with its `image_id` and `split`."""
+    ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    if generalized:
+        ann_ids = [a for a in ann_ids if a != _NO_TARGET]
+    sentences = [{k: s.get(k, "") for k in ("sent_id", "raw", "sent")} for s in ref["sentences"]]
+    common = {k: ref[k] for k in ("ref_id", "image_id", "split")}
+    return common | {"ann_ids": ann_ids, "no_target": not ann_ids, "sentences": sentences}
+
+
+def _leave_out_crowds(refs: list[dict[str, Any]], annotations: dict[int, dict[str, Any]]) -> None:
+    """As gRefCOCO's own code: what is meant are the objects. A ref of crowds alone is left without any, unusable."""
+    for ref in refs:
+        ref["ann_ids"] = [a for a in ref["ann_ids"] if not annotations.get(a, {}).get("iscrowd")]
+
+
+def without_other_annotations(wanted: Container[Any]) -> Callable[[dict[str, Any]], Any]:
+    """A hook for the JSON parser that drops each annotation nobody refers to as soon as it is parsed: of RefCOCO's
+    197 thousand one in four is left, and they would take a gigabyte."""
+
+    def hook(value: dict[str, Any]) -> Any:
+        return None if "image_id" in value and "id" in value and value["id"] not in wanted else value
+
+    return hook
+
+
+def coco_tables(instances: Any, path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """A COCO file's images and annotations by id.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        images = {i["id"]: {k: i[k] for k in IMAGE_KEYS} for i in instances["images"]}
+        return images, {a["id"]: a for a in instances["annotations"] if a is not None}
+    except (TypeError, KeyError) as e:
+        raise UserError(f"{path} is not a COCO annotation file (no {e}): fetch the original") from None
+
+
+def join(
+    refs: Iterable[dict[str, Any]],
+    images: dict[int, dict[str, Any]],
+    annotations: dict[int, dict[str, Any]],
+    path: Path,
+    remedy: str,
+) -> dict[str, list[ImageRecord]]:
+    """Records by split, of refs as `normalised_ref` gives them. On image_id: a ref's own file_name is not the image's.
+
+    Raises:
+        UserError: an image or annotation is not there; of which file, and what to do, `path` and `remedy` say.
+    """
+    grouped: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for ref in sorted(refs, key=lambda r: r["ref_id"]):
+        if ref["image_id"] not in images:
+            raise UserError(f"ref {ref['ref_id']}: image {ref['image_id']} is not in {path}: {remedy}")
+        for a in ref["ann_ids"]:
+            if a not in annotations:
+                raise UserError(f"ref {ref['ref_id']}: annotation {a} is not in {path}: {remedy}")
+        if not re.fullmatch(r"\w[\w.+-]*", ref["split"]):
+            raise UserError(f"ref {ref['ref_id']}: its split '{ref['split']}' can't name files: call it train or val")
+        of_image = grouped.setdefault(ref.pop("split"), {}).setdefault(ref.pop("image_id"), [])
+        of_image.append(ref)
+    return {
+        split: [
+            ImageRecord(images[i], of_image, {a: annotations[a] for r in of_image for a in r["ann_ids"]})
+            for i, of_image in sorted(by_image.items())
+        ]
+        for split, by_image in grouped.items()
+    }
+
+
+def annotation_rle(annotation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, the union of its parts."""
+    return unite(annotation, height, width)[0]
+
+
+def unite(
+    annotation: dict[str, Any], height: int, width: int, legacy_overlap: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, and whether its parts overlap.
+
+    Takes the three encodings found in the wild: polygons, a list of RLE dicts (refclef), one dict (crowd). Parts are
+    united: where polygons overlap the pixel counts once.
+
+    Args:
+        legacy_overlap: pixels that several parts cover become background, as for LAVT and LISA, which sum the parts'
+            masks and take the ones.
+    Raises:
+        UnusableRecord: there is no polygon or run in it that encloses anything.
+    """
+    from pycocotools import mask as coco
+
+    parts = _parts(annotation, height, width)
+    merged = coco.merge(parts) if parts else None
+    if merged is None or int(coco.area(merged)) == 0:
+        raise UnusableRecord(f"annotation {annotation.get('id')} has no polygon that encloses anything")
+    if list(merged["size"]) != [height, width]:
+        raise UnusableRecord(
+            f"annotation {annotation.get('id')}: its mask is {merged['size']}, its image {[height, width]}"
+        )
+    overlapping = int(coco.area(parts).sum()) > int(coco.area(merged))
+    if overlapping and legacy_overlap:
+        once = coco.decode(parts).sum(2) == 1
+        if not once.any():
+            raise UnusableRecord(f"annotation {annotation.get('id')}: its polygons overlap everywhere")
+        merged = coco.encode(np.asfortranarray(once, np.uint8))
+    return {"size": [height, width], "counts": merged["counts"].decode()}, overlapping
+
+
+def _parts(annotation: dict[str, Any], height: int, width: int) -> list[dict[str, Any]]:
+    """Each part of an annotation's mask as compressed RLE."""
+    from pycocotools import mask as coco
+
+    segmentation = annotation.get("segmentation")
+    parts: list[Any] = segmentation if isinstance(segmentation, list) else [segmentation]
+    # fewer than three corners enclose nothing, and pycocotools takes four numbers for a box
+    parts = [p for p in parts if isinstance(p, dict) or (isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0)]
+    try:
+        rles = [_compressed(p, height, width) for p in parts]
+        coco.area(rles)  # reads each
+        return rles
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as e:
+        raise UnusableRecord(f"annotation {annotation.get('id')}: its segmentation can't be read ({e})") from None
+
+
+def _compressed(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """One polygon or RLE as compressed RLE.
+
+    Raises:
+        ValueError: what pycocotools would die of, or give a mask for that fills no picture.
+    """
+    from pycocotools import mask as coco
+
+    if isinstance(part, list):
+        # it walks along the whole outline
+        if not (np.abs(np.array(part, float)) <= _FARTHEST * max(height, width)).all():
+            raise ValueError("a corner is far outside the picture")
+        return coco.frPyObjects([part], height, width)[0]
+    rle = coco.frPyObjects([part], height, width)[0] if isinstance(part["counts"], list) else part
+    counts = rle["counts"]
+    run_lengths({"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts})
+    return rle
+
+
+def decode_rle(rle: dict[str, Any]) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1 from compressed COCO RLE."""
+    from pycocotools import mask as coco
+
+    return coco.decode(rle)
+
+
+def clean_sentence(sentence: dict[str, Any]) -> str:
+    """The expression as models read it: REFER's `sent`, or, where that is empty, `raw` cleaned as REFER cleans it.
+
+    Raises:
+        UnusableRecord: there are no words in either.
+    """
+    text = sentence.get("sent", "").strip()
+    if not text:
+        raw = unicodedata.normalize("NFC", sentence.get("raw", "").lower())
+        kept = (c if re.match(r"[\w\s-]", c) or unicodedata.category(c)[0] == "M" else " " for c in raw)
+        text = " ".join("".join(kept).split())
+    if not text:
+        raise UnusableRecord(f"sentence {sentence.get('sent_id')} is empty")
+    return text
+
+
+def describe(file: dict[str, Any]) -> str:
+    """What a COCO file says of itself; nothing, if nothing."""
+    info = file.get("info")
+    return str(info.get("description", "")) if isinstance(info, dict) else ""

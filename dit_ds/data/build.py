@@ -1,0 +1,118 @@
+"""What a run trains on and what it is evaluated on: splits of one set, or of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import DataConfig
+from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.loader import make_tokenize
+from dit_ds.data.loading.prompts import Prompts, default_kind
+from dit_ds.data.loading.transforms import Augmentation
+from dit_ds.data.shards.manifest import load_manifest
+from dit_ds.data.shards.storage import locate
+from dit_ds.errors import UserError
+from dit_ds.models.text_encoder import load_tokenizer
+
+
+def train_index(d: DataConfig) -> SplitIndex:
+    """The training split, or those of `data.mixture`.
+
+    Where there is a mixture, or another set to evaluate on, images that are in another split than the training
+    split of any of them are left out, if both sets are of the same pictures; the index's `notes` say how many.
+
+    Raises:
+        UserError: a set isn't there or not whole; nothing is left of one.
+    """
+    folders = {name: locate(d.root, *name.split("/")) for name in d.train_sets}
+    named = dict.fromkeys([*folders.values(), val_folder(d)])
+    if len(named) == 1 and not d.mixture:
+        return SplitIndex.load(*named, d.train_split)
+    manifests = {folder: load_manifest(folder) for folder in named}
+    held_out = _held_out(list(manifests.values()), d.train_split)
+    indices, notes = [], []
+    for name, folder in folders.items():
+        whole = SplitIndex.load(folder, d.train_split)
+        index = whole.without_images(held_out.get(manifests[folder]["image_set"], np.zeros(0, np.int64)))
+        left_out = len(whole.refs) - len(index.refs)
+        if not len(index.refs):
+            raise UserError(f"every image of {name} {d.train_split} is one that is evaluated on: train on another set")
+        if left_out:
+            notes.append(f"{name}: {left_out} of {len(whole.refs)} refs left out, their images are evaluated on")
+        indices.append(index)
+    return replace(SplitIndex.chain(indices, list(d.train_sets.values())), notes=notes)
+
+
+def val_folder(d: DataConfig) -> Path | str:
+    """Where the set is that is evaluated."""
+    return locate(d.root, *d.val_set.split("/"))
+
+
+def _held_out(manifests: list[dict[str, Any]], train_split: str) -> dict[str, np.ndarray]:
+    """The image ids of all splits but the one to train on, by image set."""
+    ids: dict[str, list[int]] = {}
+    for manifest in manifests:
+        of_set = ids.setdefault(manifest["image_set"], [])
+        for name, split in manifest["splits"].items():
+            if name != train_split:
+                of_set += [sample[0] for entry in split["shards"] for sample in entry["samples"]]
+    return {image_set: np.unique(x) for image_set, x in ids.items()}
+
+
+def train_dataset(config: RunConfig) -> ExpressionDataset:
+    """What a run trains on."""
+    d = config.data
+    return ExpressionDataset(
+        train_index(d),
+        d.unit,
+        d.image_size,
+        make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens),
+        Augmentation(d.color, d.blur, d.flip),
+        config.seed,
+        resize=d.resize,
+        prompts=Prompts.of(d.prompts, d.points),
+        mask_rule=d.mask_rule,
+        scales=d.scales,
+        streamed=d.streamed,
+        skip_bad=d.max_bad_samples > 0,
+    )
+
+
+def dataset_of(
+    config: RunConfig,
+    split: str,
+    data_root: str | None = None,
+    kind: str | None = None,
+    sentence_shift: int = 0,
+    trained: Sequence[str] | None = None,
+) -> ExpressionDataset:
+    """A split to evaluate on, with prompts of one kind.
+
+    Args:
+        data_root: where its shards are, if not where the run had them.
+        trained: the kinds of prompts that the model was trained with, none of SAM's own weights; by default the run's.
+    """
+    d = config.data
+    if data_root is not None:  # by whichever reader can read there
+        d = d.model_copy(update={"root": data_root, "reader": "auto"})
+    index = SplitIndex.load(val_folder(d), split)
+    tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
+    trained = d.prompts if trained is None else trained
+    asked = Prompts.of(trained, d.points, [kind or default_kind(d.prompts)])
+    return ExpressionDataset(
+        index,
+        "sentence",
+        d.image_size,
+        tokenize,
+        sentence_shift=sentence_shift,
+        resize=d.resize,
+        prompts=asked,
+        streamed=d.streamed,
+    )

@@ -1,0 +1,1 @@
+"""The embedded sample set: scenes, their words, and the REFER tree."""

@@ -1,0 +1,1 @@
+"""WebDataset shards: written, described by a manifest, verified."""

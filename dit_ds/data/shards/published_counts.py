@@ -1,0 +1,106 @@
+"""How large the published datasets are, to compare a sharded set with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dit_ds.data.shards.manifest import COUNTS
+
+# dataset, splitBy, split, then images, refs and sentences. A figure behind ~ was not read in a source: where a set
+# differs from it, that is worth a look but no error. A - is not known.
+_TABLE = """
+refcoco  unc    train 16994  42404  120624
+refcoco  unc    val    1500   3811   10834
+refcoco  unc    testA   750   1975    5657
+refcoco  unc    testB   750   1810    5095
+refcoco  google train 19213  40000       -
+refcoco  google val    4559   5000       -
+refcoco  google test   4527   5000       -
+refcoco  google total     -      - ~142210
+refcoco+ unc    train 16992  42278 ~120191
+refcoco+ unc    val    1500   3805  ~10758
+refcoco+ unc    testA   750   1975   ~5726
+refcoco+ unc    testB   750   1798   ~4889
+refcoco+ unc    total     -      -  141564
+refcocog umd    train 21899  42226  ~80512
+refcocog umd    val    1300   2573   ~4896
+refcocog umd    test   2600   5023   ~9602
+refcocog google train 24698  44822  ~85474
+refcocog google val    4650   5000   ~9536
+"""
+TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published count, and whether it was read in a source."""
+
+    value: int
+    sure: bool
+
+
+def _read(table: str) -> dict[tuple[str, str], dict[str, dict[str, Figure]]]:
+    official: dict[tuple[str, str], dict[str, dict[str, Figure]]] = {}
+    for line in table.split("\n")[1:-1]:
+        dataset, split_by, split, *figures = line.split()
+        official.setdefault((dataset, split_by), {})[split] = {
+            k: Figure(int(f.lstrip("~")), f[0] != "~") for k, f in zip(COUNTS, figures) if f != "-"
+        }
+    return official
+
+
+OFFICIAL = _read(_TABLE)
+
+
+def compare(dataset: str, split_by: str, splits: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Errors and warnings: where a set's counts are not the published ones.
+
+    What `data shard --skip-bad` left out, as the manifest counts it, explains what is missing and is then a warning.
+
+    Args:
+        splits: the manifest's, each with `images`, `refs`, `sentences` and `dropped`.
+    """
+    official = OFFICIAL.get((dataset, split_by), {})
+    errors, warnings = [], []
+    for name, figures in official.items():
+        if name != TOTAL and name not in splits:
+            errors.append(f"there is no split {name}, which {dataset} {split_by} has: shard the official files")
+            continue
+        parts = list(splits.values()) if name == TOTAL else [splits[name]]
+        have = {k: sum(p[k] for p in parts) for k in COUNTS}
+        dropped = {k: sum(p.get("dropped", {}).get(k, 0) for p in parts) for k in COUNTS}
+        for what, figure in figures.items():
+            _compare_one(name, what, have[what], figure, dropped, errors, warnings)
+    if official:
+        warnings += [f"split {s} is none of {dataset} {split_by}'s" for s in splits if s not in official]
+    return errors, warnings
+
+
+def _compare_one(
+    name: str, what: str, have: int, figure: Figure, dropped: dict[str, int], errors: list[str], warnings: list[str]
+) -> None:
+    missing = figure.value - have
+    if missing == 0:
+        return
+    line = f"{name} has {have} {what}, published are {figure.value}"
+    # with an image went refs and with a ref sentences that were not counted one by one
+    larger = any(dropped[k] for k in COUNTS[: COUNTS.index(what)])
+    if missing > 0 and (missing == dropped[what] or (larger and missing > dropped[what])):
+        left_out = ", ".join(f"{n} {k}" for k, n in dropped.items() if n)
+        warnings.append(f"{line}: --skip-bad left out {left_out}")
+    elif figure.sure:
+        errors.append(f"{line}: these are not the official files, or not all of them; fetch them and shard again")
+    else:
+        warnings.append(f"{line} (not sure): compare with the files' source")
+
+
+def sharing_is(dataset: str, split_by: str, splits: tuple[str, str]) -> str:
+    """What it is that two splits share images: `error`, `warning`, or `design`.
+
+    Google's splits were dealt by object, not by image. Of refclef's three test splits, dealt by the kind of object, no
+    source says that they don't.
+    """
+    if split_by == "google":
+        return "design"
+    return "warning" if dataset == "refclef" and "train" not in splits else "error"

@@ -1,0 +1,126 @@
+"""From one record to the two members of its sample: the image file's bytes, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_ds.data.annotations.refer import ImageRecord, ReferTree, UnusableRecord, clean_sentence, unite
+from dit_ds.data.loading.transforms import decode_jpeg
+from dit_ds.data.shards.manifest import SCHEMA
+
+# common code leaves them out by name; the first is a GIF
+_KNOWN_BAD = {"saiapr_tc-12": ("19579.jpg", "17975.jpg", "19575.jpg")}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How records become samples.
+
+    Attributes:
+        skip_bad: leave out and count what can't be used, instead of refusing it.
+        legacy_overlap: as for `unite`.
+    """
+
+    skip_bad: bool = False
+    legacy_overlap: bool = False
+
+    @property
+    def mask_policy(self) -> str:
+        """The manifest's word for it."""
+        return "legacy_overlap" if self.legacy_overlap else "union"
+
+
+def image_bytes(images: Path, image_set: str, record: ImageRecord) -> bytes:
+    """The image file as it is, after a look whether it decodes to the size that the annotations speak of.
+
+    The whole picture is decoded, which takes a millisecond or two: a file that was cut short has a sound header.
+
+    Raises:
+        UnusableRecord: it doesn't, or there is none.
+    """
+    name = record.image["file_name"]
+    path = images / name
+    if name in _KNOWN_BAD.get(image_set, ()):
+        raise UnusableRecord(f"image {path} is one of {image_set}'s three that are known to be bad")
+    try:
+        jpg = path.read_bytes()
+    except FileNotFoundError:
+        raise UnusableRecord(f"no image {path}") from None
+    except OSError as e:
+        raise UnusableRecord(f"image {path}: {e.strerror}") from None
+    if not jpg.startswith(b"\xff\xd8"):
+        raise UnusableRecord(f"image {path} is not a JPEG")
+    try:
+        shape = decode_jpeg(jpg).shape[:2]
+    except ValueError as e:
+        raise UnusableRecord(f"image {path} is damaged ({e})") from None
+    if shape != (record.image["height"], record.image["width"]):
+        raise UnusableRecord(f"image {path} is {shape[1]}x{shape[0]}, its annotation says otherwise")
+    return jpg
+
+
+def sample(
+    tree: ReferTree, split: str, record: ImageRecord, rules: Rules, dropped: dict[str, int]
+) -> tuple[dict[str, Any], int]:
+    """The sample's JSON member, and how many of its refs have polygons that overlap.
+
+    Args:
+        dropped: counts of `refs` and `sentences` to add to, where bad ones are skipped.
+    Raises:
+        UnusableRecord: nothing of it can be used, or something can't and is not to be skipped.
+    """
+    height, width = int(record.image["height"]), int(record.image["width"])  # in some files 640.0
+    masks: dict[Any, tuple[dict[str, Any], bool]] = {}  # by ann_id: several refs can mean one object
+    refs = []
+    for ref in record.refs:
+        try:
+            for a in ref["ann_ids"]:
+                if a not in masks:
+                    masks[a] = _mask(record, a, height, width, rules)
+            if not ref["ann_ids"] and not ref["no_target"]:
+                raise UnusableRecord("all its annotations are crowds")
+            sentences = _sentences(ref, rules.skip_bad, dropped)
+        except UnusableRecord as e:
+            if not rules.skip_bad:
+                raise UnusableRecord(f"ref {ref['ref_id']}: {e}") from None
+            dropped["refs"] += 1
+            continue
+        refs.append(ref | {"sentences": sentences})
+    if not refs:
+        raise UnusableRecord(f"image {record.image['id']} has no usable ref")
+    meant = {a for r in refs for a in r["ann_ids"]}
+    anns = {
+        str(a): {k: record.annotations[a].get(k) for k in ("bbox", "category_id", "area", "iscrowd")}
+        | {"rle": masks[a][0]}
+        for a in meant
+    }
+    meta = {
+        "schema": SCHEMA, "dataset": tree.dataset, "split_by": tree.split_by, "split": split,
+        "image_id": record.image["id"], "file_name": record.image["file_name"], "height": height, "width": width,
+        "anns": anns, "refs": refs,
+    }  # fmt: skip
+    return meta, sum(any(masks[a][1] for a in r["ann_ids"]) for r in refs)
+
+
+def _mask(record: ImageRecord, ann_id: Any, height: int, width: int, rules: Rules) -> tuple[dict[str, Any], bool]:
+    annotation = record.annotations[ann_id]
+    if annotation.get("image_id", record.image["id"]) != record.image["id"]:
+        raise UnusableRecord(f"annotation {ann_id} is of image {annotation['image_id']}, not of {record.image['id']}")
+    return unite(annotation, height, width, rules.legacy_overlap)
+
+
+def _sentences(ref: dict[str, Any], skip_bad: bool, dropped: dict[str, int]) -> list[dict[str, Any]]:
+    """The ref's sentences as models read them, at least one."""
+    sentences = []
+    for s in ref["sentences"]:
+        try:
+            sentences.append(s | {"sent": clean_sentence(s)})
+        except UnusableRecord:
+            if not skip_bad:
+                raise
+            dropped["sentences"] += 1
+    if not sentences:
+        raise UnusableRecord("it has no sentence")
+    return sentences

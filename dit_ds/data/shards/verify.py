@@ -1,0 +1,129 @@
+"""The checks of what was written: the manifest, each shard, and what only all shards together show."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dit_ds.data.parallel import forked_map
+from dit_ds.data.sample_set.write import DESCRIPTION
+from dit_ds.data.shards import published_counts as official
+from dit_ds.data.shards.manifest import COUNTS, load_manifest, manifest_errors, size_errors
+from dit_ds.data.shards.storage import local
+from dit_ds.data.shards.verify_shard import REPLACE, Id, ShardReport, check_shard
+
+_NAMED = 5  # of the worst, in one line
+
+
+def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str, Any]:
+    """Check a sharded set: see `data_shards/README.md` for what is looked at.
+
+    Args:
+        processes: to check shards in, by default one a core.
+    Returns:
+        `ok`, `errors` and `warnings` (a line for each thing that is wrong or worth a look) and `counts` by split.
+    Raises:
+        UserError: the manifest is missing or damaged, so there is nothing to check by.
+    """
+    folder = local(folder)
+    manifest = load_manifest(folder)
+    splits = manifest["splits"]
+    errors = [f"{e}: remove its manifest and shard the dataset again" for e in manifest_errors(folder, manifest)]
+    wrong_size = size_errors(folder, manifest)
+    errors += [f"{e}: {REPLACE}" for e in wrong_size]
+    missized = {e.split(".tar ", 1)[0] for e in wrong_size}
+    jobs = [(s, e) for s in splits for e in splits[s]["shards"] if str(folder / e["name"])[:-4] not in missized]
+    reports = list(forked_map(functools.partial(check_shard, folder, manifest), jobs, processes, "verify"))
+    errors += [e for r in reports for e in r.errors]
+
+    by_split = {s: [r for r in reports if r.split == s] for s in splits}
+    errors += _stray_tars(folder, manifest)
+    warnings: list[str] = []
+    for split, found in by_split.items():
+        errors += _repeated(f"split {split}: ref", (x for r in found for x in r.refs))
+        errors += _repeated(f"split {split}: sentence", (x for r in found for x in r.sentences))
+        seen, said = sum(r.counts["no_target"] for r in found), splits[split].get("no_target")
+        if said not in (None, seen) and sum(r.counts["samples"] for r in found) == splits[split]["images"]:
+            errors.append(
+                f"split {split} has {seen} refs without target, the manifest says {said}: remove its manifest and shard the dataset again"
+            )
+        warnings += _areas(split, found, manifest.get("mask_policy", "union"))
+    shared = _shared_images(manifest, errors, warnings)
+    if manifest["description"] != DESCRIPTION:  # the embedded set calls itself refcoco unc, too
+        for known, more in zip((errors, warnings), official.compare(manifest["dataset"], manifest["split_by"], splits)):
+            known += more
+    counts = {s: _counts(splits[s], found) | shared.get(s, {}) for s, found in by_split.items()}
+    return {"ok": not errors, "errors": errors, "warnings": warnings, "counts": counts}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    rows = [f"{s}: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in c.items() if isinstance(n, int) and n)
+            for s, c in found["counts"].items()]  # fmt: skip
+    problems = [f"{kind}: {line}" for kind in ("warning", "error") for line in found[f"{kind}s"]]
+    return [*rows, *problems, "ok" if found["ok"] else f"{len(found['errors'])} errors"]
+
+
+def _counts(split: dict[str, Any], reports: list[ShardReport]) -> dict[str, Any]:
+    """What the manifest says of a split, and what its samples do."""
+    seen = sum((r.counts for r in reports), collections.Counter())
+    counts = {k: split[k] for k in COUNTS} | {"shards": len(split["shards"])}
+    counts |= {k: seen[k] for k in ("annotations", "no_target", "several_targets")}
+    counts |= {"area_differs": sum(len(r.areas) for r in reports), "overlapping": split.get("overlapping", 0)}
+    return counts | {f"dropped_{k}": n for k, n in split.get("dropped", {}).items()}
+
+
+def _repeated(what: str, ids: Iterable[tuple[Id, str]]) -> list[str]:
+    """A line for each id that was met before."""
+    first: dict[Id, str] = {}
+    errors = []
+    for (dataset, number), key in ids:
+        if (dataset, number) in first:
+            where = f"in {first[dataset, number]} and in {key}"
+            errors.append(
+                f"{what} {number} of {dataset} is there more than once, {where}: remove its manifest and shard the dataset again"
+            )
+        first.setdefault((dataset, number), key)
+    return errors
+
+
+def _areas(split: str, reports: list[ShardReport], mask_policy: str) -> list[str]:
+    off = sorted((x for r in reports for x in r.areas), reverse=True)
+    if not off:
+        return []
+    of = sum(r.counts["annotations"] for r in reports)
+    why = "overlapping polygons, or parts that were lost" + (
+        "; this set left overlaps out" if mask_policy == "legacy_overlap" else ""
+    )
+    worst = ", ".join(line for _, line in off[:_NAMED])
+    return [f"split {split}: {len(off)} of {of} masks differ from `area` by more than their outline ({why}): {worst}"]
+
+
+def _stray_tars(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Shards that the manifest doesn't have: it lost them, or they are left from another set."""
+    known = {e["name"] for s in manifest["splits"].values() for e in s["shards"]}
+    strays = sorted(p.name for p in folder.glob("*-of-*.tar") if p.name not in known)
+    return [f"{folder / s} is none of the manifest's shards: remove it, or shard the dataset again" for s in strays]
+
+
+def _shared_images(manifest: dict[str, Any], errors: list[str], warnings: list[str]) -> dict[str, dict[str, Any]]:
+    """By split, how many images it has in common with which other."""
+    ids = {name: {x[0] for e in s["shards"] for x in e["samples"]} for name, s in manifest["splits"].items()}
+    shared: dict[str, dict[str, Any]] = {}
+    for a, b in itertools.combinations(ids, 2):
+        both = ids[a] & ids[b]
+        if not both:
+            continue
+        for one, other in ((a, b), (b, a)):
+            shared.setdefault(one, {"shared_images": {}})["shared_images"][other] = len(both)
+        line = (
+            f"splits {a} and {b} share {len(both)} images, as {min(both):012d}: give an image one split and shard again"
+        )
+        kind = official.sharing_is(manifest["dataset"], manifest["split_by"], (a, b))
+        if kind != "design":
+            (errors if kind == "error" else warnings).append(line)
+    return shared

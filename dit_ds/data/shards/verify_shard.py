@@ -1,0 +1,235 @@
+"""The checks of one shard: the tar against the manifest's entry, and each sample against itself."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import json
+import mmap
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dit_ds.data.annotations.refer import decode_rle
+from dit_ds.data.masks import run_lengths
+
+REPLACE = "remove that shard and shard again"
+_NAMED = 5  # keys in one line
+Id = tuple[str, Any]  # dataset and id: in a combined set ids are unique in each dataset only
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard.
+
+    Attributes:
+        errors: a line each.
+        refs, sentences: ids and the key of the sample that has them.
+        counts: `samples`, `annotations`, `no_target`, `several_targets`.
+        areas: masks whose area is not their annotation's: how far off, and what to say of it.
+    """
+
+    split: str
+    errors: list[str] = field(default_factory=list)
+    refs: list[tuple[Id, str]] = field(default_factory=list)
+    sentences: list[tuple[Id, str]] = field(default_factory=list)
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    areas: list[tuple[float, str]] = field(default_factory=list)
+
+
+def check_shard(folder: Path, manifest: dict[str, Any], job: tuple[str, dict[str, Any]]) -> ShardReport:
+    """Check one shard; `job` is its split and its entry in the manifest. Nothing that is in it raises."""
+    split, entry = job
+    report, path = ShardReport(split), folder / entry["name"]
+    try:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            _check_tar(tar, path, manifest, entry, report)
+    except (OSError, ValueError) as e:  # mapping an empty file is a ValueError
+        report.errors.append(f"{path} can't be read ({e}): {REPLACE}")
+    return report
+
+
+def _check_tar(
+    tar: mmap.mmap, path: Path, manifest: dict[str, Any], entry: dict[str, Any], report: ShardReport
+) -> None:
+    expected = _expected_members(entry)
+    damaged = [name for name, (at, size, crc) in expected.items() if zlib.crc32(tar[at : at + size]) != crc]
+    if hashlib.sha256(tar).hexdigest() != entry["sha256"]:
+        where = f"damaged: {_some(damaged)}" if damaged else "outside its samples' bytes"
+        report.errors.append(f"{path} does not have the manifest's SHA-256 ({where}): {REPLACE}")
+        return
+    if damaged:
+        report.errors.append(f"{path}: {_some(damaged)} have other CRC-32 than the manifest says: {REPLACE}")
+        return
+    report.errors += [f"{path}: {what}: {REPLACE}" for what in _member_errors(tar, expected)]
+    if report.errors:
+        return
+    found: dict[str, list[str]] = {}
+    for sample in entry["samples"]:
+        key = f"{sample[0]:012d}"
+        (jpg, size, _), (meta, length, _) = expected[f"{key}.jpg"], expected[f"{key}.json"]
+        for what in _check_sample(tar[jpg : jpg + size], tar[meta : meta + length], key, sample, manifest, report):
+            found.setdefault(what, []).append(key)
+    report.errors += [f"{path}: {_some(keys)}: {what}" for what, keys in found.items()]
+
+
+def _expected_members(entry: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Offset, bytes and CRC-32 by the member's name."""
+    members = {}
+    for image_id, *numbers, _ in entry["samples"]:
+        members[f"{image_id:012d}.jpg"], members[f"{image_id:012d}.json"] = tuple(numbers[:3]), tuple(numbers[3:])
+    return members
+
+
+def _member_errors(tar: mmap.mmap, expected: dict[str, tuple[int, int, int]]) -> Iterator[str]:
+    """Members that lie elsewhere, are missing or too many, and a tar that doesn't end as tars do."""
+    try:
+        with tarfile.open(fileobj=tar, mode="r:") as opened:
+            members = opened.getmembers()
+    except (tarfile.TarError, ValueError, OSError, EOFError) as e:
+        yield f"is no tar ({e})"
+        return
+    names = collections.Counter(m.name for m in members)
+    for what, some in (
+        ("lacks", [n for n in expected if n not in names]),
+        ("has besides its samples", [n for n in names if n not in expected]),
+        ("has more than once", [n for n, k in names.items() if k > 1]),
+        ("has as other than a file", [m.name for m in members if not m.isreg()]),
+        ("has at another place", [m.name for m in members if _elsewhere(m, expected)]),
+    ):
+        if some:
+            yield f"{what} {_some(some)}"
+    end = max((m.offset_data + -(-m.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for m in members), default=0)
+    if len(tar) - end < 2 * tarfile.BLOCKSIZE or tar[end:].strip(b"\0"):
+        yield "does not end in empty blocks"
+
+
+def _elsewhere(member: tarfile.TarInfo, expected: dict[str, tuple[int, int, int]]) -> bool:
+    return member.name in expected and (member.offset_data, member.size) != expected[member.name][:2]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_sample(
+    jpg: bytes, text: bytes, key: str, sample: list[Any], manifest: dict[str, Any], report: ShardReport
+) -> list[str]:
+    """What is wrong with one sample, whose bytes are those of the manifest; `sample` is its row there."""
+    try:
+        meta = json.loads(text)
+        expected = {k: manifest[k] for k in ("schema", "dataset", "split_by")}
+        expected |= {"split": report.split, "image_id": sample[0]}
+        wrong = [f"{k} is {meta.get(k)!r}, not {v!r} as where it lies" for k, v in expected.items() if meta.get(k) != v]
+        if [len(r["sentences"]) for r in meta["refs"]] != sample[7]:
+            wrong.append("its refs and sentences are not as many as the manifest says")
+        wrong += _image_errors(jpg, meta)
+        wrong += _annotation_errors(meta, key, report)
+        wrong += _ref_errors(meta, key, report)
+        report.counts["samples"] += 1
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
+        wrong = [f"its JSON is not of the schema ({type(e).__name__}: {e})"]
+    return [f"{what}: remove its manifest and shard the dataset again" for what in wrong]
+
+
+def _image_errors(jpg: bytes, meta: dict[str, Any]) -> Iterator[str]:
+    """A JPEG of another size than its JSON says.
+
+    Only the header is read: `data shard` decoded the whole JPEG before it took it in, and its bytes are still the same.
+    """
+    try:
+        size = jpeg_size(jpg)
+    except ValueError as e:
+        yield f"its picture can't be read ({e})"
+        return
+    if size != (meta["height"], meta["width"]):
+        yield f"its picture is {size[1]}x{size[0]}, its JSON says {meta['width']}x{meta['height']}"
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import simplejpeg
+
+    try:
+        return simplejpeg.decode_jpeg_header(data)[:2]
+    except ValueError as first:
+        try:  # what `decode_jpeg` leaves to Pillow
+            width, height = Image.open(io.BytesIO(data)).size
+        except (OSError, SyntaxError, Image.DecompressionBombError):
+            raise ValueError(str(first)) from None
+        return height, width
+
+
+def _annotation_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator[str]:
+    for ann_id, annotation in meta["anns"].items():
+        report.counts["annotations"] += 1
+        rle = annotation["rle"]
+        if list(rle["size"]) != [meta["height"], meta["width"]]:
+            yield f"annotation {ann_id}'s mask is {rle['size']}, its picture {[meta['height'], meta['width']]}"
+            continue
+        try:
+            runs = run_lengths(rle)
+        except ValueError as e:
+            yield f"annotation {ann_id}: {e}"
+            continue
+        area, said = int(runs[1::2].sum()), annotation.get("area")
+        if not area:
+            yield f"annotation {ann_id}'s mask is empty"
+        elif isinstance(said, (int, float)) and _area_differs(rle, runs, said):
+            line = f"{key} annotation {ann_id} ({area} pixels, area {said:.0f})"
+            report.areas.append((abs(area - said) / max(area, said), line))
+
+
+def _area_differs(rle: dict[str, Any], runs: np.ndarray, area: float) -> bool:
+    """Whether the mask has another area than the annotation says, beyond what drawing it in pixels explains.
+
+    COCO's area is that of its polygons. Drawn, each pixel that the outline passes is in or out as a whole, so the two
+    can differ by as many pixels as lie along the outline, and no more.
+    """
+    off = abs(int(runs[1::2].sum()) - area)
+    if off <= len(runs) // 2:  # each run of ones has a pixel on the outline: no need to look at the picture
+        return False
+    mask = np.pad(decode_rle(rle), 1).astype(bool)
+    inner = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    return bool(off > mask.sum() - inner.sum())
+
+
+def _ref_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator[str]:
+    if not meta["refs"]:
+        yield "it has no refs"
+    for ref in meta["refs"]:
+        dataset, ref_id, ann_ids = ref.get("dataset", meta["dataset"]), ref["ref_id"], ref["ann_ids"]
+        report.refs.append(_id(dataset, ref_id, key))
+        lost = [a for a in ann_ids if str(a) not in meta["anns"]]
+        if lost:
+            yield f"ref {ref_id}'s annotation {lost[0]} is not among its annotations"
+        if ref["no_target"] and ann_ids:
+            yield f"ref {ref_id} has no target, yet annotation {ann_ids[0]}"
+        if not ref["no_target"] and not ann_ids:
+            yield f"ref {ref_id} has no annotation, and is not marked as without target"
+        report.counts["no_target"] += bool(ref["no_target"])
+        report.counts["several_targets"] += len(ann_ids) > 1
+        if not ref["sentences"]:
+            yield f"ref {ref_id} has no sentence"
+        for sentence in ref["sentences"]:
+            report.sentences.append(_id(dataset, sentence["sent_id"], key))
+            if not sentence["sent"].strip():
+                yield f"ref {ref_id}: sentence {sentence['sent_id']} is empty"
+
+
+def _id(dataset: str, number: Any, key: str) -> tuple[Id, str]:
+    if not isinstance(number, (int, str)):
+        raise TypeError(f"an id is {number!r}")
+    return (str(dataset), number), key

@@ -1,0 +1,1 @@
+"""DeepSpeed: the one package that imports it."""

@@ -1,1 +1,0 @@
-"""What training takes of a device's memory."""

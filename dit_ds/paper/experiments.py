@@ -1,0 +1,175 @@
+"""The rows of the paper's tables as runs: which configuration each is, and what makes two runs the same experiment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_ds.config.load import RunConfig, load_config
+from dit_ds.errors import UserError
+from dit_ds.paper.tables import MISPRINTS, TABLES, Row, Table
+
+FOLDER = "configs/paper"
+
+# What two runs may differ in and still be the same experiment: where things are, how they are computed, and which draw.
+_OF_NO_MATTER = {
+    "run_dir", "seed", "checkpoint", "log", "deepspeed", "data.root", "data.workers", "model.attention",
+    "text.tokenizer", "text.cache", "train.activation_checkpointing", "train.compile", "train.nonfinite",
+    "eval.every_epochs", "eval.batch_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of a table on one dataset: its configuration, the file that has it, and what `settings_of` says of it."""
+
+    table: Table
+    row: Row
+    dataset: str
+    path: Path
+    config: RunConfig
+    settings: dict[str, Any]
+
+    def paper(self) -> dict[str, dict[str, float]]:
+        """The paper's figures, by split and metric."""
+        out: dict[str, dict[str, float]] = {}
+        for column, value in self.row.values.items():
+            if column.dataset == self.dataset:
+                out.setdefault(column.split, {})[column.metric] = value
+        return out
+
+
+def table(number: int) -> Table:
+    """The paper's table of that number.
+
+    Raises:
+        UserError: it has none.
+    """
+    if number not in TABLES:
+        raise UserError(f"the paper has no table {number}: its tables are {min(TABLES)} to {max(TABLES)}")
+    return TABLES[number]
+
+
+def experiments(number: int | None = None, folder: str | Path = FOLDER) -> list[Experiment]:
+    """The rows that have a configuration, of one table or of all.
+
+    Raises:
+        UserError: no such table, or the configurations are not in this folder.
+    """
+    found = []
+    for t in [table(number)] if number is not None else TABLES.values():
+        for row in t.rows:
+            for dataset, name in row.configs.items():
+                path = Path(folder) / f"{name}.yaml"
+                if not path.exists():
+                    raise UserError(f"no {path} here: run from dit-ds's folder, or give --configs")
+                config = load_config(path)
+                settings = settings_of(config, row.prompt, row.trained)
+                found.append(Experiment(t, row, dataset, path, config, settings))
+    return found
+
+
+def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -> dict[str, Any]:
+    """What the rows of the paper's tables differ in. Runs with the same settings are the same experiment.
+
+    Args:
+        prompt: what it is evaluated with.
+        trained: False for a model as it was released; then nothing of training counts.
+    """
+    m, d = config.model, config.data
+    settings = {
+        "method": m.name,
+        "dataset": d.dataset,
+        "split_by": d.split_by,
+        "size": m.size,
+        "prompt": prompt,
+        "trained": trained,
+    }
+    if m.name == "dit_sam":
+        settings |= {"scheme": m.scheme, "decoder_layers": m.decoder_layers}
+        settings["static_tokens"] = m.static_tokens > 0  # the paper doesn't say how many
+    if not trained:
+        return settings
+    return settings | {
+        "image_encoder_frozen": m.freeze_image_encoder,
+        "mask_decoder_frozen": m.freeze_mask_decoder,
+        "projections_frozen": m.freeze_projections,
+        "text_encoder": text_encoder(config.text.name),
+        "text_encoder_frozen": config.text.freeze,
+        "trained_with": sorted(d.prompts),
+    }
+
+
+def text_encoder(name: str) -> str:
+    """clip or bert: by what the folder `text.name` says of itself, or by its name where it is no folder."""
+    try:
+        kind = json.loads((Path(name) / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = Path(name).name
+    return "clip" if "clip" in kind.lower() else "bert"
+
+
+def differences(config: RunConfig, other: RunConfig) -> list[str]:
+    """Keys that `settings_of` doesn't compare and that change what is learned or scored, where the two differ."""
+    mine, others = _flat(config.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+    for values in (mine, others):
+        values["model.checkpoint"] = bool(values["model.checkpoint"])
+        values["text.name"] = text_encoder(values["text.name"])
+    return [
+        key
+        for key, value in mine.items()
+        if value != others[key] and key not in _OF_NO_MATTER and key.partition(".")[0] not in _OF_NO_MATTER
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and prefix == "" else {prefix + key: value}
+    return out
+
+
+def listing(number: int | None = None, folder: str | Path = FOLDER) -> dict[str, Any]:
+    """`dit-ds experiments`: `experiments`, and where the paper disagrees with itself, `misprints`."""
+    rows = [
+        {
+            "config": str(e.path),
+            "table": e.table.number,
+            "row": e.row.name,
+            "line": e.row.line,
+            "run": e.config.run_dir,
+            "settings": e.settings,
+            "paper": e.paper(),
+        }
+        for e in experiments(number, folder)
+    ]
+    return {"experiments": rows, "misprints": [m._asdict() for m in MISPRINTS]}
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """For people: by table, each row's configuration, what it is, its run's folder, and the paper's oIoU."""
+    out: list[str] = []
+    for number in dict.fromkeys(e["table"] for e in result["experiments"]):
+        of_table = [e for e in result["experiments"] if e["table"] == number]
+        t = TABLES[number]
+        out += ["", f"Table {number} (section {t.section}): {t.title}" + (f" ({t.note})" if t.note else "")]
+        width = max(len(e["config"]) for e in of_table)
+        names = max(len(_what(e)) for e in of_table)
+        runs = max(len(e["run"]) for e in of_table)
+        for e in of_table:
+            out.append(f"  {e['config']:{width}}  {_what(e):{names}}  {e['run']:{runs}}  {_figures(e['paper'])}")
+    return out[1:]
+
+
+def _what(experiment: dict[str, Any]) -> str:
+    dataset = experiment["settings"]["dataset"]
+    return experiment["row"] + ("" if dataset == "refcoco" else f" on {dataset}")
+
+
+def _figures(paper: dict[str, dict[str, float]]) -> str:
+    """The oIoU of each split, or what else there is."""
+    if "gpu" in paper:
+        return f"{paper['gpu']['gb']:g} GB"
+    return "oIoU " + ", ".join(f"{split} {values['oiou']:.2f}" for split, values in paper.items() if "oiou" in values)

@@ -1,0 +1,139 @@
+"""What a run's folder says of its figures: its configuration and its evaluations."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_ds.config.load import RunConfig, load_config
+from dit_ds.errors import UserError
+from dit_ds.files import read_json
+from dit_ds.paper.experiments import settings_of
+from dit_ds.paper.tables import EXPRESSIONS, Column
+
+_METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
+
+
+class NotEvaluated(UserError):
+    """A run without figures."""
+
+
+@dataclass
+class Scored:
+    """A run as evaluated with one kind of prompt.
+
+    Attributes:
+        run: its folder.
+        settings: see `experiments.settings_of`.
+        steps: the step that each split was evaluated at.
+        scores: in percent, rounded as the paper's.
+        comparable: whether every split has as many expressions as the paper's.
+        notes: what a reader of the figures should know.
+    """
+
+    run: str
+    config: RunConfig
+    prompt: str
+    settings: dict[str, Any]
+    steps: dict[str, int]
+    scores: dict[Column, float]
+    comparable: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(folder: str | Path) -> list[Scored]:
+    """The run's newest evaluation of each split, one entry for each kind of prompt it was evaluated with.
+
+    They are `evaluations/*.json`, which `dit-ds eval` writes; for the split that training evaluates, where they have
+    none, the line of metrics.jsonl of the same step, else the last.
+
+    Raises:
+        NotEvaluated: there is none yet.
+        UserError: no run, or a damaged file.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run: it has no config.yaml; name a folder that dit-ds train made")
+    try:
+        config = load_config(folder / "config.yaml")
+    except UserError as e:
+        raise UserError(f"{folder}/config.yaml: {e}") from None
+    by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted((folder / "evaluations").glob("*.json")):
+        e = _checked(read_json(path, "evaluation"), config)
+        if e is None:
+            raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
+        newest = by_prompt.setdefault(e["prompt"], {})
+        if not e.get("shuffle_text") and e["step"] >= newest.get(e["split"], {"step": -1})["step"]:
+            newest[e["split"]] = e
+    in_training = _in_training(folder, config)
+    if in_training:
+        newest = by_prompt.setdefault(in_training[-1]["prompt"], {})
+        steps = {e["step"] for e in newest.values()}
+        same_step = [e for e in in_training if e["step"] in steps]
+        newest.setdefault(in_training[-1]["split"], (same_step or in_training)[-1])
+    scored = [
+        _scored(folder, config, prompt, splits) for prompt, splits in sorted(by_prompt.items(), reverse=True) if splits
+    ]
+    if not scored:
+        raise NotEvaluated(f"{folder} has no evaluation yet: run dit-ds eval {folder} --split {config.data.val_split}")
+    return scored
+
+
+def _checked(entry: Any, config: RunConfig) -> dict[str, Any] | None:
+    """An evaluation with what that of training lacks, the prompt; None for what is none."""
+    if not isinstance(entry, dict):
+        return None
+    prompts = config.data.prompts
+    entry = {"prompt": "text" if "text" in prompts else prompts[0], "threshold": config.eval.threshold} | entry
+    kinds = {"split": str, "prompt": str, "n": int, "step": int, "threshold": float | int}
+    right = all(isinstance(entry.get(k), kind) for k, kind in kinds.items()) and all(
+        entry.get(k, ...) is None or (isinstance(entry.get(k), float | int) and math.isfinite(entry[k]))
+        for k in _METRICS  # null: it was not finite
+    )
+    return entry if right else None
+
+
+def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a line that a kill cut short
+            continue
+        if isinstance(entry, dict) and entry.get("kind") == "eval" and (found_here := _checked(entry, config)):
+            found.append(found_here)
+    return found
+
+
+def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict[str, Any]]) -> Scored:
+    d = config.data
+    dataset = d.val_set.split("/")[0]
+    splits = dict(sorted(splits.items(), key=lambda item: (item[0] != d.val_split, item[0])))
+    steps = {split: e["step"] for split, e in splits.items()}
+    scores = {
+        Column(dataset, split, metric): round(100 * e[metric], 2)
+        for split, e in splits.items()
+        for metric in _METRICS
+        if e[metric] is not None
+    }
+    settings = settings_of(config, prompt, trained=max(steps.values()) > 0)
+    scored = Scored(str(folder), config, prompt, settings, steps, scores)
+    for split, e in splits.items():
+        full = EXPRESSIONS.get(dataset, {}).get(split)
+        if e["n"] != full:
+            scored.comparable = False
+            known = f"{full:,} of {dataset}" if full else f"none that the paper has ({dataset})"
+            scored.notes.append(
+                f"not comparable: {split} has {e['n']:,} expressions instead of {known}; neither ranked nor subtracted"
+            )
+        if e["threshold"] != config.eval.threshold:
+            scored.notes.append(f"{split} at threshold {e['threshold']:g}, not the run's {config.eval.threshold:g}")
+    if len(set(steps.values())) > 1:
+        at = ", ".join(f"{split} of step {step}" for split, step in steps.items())
+        scored.notes.append(f"evaluated at different steps: {at}")
+    return scored

@@ -1,0 +1,83 @@
+"""The process in which one question is answered; nothing here may have been done before in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the answer is the same where there is a GPU, and takes nothing of it
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+from dit_ds.engine import engine as ds
+from dit_ds.errors import UserError
+from dit_ds.planning.flops import count_flops, offline_text
+from dit_ds.planning.memory.estimate import Answer, Question, on_gpu
+from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
+from dit_ds.planning.memory.profiled_step import Steps
+from dit_ds.planning.memory.tracker import Ledger, Profile
+
+_MOST, _TRIES = 4096, 40  # micro-batches, and how many are looked at in a search, which ends long before
+
+
+def answer(question: Question) -> Answer:
+    """Build the run on fake tensors and take its steps."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    config = on_gpu(question.config)
+    ds_config = ds.deepspeed_config(config, question.ranks)
+    sizes = question.micro_batches or (ds_config["train_micro_batch_size_per_gpu"],)
+    if "nvme" in str(ds_config.get("zero_optimization", {})):
+        raise UserError(f"{config.deepspeed.config} offloads to NVMe, which is not predicted: 'device': 'cpu' is")
+    share = config.train.batch_size // question.ranks
+    ledger = Ledger(host=lambda x: x.device.type == "cpu")
+    with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(ledger):
+        steps = Steps(config, world, ledger)
+        steps.warm_up()
+        profiles = {b: steps.take(b) for b in sizes}
+        parameters = list(steps.engine.module.parameters())
+        counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+        trained = sum(n for n, p in zip(counts, parameters) if p.requires_grad)
+        largest = None if question.capacity is None else _largest(steps, profiles, question.capacity, share)
+        flops = None
+        if question.flops:
+            with count_flops() as counter:
+                steps.take(1)
+            flops = counter.get_total_flops() // min(2, steps.engine.gradient_accumulation_steps())
+    return Answer(profiles, sum(counts), trained, largest, flops)
+
+
+def _largest(steps: Steps, profiles: dict[int, Profile], capacity: int, share: int) -> int:
+    """The largest micro-batch that fits, of at most `_MOST`.
+
+    Up to a rank's share of the global batch a step has several micro-batches, whose gradients wait for one another; from
+    there on it has one. On either side the peak is the largest of several lines over the micro-batch, mostly one: a line
+    through two points says what to try next, and where it leads astray halving does.
+    """
+
+    def peak(b: int) -> int:
+        if b not in profiles:
+            profiles[b] = steps.take(b, 2 if b < share else 1)
+        return profiles[b].peak
+
+    if peak(share) <= capacity:
+        low, high, other = share, 0, 0
+    elif share > 1 and peak(1) <= capacity:
+        low, high, other = 1, share, share
+    else:
+        return 0
+    for i in range(_TRIES):
+        if high == low + 1 or low >= _MOST:
+            break
+        rise = (peak(other) - peak(low)) / (other - low) if other else 0.0
+        guess = low + int((capacity - peak(low)) / rise) if rise > 0 else 4 * low
+        if high:
+            guess = (low + high) // 2 if i % 3 == 2 else min(max(guess, low + 1), high - 1)
+        else:
+            guess = min(max(guess, low + 1), 4 * low)
+        if peak(guess) <= capacity:
+            low, other = guess, high or low
+        else:
+            high = other = guess
+    return min(low, _MOST)

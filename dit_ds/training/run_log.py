@@ -1,0 +1,160 @@
+"""What a run leaves behind: its configuration, environment, metrics and log. Rank 0 writes, every rank may call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_ds.config.load import RunConfig
+from dit_ds.distributed import World, gather_objects
+from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
+
+_PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
+_log = logging.getLogger("dit_ds")
+
+
+class RunRecord:
+    """The run's folder.
+
+    Args:
+        resumed_at: the step a resumed run goes on from; lines of later steps, which will be taken again, are dropped.
+        evaluated_at: the step of its last evaluation; lines of later ones are dropped, too.
+    Raises:
+        UserError: the folder can't be written.
+    """
+
+    def __init__(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int = 0):
+        self.world, self.folder = world, Path(config.run_dir)
+        self._metrics = self._board = self._samples = None
+        if world.main:
+            self._open(config, world, resumed_at, evaluated_at)
+        gather_objects(None)  # the other ranks' sample logs are cut, too, before they go on
+        if config.log.samples:
+            self._samples = open(self.folder / f"samples/rank_{world.rank:05d}.jsonl", "a")
+
+    def _open(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int) -> None:
+        with full_disk_is_user_error(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.folder / "config.yaml")
+            write_json(self.folder / "environment.json", environment(world))
+            _log.addHandler(logging.FileHandler(self.folder / "log.txt"))
+            path = self.folder / "metrics.jsonl"
+            (self.folder / "samples").mkdir(exist_ok=True)
+            for lines in (path, self.folder / "nonfinite.jsonl", *self.folder.glob("samples/rank_*.jsonl")):
+                if lines.exists() or lines == path:
+                    _cut(lines, resumed_at, evaluated_at)
+            self._metrics = open(path, "a")
+            if config.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(resumed_at or 0) + 1)
+
+    def metrics(self, kind: str, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and TensorBoard's scalars of the same names. What is not finite becomes null."""
+        if self._metrics is None:
+            return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._metrics.write(json.dumps({"kind": kind} | values) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def samples(self, step: int, epoch: int, samples: list[int]) -> None:
+        """The real samples that this rank took in a step, where `log.samples` asks for them."""
+        if self._samples is not None:
+            self._samples.write(json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
+            self._samples.flush()
+
+    def nonfinite(self, values: dict[str, Any]) -> None:
+        """One line of nonfinite.jsonl: the samples of a step that was left out."""
+        if self.world.main:
+            with open(self.folder / "nonfinite.jsonl", "a") as f:
+                f.write(json.dumps(values) + "\n")
+
+    def log(self, message: str) -> None:
+        """A line of the log, on stderr too."""
+        if self.world.main:
+            _log.info(message)
+
+    def describe_parameters(self, model: nn.Module) -> None:
+        """A table: how much of each part there is, and trains."""
+        counts: dict[str, list[int]] = {}
+        for name, p in model.named_parameters():
+            part, *rest = name.split(".")
+            if rest[0] in ("instruction", "static_tokens"):  # the words' way into the ViT
+                part += f".{rest[0]}"
+            of = counts.setdefault(part, [0, 0])
+            of[0] += p.numel()
+            of[1] += p.numel() * p.requires_grad
+        counts["all"] = [sum(x) for x in zip(*counts.values())]
+        self.log(f"{'parameters, in millions':<30} {'all':>9} {'trained':>9}")
+        for part, (total, trained) in counts.items():
+            self.log(f"{part:<30} {total / 1e6:9.2f} {trained / 1e6:9.2f}{'' if trained else '  frozen'}")
+
+    def describe_checkpoint(self, report: dict[str, list[str]]) -> None:
+        """What of `model.checkpoint` was used, and by name what was not."""
+        self.log(f"model.checkpoint: {len(report['loaded'])} tensors loaded by name")
+        for what, names in (
+            ("not in the checkpoint, fresh", report["missing"]),
+            ("not in the model, ignored", report["unexpected"]),
+        ):
+            if names:
+                self.log(f"{what}: {', '.join(names)}")
+
+    def close(self) -> None:
+        """Flush and close."""
+        for f in (self._metrics, self._board, self._samples):
+            if f is not None:
+                f.close()
+
+
+def _cut(path: Path, step: int | None, evaluated: int) -> None:
+    """Keep a file's lines up to this step, and of evaluations up to the last; none, where there is no step."""
+    with atomic_write(path) as f:
+        if step is not None and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                    keep = entry["step"] <= (evaluated if entry.get("kind") == "eval" else step)
+                except (ValueError, KeyError):  # a line that a kill cut short
+                    continue
+                if keep:
+                    f.write(line.encode() + b"\n")
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, commit and hardware; never the whole environment, which can hold secrets."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
+    return {
+        "versions": versions, "python": platform.python_version(), "commit": _commit(), "world_size": world.world_size,
+        "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cuda": torch.version.cuda, "command": sys.argv,
+    }  # fmt: skip
+
+
+def _commit() -> str | None:
+    try:
+        where = Path(__file__).parent
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=10, check=True
+        )
+        return out.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
