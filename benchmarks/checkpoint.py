@@ -31,6 +31,7 @@ from dit_ds.config.load import validate  # noqa: E402
 from dit_ds.distributed import World, connect, disconnect  # noqa: E402
 from dit_ds.engine import engine as ds  # noqa: E402
 from dit_ds.engine.zero_state import TrainingState  # noqa: E402
+from dit_ds.models.build import build_model  # noqa: E402
 
 
 def saves(size: str, rounds: int, folder: Path, world: World) -> dict:
@@ -44,7 +45,7 @@ def saves(size: str, rounds: int, folder: Path, world: World) -> dict:
         "deepspeed": {"config": str(ROOT / "configs/deepspeed/zero2.json"), "precision": "fp32"},
     }
     config = validate(values)
-    model = weights.build_model(config)
+    model = build_model(config)
     engine = ds.initialize(model, config, world)
     state = TrainingState(engine)
     for f in state.fragments:  # Adam's states, as after a step

@@ -12,11 +12,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import dit_ds.torchvision_stub  # noqa: F401
-from dit_ds.data.annotations.refer import decode_rle
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
 from dit_ds.data.loading.transforms import swap_sides
+from dit_ds.data.masks import decode_rle
 
 
 def unpack(index: SplitIndex, out: Path) -> None:

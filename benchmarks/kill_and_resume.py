@@ -32,11 +32,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import common  # noqa: E402
 import yaml  # noqa: E402
 
+import dit_ds.training.train  # noqa: E402, F401  what every rank needs, imported once
 from dit_ds import cli  # noqa: E402
 from dit_ds.data.sample_set.write import write_sample_set  # noqa: E402
 from dit_ds.data.shards.write import shard_refer  # noqa: E402
 from dit_ds.engine.engine import import_deepspeed  # noqa: E402
-from dit_ds.training import train  # noqa: E402, F401  what every rank needs, imported once
 
 _START_LIMIT = 180  # seconds for one start to end by itself, or to come to where it is killed
 

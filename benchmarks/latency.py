@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_ds.checkpointing.weights import build_model
-from dit_ds.config.load import RunConfig, validate
+from dit_ds.config.load import validate
+from dit_ds.config.schema import RunConfig
 from dit_ds.data.loading.prompts import Prompts
+from dit_ds.models.build import build_model
 from dit_ds.paper.tables import TABLES
 
 ROOT = Path(__file__).parent.parent

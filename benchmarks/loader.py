@@ -39,8 +39,9 @@ from torch.utils.data import DataLoader
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.loader import checked, make_loader
 from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.write import shard_refer
 from dit_ds.models.text_encoder import load_tokenizer

@@ -20,9 +20,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
 
-from dit_ds.config.load import RunConfig, load_config, merge, validate  # noqa: E402
+from dit_ds.config.load import load_config, merge, validate  # noqa: E402
+from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.planning.memory import measure  # noqa: E402
-from dit_ds.planning.memory.estimate import Question, predict  # noqa: E402
+from dit_ds.planning.memory.estimate import predict  # noqa: E402
+from dit_ds.planning.memory.request import Question  # noqa: E402
 
 GIB = 2**30
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]

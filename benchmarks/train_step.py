@@ -23,13 +23,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
-from dit_ds.checkpointing.weights import build_model  # noqa: E402
-from dit_ds.config.load import RunConfig, validate  # noqa: E402
+from dit_ds.config.load import validate  # noqa: E402
+from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.distributed import connect, disconnect  # noqa: E402
 from dit_ds.engine import engine as ds  # noqa: E402
-from dit_ds.models.dit_sam import segmentation_loss  # noqa: E402
+from dit_ds.models.build import build_model  # noqa: E402
+from dit_ds.models.losses import segmentation_loss  # noqa: E402
 from dit_ds.models.sam import SIZES  # noqa: E402
-from dit_ds.planning.flops import peak_flops, step_flops  # noqa: E402
+from dit_ds.planning.flops import step_flops  # noqa: E402
+from dit_ds.planning.gpus import peak_flops  # noqa: E402
 from dit_ds.planning.memory.profiled_step import fake_batch  # noqa: E402
 
 MODES = {  # frozen image encoder, frozen text encoder

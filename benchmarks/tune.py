@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
 from dit_ds.config.load import load_config  # noqa: E402
-from dit_ds.engine import engine  # noqa: E402
+from dit_ds.engine.deepspeed_json import read_deepspeed_json  # noqa: E402
 from dit_ds.planning.memory.plan import GIB, needed  # noqa: E402
 from dit_ds.planning.tune import command, report  # noqa: E402
 from dit_ds.planning.tune.candidates import candidates  # noqa: E402
@@ -53,7 +53,7 @@ def answered(size: str, nodes: int, gpus: int, out: Path) -> dict:
 def rule_errors(count: int, seed: int) -> list[dict]:
     """Candidates of ViT-B on 8 GPUs drawn at random: the rule against a profile of each."""
     config = load_config(ROOT / "configs/base.yaml")
-    ds = engine.read_deepspeed_json(config)
+    ds = read_deepspeed_json(config)
     among = candidates(config, ds, 8, "H100")
     drawn = random.Random(seed).sample(among, count)
     with Jobs() as jobs:

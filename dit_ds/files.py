@@ -79,3 +79,8 @@ def sha256_of(path: str | Path) -> str:
 def usable_cores() -> int:
     """The cores that this process may run on, which on a cluster are fewer than the node has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_url(root: str | Path) -> bool:
+    """Whether files there can be read from front to back only."""
+    return "://" in str(root) or str(root).startswith("pipe:")

@@ -26,7 +26,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import BertConfig  # noqa: E402
 
-from dit_ds.config.load import RunConfig, validate  # noqa: E402
+from dit_ds.config.load import validate  # noqa: E402
+from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.distributed import World, connect, disconnect, gather_objects  # noqa: E402
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors  # noqa: E402
 from dit_ds.planning.memory.measure import Request, measure  # noqa: E402

@@ -20,11 +20,13 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dit_ds.checkpointing.weights import build_model
-from dit_ds.config.load import RunConfig, merge, validate
+from dit_ds.config.load import merge, validate
+from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, connect, disconnect
 from dit_ds.engine import engine as ds
-from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.engine.deepspeed_json import read_deepspeed_json
+from dit_ds.models.build import build_model
+from dit_ds.models.losses import segmentation_loss
 from dit_ds.planning.communication import Shape, communication_volume
 from dit_ds.planning.flops import hardware_flops
 from dit_ds.planning.memory.profiled_step import fake_batch
@@ -102,7 +104,7 @@ def by_formula(ranks: int, setting: dict) -> dict[tuple[str, int], float]:
     config, shape = configuration(ranks, **setting), Shape()
     hardware_flops(config, shape.watch)
     found: collections.Counter = collections.Counter()
-    for transfer in communication_volume(shape, ds.read_deepspeed_json(config), ranks, setting.get("accumulation", 1)):
+    for transfer in communication_volume(shape, read_deepspeed_json(config), ranks, setting.get("accumulation", 1)):
         found[transfer.kind, transfer.ranks] += transfer.buffer
     return dict(found)
 

@@ -11,9 +11,9 @@ from conftest import dit_ds, refused
 from refer_files import H, W, annotation, box, filled, image, ref, samples_of, write_images, write_refer
 
 from dit_ds.data.annotations.combine import load_source
-from dit_ds.data.annotations.refer import decode_rle
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.masks import decode_rle
 from dit_ds.data.shards.verify import verify_shards
 from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError

@@ -8,8 +8,8 @@ import pytest
 
 from dit_ds.config.load import TrainConfig
 from dit_ds.distributed import set_environment
-from dit_ds.engine.engine import learning_rate
 from dit_ds.errors import UserError
+from dit_ds.training.schedule import learning_rate
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import MINILM, ROOT, environment
 
-from dit_ds.checkpointing.weights import build_model
 from dit_ds.cli.entry import main
-from dit_ds.config.load import RunConfig, load_config
+from dit_ds.config.load import load_config
+from dit_ds.config.schema import RunConfig
 from dit_ds.data.loading.prompts import Prompts
+from dit_ds.models.build import build_model
 from dit_ds.paper.experiments import differences, experiments, settings_of, text_encoder
 from dit_ds.paper.tables import TABLES
 from dit_ds.planning.memory.profiled_step import fake_batch

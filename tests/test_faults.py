@@ -18,8 +18,9 @@ from conftest import MINILM, ROOT, dit_ds, environment, metrics_of, refused, tin
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader, make_tokenize, worker_failures
+from dit_ds.data.loading.loader import checked, make_loader, worker_failures
 from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.shards.storage import locate
 from dit_ds.errors import RankFailed
 from dit_ds.models.text_encoder import load_tokenizer

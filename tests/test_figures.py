@@ -12,14 +12,16 @@ from conftest import tiny_config
 from PIL import Image
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.checkpointing.weights import build_model, load_model, save_tensors
+from dit_ds.checkpointing.weights import load_model, save_tensors
 from dit_ds.cli.entry import main
-from dit_ds.config.load import RunConfig, merge, validate
+from dit_ds.config.load import merge, validate
+from dit_ds.config.schema import RunConfig
 from dit_ds.evaluation.metrics import intersection_and_union
 from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_places
+from dit_ds.models.build import build_model
 from dit_ds.models.image_encoder import WordAttention
+from dit_ds.models.instruction import SCHEMES
 from dit_ds.models.sam import Size
-from dit_ds.models.schemes import SCHEMES
 from dit_ds.visualize.drawing import GridRow, write_grid
 
 RED = (220, 0, 0)

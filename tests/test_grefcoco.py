@@ -18,15 +18,15 @@ from refer_files import H, W, annotation, box, filled, image, python2_pickle, re
 from test_methods import inputs, tiny
 
 from dit_ds.data.annotations.combine import load_source
-from dit_ds.data.annotations.refer import annotation_rle, decode_rle
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.data.loading.prompts import Prompts
+from dit_ds.data.masks import annotation_rle, decode_rle
 from dit_ds.data.shards.verify import verify_shards
 from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError
 from dit_ds.evaluation.metrics import summarize, summarize_generalized
-from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.models.losses import segmentation_loss
 
 # --- files --------------------------------------------------------------------------------------------------------
 

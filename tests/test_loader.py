@@ -14,13 +14,15 @@ from conftest import MINILM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, BadSample, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.loader import checked, make_loader
 from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.loading.readers import MemberReader
 from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
-from dit_ds.data.loading.transforms import Augmentation, decode_jpeg, resize_mask, resized_shape
+from dit_ds.data.loading.tokenize import make_tokenize
+from dit_ds.data.loading.transforms import Augmentation, resize_mask, resized_shape
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
 

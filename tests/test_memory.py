@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT, environment
 from memory_worker import MICRO_BATCH, configuration, storages
 
-from dit_ds.checkpointing.weights import build_model
 from dit_ds.config.load import validate
-from dit_ds.models.dit_sam import segmentation_loss
-from dit_ds.planning.memory.estimate import Question, predict
+from dit_ds.models.build import build_model
+from dit_ds.models.losses import segmentation_loss
+from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.profiled_step import fake_batch
+from dit_ds.planning.memory.request import Question
 from dit_ds.planning.memory.tracker import Ledger, LiveTensors
 
 STAYS = ("parameters", "gradients", "optimizer", "average", "buffers")

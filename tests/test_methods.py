@@ -15,13 +15,15 @@ from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.engine import engine
 from dit_ds.engine.batchnorm import RunningStatistics
+from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
-from dit_ds.evaluation.evaluate import original_probabilities
+from dit_ds.evaluation.postprocess import original_probabilities
 from dit_ds.models.lavt import LAVT
+from dit_ds.models.losses import two_class_loss
 from dit_ds.models.rela import Output, ReLA, SinePositions
-from dit_ds.models.segmenter import two_class_loss
 from dit_ds.models.swin import PWAM, SIZES, WordSwin
 from dit_ds.models.text_encoder import TextEncoder
+from dit_ds.training.schedule import learning_rate
 
 BERT = str(ROOT / "configs/text/bert_base")
 METHODS = {"lavt": LAVT, "rela": ReLA}
@@ -257,7 +259,7 @@ def test_norms_and_position_tables_are_spared_weight_decay():
 
 def test_poly_goes_to_zero():
     t = validate({"train": {"schedule": "poly", "warmup_epochs": 0, "epochs": 2, "lr": 1.0}}).train
-    assert [engine.learning_rate(s, 10, t) for s in (0, 10, 20)] == pytest.approx([1.0, 0.5**0.9, 0.0])
+    assert [learning_rate(s, 10, t) for s in (0, 10, 20)] == pytest.approx([1.0, 0.5**0.9, 0.0])
 
 
 def test_stretched_samples_fill_the_square_and_predictions_go_back(shards):
@@ -296,10 +298,10 @@ def test_mixes_without_a_meaning_are_refused():
 def test_table_8s_configurations(path):
     config = load_config(path)
     gpus = 8 if config.model.name == "rela" else 4
-    ds = engine.deepspeed_config(config, gpus)
+    ds = deepspeed_config(config, gpus)
     assert ds["gradient_accumulation_steps"] == 1 and config.run_dir == f"runs/{path.stem}"
     if config.model.name == "rela":  # the rate drops at 110,000 and 140,000 steps over RefCOCO's 42,404 refs
         steps = math.ceil(42404 / config.train.batch_size)
-        drops = [s for s in range(105000, 145000, 100) if engine.learning_rate(s, steps, config.train)
-                 < 0.5 * engine.learning_rate(s - 100, steps, config.train)]  # fmt: skip
+        drops = [s for s in range(105000, 145000, 100) if learning_rate(s, steps, config.train)
+                 < 0.5 * learning_rate(s - 100, steps, config.train)]  # fmt: skip
         assert drops == [110000, 140000]

@@ -8,8 +8,9 @@ from conftest import MINILM, ROOT
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.errors import UserError
-from dit_ds.models.dit_sam import DITSAM, segmentation_loss
+from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.image_encoder import ImageEncoder, WordBlock
+from dit_ds.models.losses import segmentation_loss
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint, resize_positions
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
 

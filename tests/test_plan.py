@@ -11,11 +11,13 @@ from conftest import MINILM, ROOT
 
 from dit_ds.cli.entry import main
 from dit_ds.config.load import merge, validate
+from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
 from dit_ds.paper import table8, table8_report
+from dit_ds.planning.gpus import GIB, parse_memory
 from dit_ds.planning.memory import plan, worker
-from dit_ds.planning.memory.estimate import GIB, Answer, Question, predict
-from dit_ds.planning.tune.candidates import SETTINGS
+from dit_ds.planning.memory.estimate import predict
+from dit_ds.planning.memory.request import Answer, Question
 
 
 def tiny(**train):
@@ -37,13 +39,13 @@ def tiny(**train):
     ("text", "size"), [("80GiB", 80 * GIB), ("80", 80 * GIB), ("24 gb", 24e9), ("500MiB", 5e2 * 2**20)]
 )
 def test_memory_is_read(text, size):
-    assert plan.parse_memory(text) == size
+    assert parse_memory(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "80 apples", "-3GiB", "0", "1e3"])
 def test_what_is_no_memory_is_refused(text):
     with pytest.raises(UserError, match="no amount of memory"):
-        plan.parse_memory(text)
+        parse_memory(text)
 
 
 def test_room_is_what_is_needed_the_other_way_round():
@@ -185,7 +187,7 @@ def test_the_table_is_written_for_readers_and_for_programs(ldit, tmp_path):
 
 def test_every_row_is_a_run_that_can_be():
     """All of them: configurations that resolve, with batches that divide."""
-    from dit_ds.engine.engine import deepspeed_config
+    from dit_ds.engine.deepspeed_json import deepspeed_config
 
     rows = table8.rows("all", ROOT / "configs/paper")
     assert {r.method for r in rows} == {"L-DIT", "E-DIT", "LAVT", "ReLA"} and len(rows) > 50

@@ -10,18 +10,20 @@ import pytest
 import torch
 from conftest import MINILM
 
-from dit_ds.checkpointing.weights import build_model
 from dit_ds.config.load import validate
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.loader import checked, make_loader
 from dit_ds.data.loading.prompts import Prompts, box_of, on_resized, points_on, scale_places
 from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation, resize_mask
 from dit_ds.errors import UserError
-from dit_ds.evaluation.evaluate import Binarize, model_inputs
 from dit_ds.evaluation.inference import segment
-from dit_ds.models.dit_sam import DITSAM, segmentation_loss
+from dit_ds.evaluation.postprocess import Binarize, model_inputs
+from dit_ds.models.build import build_model
+from dit_ds.models.dit_sam import DITSAM
+from dit_ds.models.losses import segmentation_loss
 from dit_ds.models.sam import SIZES
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
 

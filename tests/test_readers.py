@@ -17,7 +17,8 @@ from pycocotools import mask as coco
 from refer_files import H, W, annotation, box, filled, image, python2_pickle, ref, samples_of, write_images, write_refer
 
 from dit_ds.data.annotations.combine import default_split_by, load_source
-from dit_ds.data.annotations.refer import decode_rle, load_refer, load_refs
+from dit_ds.data.annotations.refer import load_refer, load_refs
+from dit_ds.data.masks import decode_rle
 from dit_ds.data.shards.verify import verify_shards
 from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 from pycocotools import mask as coco
 from refer_files import H, W, box, filled
 
-from dit_ds.data.annotations.refer import UnusableRecord, annotation_rle, clean_sentence, decode_rle, load_refer
+from dit_ds.data.annotations.refer import clean_sentence, load_refer
+from dit_ds.data.masks import UnusableRecord, annotation_rle, decode_rle
 from dit_ds.errors import UserError
 
 BLOCK = filled((3, 2, 11, 9))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_ds.data.annotations.refer import annotation_rle, decode_rle, load_refer
+from dit_ds.data.annotations.refer import load_refer
 from dit_ds.data.loading.transforms import swap_sides
+from dit_ds.data.masks import annotation_rle, decode_rle
 from dit_ds.data.sample_set.language import expressions
 from dit_ds.data.sample_set.write import annotation, scene_of, split_of, write_sample_set
 from dit_ds.errors import UserError

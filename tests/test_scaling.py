@@ -10,8 +10,10 @@ from conftest import MINILM, ROOT, dit_ds
 from scaling_worker import compare, configuration
 
 from dit_ds.cli.entry import main
+from dit_ds.engine.batch_split import divided
 from dit_ds.planning import flops, scaling
 from dit_ds.planning.communication import Shape, Transfer, Visit, communication_volume, fetched
+from dit_ds.planning.gpus import known_gpu, peak_flops
 
 # so small that the tiny model's layers are gathered again and again, and prefetched in part
 TIGHT = {
@@ -90,9 +92,9 @@ def test_gpus_go_by_the_names_that_cuda_gives():
         "NVIDIA L40S": "L40S", "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
         "a toaster": None,
     }  # fmt: skip
-    assert {name: flops.gpu(name) for name in names} == names
-    assert flops.peak_flops("NVIDIA A100-SXM4-80GB", torch.bfloat16) == 312e12
-    assert flops.peak_flops("Tesla V100-SXM2-16GB", torch.bfloat16) is None
+    assert {name: known_gpu(name) for name in names} == names
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.bfloat16) == 312e12
+    assert peak_flops("Tesla V100-SXM2-16GB", torch.bfloat16) is None
 
 
 def test_a_prediction_by_hand():
@@ -116,10 +118,10 @@ def test_overlap_hides_no_more_than_its_share_of_the_pass():
 
 
 def test_a_batch_is_divided_as_a_run_would():
-    assert scaling.divided(64, 4, 8) == (8, 2)
-    assert scaling.divided(64, 16, 8) == (4, 1)
-    assert scaling.divided(96, 16, 4) == (3, 2)
-    assert scaling.divided(64, 128, 8) is None
+    assert divided(64, 4, 8) == (8, 2)
+    assert divided(64, 16, 8) == (4, 1)
+    assert divided(96, 16, 4) == (3, 2)
+    assert divided(64, 128, 8) is None
 
 
 SMALL = ["--config", ROOT / "configs/base.yaml", "--model.size", "vit_t", "--data.image_size", "64",

@@ -8,10 +8,10 @@ from conftest import MINILM
 from torch import nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.models.dit_sam import DITSAM, segmentation_loss
+from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.image_encoder import ImageEncoder
-from dit_ds.models.instruction import Instruction, Options, StaticTokens, make_instruction, projection
-from dit_ds.models.schemes import SCHEMES
+from dit_ds.models.instruction import SCHEMES, Instruction, Options, StaticTokens, make_instruction, projection
+from dit_ds.models.losses import segmentation_loss
 from dit_ds.models.text_encoder import TextEncoder
 
 DIM, DEPTH, HEADS, TEXT, GRID = 48, 3, 4, 24, 4
@@ -277,10 +277,10 @@ class WordsOnce(Instruction):
 
 
 def test_a_new_scheme_is_a_class_and_a_line(monkeypatch, config_file):
-    from dit_ds.checkpointing.weights import build_model
     from dit_ds.config.load import load_config
+    from dit_ds.models.build import build_model
 
-    monkeypatch.setitem(SCHEMES, "words_once", "test_schemes:WordsOnce")
+    monkeypatch.setitem(SCHEMES, "words_once", WordsOnce)
     model = build_model(load_config(config_file, ["--model.scheme", "words_once", "--model.static_tokens", "2"]))
     trained = gradients(model)
     assert {"image_encoder.instruction.shared.weight", "image_encoder.static_tokens.tokens"} <= trained

@@ -19,8 +19,9 @@ import webdataset
 from conftest import ROOT, dit_ds, environment, refused
 from tqdm import tqdm
 
-from dit_ds.data.annotations.refer import annotation_rle, decode_rle, load_refer
+from dit_ds.data.annotations.refer import load_refer
 from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.masks import annotation_rle, decode_rle
 from dit_ds.data.shards.verify import verify_shards
 from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import RunFailed, UserError

@@ -15,8 +15,9 @@ from conftest import MINILM, dit_ds, metrics_of, tiny_config
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader, make_tokenize
+from dit_ds.data.loading.loader import checked, make_loader
 from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.storage import locate
 from dit_ds.errors import UserError

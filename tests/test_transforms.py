@@ -11,11 +11,11 @@ from PIL import Image, ImageEnhance
 from pycocotools import mask as coco
 
 import dit_ds.torchvision_stub  # noqa: F401
-from dit_ds.data.loading.loader import make_tokenize
+from dit_ds.data.jpeg import decode_jpeg
+from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import (
     Augmentation,
     Drawn,
-    decode_jpeg,
     resize_image,
     resize_mask,
     resize_mask_quickly,

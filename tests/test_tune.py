@@ -16,10 +16,12 @@ from conftest import ROOT, environment, metrics_of
 
 from dit_ds.cli.entry import main
 from dit_ds.config.load import load_config
-from dit_ds.engine import engine
+from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, read_deepspeed_json
+from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import RunFailed
 from dit_ds.planning import flops
 from dit_ds.planning.communication import Shape
+from dit_ds.planning.gpus import BANDWIDTH, MEMORY_GIB, PEAKS, memory_gib
 from dit_ds.planning.memory.plan import GIB, needed
 from dit_ds.planning.scaling import Machine
 from dit_ds.planning.tune import candidates as space
@@ -32,17 +34,17 @@ BASE = ROOT / "configs/base.yaml"
 
 
 def test_settings_are_the_shipped_files():
-    for name, zero in space.SETTINGS.items():
+    for name, zero in SETTINGS.items():
         shipped = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
         assert shipped["zero_optimization"] == zero, name
-    assert flops.MEMORY_GIB.keys() == flops.BANDWIDTH.keys() == flops.PEAKS.keys()
-    assert flops.memory_gib("NVIDIA A100-SXM4-40GB") < 40 < flops.memory_gib("NVIDIA A100-SXM4-80GB") < 80
-    assert flops.memory_gib("NVIDIA H100 80GB HBM3") == flops.MEMORY_GIB["H100"]
+    assert MEMORY_GIB.keys() == BANDWIDTH.keys() == PEAKS.keys()
+    assert memory_gib("NVIDIA A100-SXM4-40GB") < 40 < memory_gib("NVIDIA A100-SXM4-80GB") < 80
+    assert memory_gib("NVIDIA H100 80GB HBM3") == MEMORY_GIB["H100"]
 
 
 def test_candidates_divide_the_batch_and_leave_out_what_a_gpu_lacks():
     config = load_config(BASE)
-    ds = engine.read_deepspeed_json(config)
+    ds = read_deepspeed_json(config)
     among = space.candidates(config, ds, 8, "H100")
     assert len(among) >= 100 and len({c.name for c in among}) == len(among)
     assert all(c.micro_batch * c.accumulation * 8 == 64 for c in among)
@@ -50,8 +52,8 @@ def test_candidates_divide_the_batch_and_leave_out_what_a_gpu_lacks():
     assert "sdpa_flash" not in {c.kernel for c in space.candidates(config, ds, 8, "V100")}
     assert {c.bucket for c in space.candidates(config, ds, 1)} == {0, space.BUCKETS[0]}
     config = load_config(BASE, ["--deepspeed.override.data_types.grad_accum_dtype", "fp32"])
-    settings = {c.setting for c in space.candidates(config, engine.read_deepspeed_json(config), 8)}
-    assert settings == space.SETTINGS.keys() - {"zero0"}  # which the engine refuses
+    settings = {c.setting for c in space.candidates(config, read_deepspeed_json(config), 8)}
+    assert settings == SETTINGS.keys() - {"zero0"}  # which the engine refuses
 
 
 # --- memory and time by hand
@@ -112,8 +114,8 @@ def predictor(**assumed) -> speed.Predictor:
     passes = {p: flops.Passes(2 * 10**11, 4 * 10**11 + again) for p, again in {"none": 0, "block": 2 * 10**11}.items()}
     shape = Shape([10**8], [True], [])
     counted = speed.Counted(6 * 10**11, passes, {"none": shape, "block": shape})
-    ds = engine.read_deepspeed_json(config)
-    return speed.Predictor(config, ds, engine.dtype(ds), counted, speed.Assumptions(Machine(), **assumed))
+    ds = read_deepspeed_json(config)
+    return speed.Predictor(config, ds, model_dtype(ds), counted, speed.Assumptions(Machine(), **assumed))
 
 
 def test_what_costs_time():
@@ -205,7 +207,7 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
     base = tmp_path / "mine.yaml"
     base.write_text(f"base: {BASE}\ndeepspeed: {{override: {json.dumps(override)}}}\n")
     config = load_config(base, ["--train.lr", "0.5", "--deepspeed.precision", "fp32", "--seed", "3"])
-    ds = engine.read_deepspeed_json(config)
+    ds = read_deepspeed_json(config)
     found = chosen(search.Place(2, 4, 60 * GIB))
     found.own = found.rows[2]
     written = files.write(tmp_path / "tune", found, str(base), config, ds)
@@ -213,8 +215,8 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
     line = shlex.split((tmp_path / "tune/sbatch.txt").read_text())
     assert line[:4] == ["sbatch", "--nodes=2", "--gpus-per-node=4", "slurm/train.sbatch"]
     taken = load_config(line[line.index("--config") + 1])
-    got = engine.deepspeed_config(taken, 8)
-    assert got["zero_optimization"] == space.SETTINGS["zero2"] and got["train_micro_batch_size_per_gpu"] == 8
+    got = deepspeed_config(taken, 8)
+    assert got["zero_optimization"] == SETTINGS["zero2"] and got["train_micro_batch_size_per_gpu"] == 8
     assert not got["bf16"]["enabled"] and (taken.train.lr, taken.seed) == (0.5, 3)
     assert ("base:" in Path(written["overrides.yaml"]).read_text()) == (not override)
     answer = json.loads((tmp_path / "tune/candidates.json").read_text())
@@ -227,7 +229,7 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
 def tried(config_file: Path, out: Path, launch: list, again: bool = False) -> search.Found:
     """Three candidates of a tiny model on this CPU."""
     config = load_config(config_file)
-    ds = engine.read_deepspeed_json(config)
+    ds = read_deepspeed_json(config)
     some = [row(name, 1, seconds) for name, seconds in (("zero2", 1), ("zero1", 2), ("zero3", 3))]
     for r in some:
         r.candidate = space.Candidate(r.candidate.setting, 4, 2, "none", "auto", 25_000_000)

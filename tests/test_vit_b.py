@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dit_ds.checkpointing.weights import build_model
 from dit_ds.config.load import validate
 from dit_ds.engine import engine as ds
-from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.models.build import build_model
+from dit_ds.models.losses import segmentation_loss
 
 
 @pytest.mark.timeout(400)

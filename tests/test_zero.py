@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, dit_ds, on_ranks, refused
 
 from dit_ds.config.load import validate
-from dit_ds.engine import engine
+from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
-from dit_ds.models.schemes import SCHEMES
+from dit_ds.models.instruction import SCHEMES
 
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
@@ -65,7 +65,7 @@ def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():
 
 def test_types_are_said_and_go_by_one_switch():
     def said(**deepspeed):
-        ds = engine.deepspeed_config(validate({"deepspeed": deepspeed}), 8)
+        ds = deepspeed_config(validate({"deepspeed": deepspeed}), 8)
         return ds.get("bf16", {}).get("enabled", False), ds["communication_data_type"], ds["data_types"]
 
     for path in sorted((ROOT / "configs/deepspeed").glob("*.json")):
@@ -81,12 +81,12 @@ def test_the_same_run_goes_on_more_ranks():
     """Base's 64 in micro-batches of 8: accumulated on few ranks, smaller on many, refused where it can't be shared."""
 
     def shares(ranks):
-        ds = engine.deepspeed_config(validate({}), ranks)
+        ds = deepspeed_config(validate({}), ranks)
         return ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
 
     assert [shares(n) for n in (1, 2, 8, 16, 64)] == [(8, 8), (8, 4), (8, 1), (4, 1), (1, 1)]
     with pytest.raises(UserError, match="set train.batch_size 128, or use 1, 2, 4, 8, 16, 32, 64 ranks"):
-        engine.deepspeed_config(validate({}), 128)
+        deepspeed_config(validate({}), 128)
 
 
 def test_gradients_are_added_up_in_fp32_where_that_is_asked_for(config_file, tmp_path):

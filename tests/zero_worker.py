@@ -15,13 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from conftest import MINILM, ROOT
 
-from dit_ds.checkpointing.weights import build_model
 from dit_ds.config.load import validate
 from dit_ds.distributed import connect, disconnect, mean_over_ranks
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.models import attention
-from dit_ds.models.dit_sam import segmentation_loss
+from dit_ds.models.build import build_model
+from dit_ds.models.losses import segmentation_loss
 
 
 def count_attention() -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,53 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_ds.checkpointing import reader as checkpoint
-from dit_ds.config.load import RunConfig, load_config, merge, validate
+from dit_ds.config.load import load_config, merge, validate
+from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.engine.zero_state import MASTER
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error
-from dit_ds.models.dit_sam import DITSAM
-from dit_ds.models.lavt import LAVT
-from dit_ds.models.rela import ReLA
-from dit_ds.models.sam import DensePositions
+from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
-from dit_ds.models.text_encoder import TextEncoder, text_config
-
-
-def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
-    """The configuration's model on the CPU, `model.checkpoint` not yet loaded.
-
-    Args:
-        text_weights: False skips reading pretrained text weights that a checkpoint is about to replace.
-    """
-    m, t = config.model, config.text
-    torch.manual_seed(config.seed)
-    text_config(t.name, t.layers, config.data.tokens)
-    text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache, m.mask_padding)
-    if m.name != "dit_sam":
-        windows = "eager" if m.attention == "eager" else "sdpa"
-        return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
-    return DITSAM(
-        text,
-        m.size,
-        config.data.image_size,
-        m.scheme,
-        zero_words=m.word_init == "zero" or (m.word_init == "auto" and m.checkpoint is not None),
-        adapters=m.adapters == "always" or (m.adapters == "frozen" and m.freeze_image_encoder),
-        static_tokens=m.static_tokens,
-        add_static=m.static_form == "add",
-        decoder_layers=m.decoder_layers,
-        freeze_image_encoder=m.freeze_image_encoder,
-        freeze_projections=m.freeze_projections,
-        freeze_mask_decoder=m.freeze_mask_decoder,
-        mask_padding=m.mask_padding,
-        attention=m.attention,
-        window_size=m.window_size,
-        word_dropout=m.word_dropout,
-        dice_weight=config.train.dice_weight,
-        align_corners=m.align_corners,
-        prompts=config.data.prompts,
-    )
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
@@ -187,34 +147,3 @@ def _untuned(path: str | Path, overrides: dict[str, Any]) -> tuple[Segmenter, Ru
     model = build_model(config)
     model.load_pretrained(config.model.checkpoint)
     return model.eval(), config, {"step": 0, "epoch": 0, "config": config.model_dump(mode="json")}
-
-
-def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Write a checkpoint's model as one safetensors file: every tensor by its name, the text encoder's, too.
-
-    SAM's parts keep SAM's names. The header holds the configuration, so that `load_model` needs nothing else but the
-    text encoder's architecture and tokenizer. The file is read back and compared.
-
-    Args:
-        dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them, and
-            BatchNorm's running statistics.
-    Returns:
-        `file`, `tensors`, `parameters`, `bytes`, `step`.
-    """
-    model, config, meta = load_model(path)
-    positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
-    exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
-    state = {
-        name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
-        for name, x in model.state_dict().items()
-    }
-    header = {"config": config.model_dump(mode="json"), **{k: meta[k] for k in ("step", "epoch")}}
-    out = Path(out)
-    save_tensors(state, out, {"dit_ds": json.dumps(header), "format": "pt"})
-    with checkpoint.damage_is_user_error(out):
-        back = load_file(out)
-    if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
-        raise UserError(f"{out} could not be read back as written: check the disk")
-    parameters = sum(p.numel() for p in model.parameters())
-    size = out.stat().st_size
-    return {"file": str(out), "tensors": len(state), "parameters": parameters, "bytes": size, "step": meta["step"]}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing.weights import save_tensors
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, all_or_none, gather_objects
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.engine.engine import set_counters

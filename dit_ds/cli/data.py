@@ -122,6 +122,13 @@ def _data_verify(args: argparse.Namespace) -> int:
 def _data_stats(args: argparse.Namespace) -> int:
     from dit_ds.data import stats
 
-    found = stats.split_stats(args.folder, args.split, args.processes, args.sheet, args.seed)
+    if args.sheet:
+        from dit_ds.visualize.drawing import picture_format
+        from dit_ds.visualize.figures import draw_sheet
+
+        picture_format(args.sheet)  # refused before anything is read
+    found = stats.split_stats(args.folder, args.split, args.processes)
+    if args.sheet:
+        draw_sheet(args.folder, args.split, args.sheet, args.seed)
     report(args, found, lambda: stats.lines(found))
     return 0

@@ -109,8 +109,7 @@ def _scaling(args: argparse.Namespace) -> int:
 
 def _gpu_memory(args: argparse.Namespace) -> float:
     """Bytes: what --gpu-memory says, or the GPU's by name."""
-    from dit_ds.planning.flops import memory_of
-    from dit_ds.planning.memory.plan import parse_memory
+    from dit_ds.planning.gpus import memory_of, parse_memory
 
     of_name = memory_of(args.gpu)
     return parse_memory(args.gpu_memory) if args.gpu_memory else of_name

@@ -12,42 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dit_ds.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    DeepSpeedConfig,
-    EvalConfig,
-    LogConfig,
-    ModelConfig,
-    Section,
-    TextConfig,
-    TrainConfig,
+    RunConfig,
 )
 from dit_ds.config.validation import check_combinations
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write
-
-
-class RunConfig(Section):
-    """Everything a run depends on. The resolved form is saved as config.yaml in its folder."""
-
-    run_dir: str = Field("runs/dit", description="the run's folder")
-    seed: int = Field(0, ge=0, description="of weights, sample order and augmentation")
-    data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    text: TextConfig = Field(default_factory=TextConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
-
-    def save(self, path: str | Path) -> None:
-        """Write as YAML, atomically."""
-        with atomic_write(path) as f:
-            f.write(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

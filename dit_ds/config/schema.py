@@ -1,12 +1,14 @@
-"""The sections of the run configuration: every key, its default and its meaning."""
+"""The run configuration: every key, its type, its default and its meaning."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dit_ds.data.shards.storage import is_url
+from dit_ds.files import atomic_write, is_url
 
 
 class Section(BaseModel):
@@ -109,7 +111,7 @@ class ModelConfig(Section):
     size: Literal["vit_t", "vit_b", "vit_l", "vit_h", "swin_b", "swin_t_tiny"] = Field(
         "vit_b", description="SAM's sizes, and vit_t for CPUs; of lavt and rela: swin_b, and swin_t_tiny for CPUs"
     )
-    scheme: str = Field(
+    scheme: Literal["default", "end_to_end", "layer_wise", "cascade", "cross_attention", "cross_attention_ffn"] = Field(
         "layer_wise",
         description="default: words meet the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
         "layer_wise: L-DIT, equation 8; cascade: Table 9's; cross_attention, cross_attention_ffn: Table 4's",
@@ -283,3 +285,23 @@ class LogConfig(Section):
     stall_seconds: float = Field(
         300, gt=0, description="name the rank for which all others wait after so many seconds without a micro-batch"
     )
+
+
+class RunConfig(Section):
+    """Everything a run depends on. The resolved form is saved as config.yaml in its folder."""
+
+    run_dir: str = Field("runs/dit", description="the run's folder")
+    seed: int = Field(0, ge=0, description="of weights, sample order and augmentation")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML, atomically."""
+        with atomic_write(path) as f:
+            f.write(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())

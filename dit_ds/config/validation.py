@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING
-
-from dit_ds.data.shards.storage import is_url
+from dit_ds.config.schema import DataConfig, RunConfig
 from dit_ds.errors import UserError
-from dit_ds.models.schemes import SCHEMES
-
-if TYPE_CHECKING:
-    from dit_ds.config.load import RunConfig
-    from dit_ds.config.schema import DataConfig
+from dit_ds.files import is_url
 
 _OF_DIT_SAM = {
     "data": ("prompts",),
@@ -30,10 +23,6 @@ def check_combinations(config: RunConfig) -> None:
         UserError: what does not, and what to set.
     """
     _check_data(config)
-    if config.model.scheme not in SCHEMES:
-        near = difflib.get_close_matches(config.model.scheme, SCHEMES, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(SCHEMES)}"
-        raise UserError(f"model.scheme = '{config.model.scheme}': no such scheme: {hint}")
     swin = config.model.size.startswith("swin")
     if swin == (config.model.name == "dit_sam"):
         fitting = "vit_t, vit_b, vit_l or vit_h" if swin else "swin_b or swin_t_tiny"

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.config.load import RunConfig
-from dit_ds.config.schema import DataConfig
+from dit_ds.config.schema import DataConfig, RunConfig
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import make_tokenize
 from dit_ds.data.loading.prompts import Prompts, default_kind
+from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.manifest import load_manifest
 from dit_ds.data.shards.storage import locate

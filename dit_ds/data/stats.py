@@ -1,4 +1,4 @@
-"""What is in a split: words, refs, masks and pictures in figures, and some of them drawn."""
+"""What is in a split: words, refs, masks and pictures in figures."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.annotations.refer import decode_rle
-from dit_ds.data.loading.index import JPG, JSON, SplitIndex
+from dit_ds.data.loading.index import JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
-from dit_ds.data.loading.transforms import decode_jpeg, swap_sides
+from dit_ds.data.loading.transforms import swap_sides
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.shards.storage import local
-from dit_ds.visualize.drawing import GridRow, picture_format, write_grid
 
 _SMALL, _LARGE = 32**2, 96**2  # pixels: COCO's small masks are below the first, its large ones from the second on
 _QUANTILES = (5, 25, 50, 75, 95)
 _WORDS = 30
-_SHEET, _ACROSS = 24, 3
 
 
 @dataclass
@@ -42,24 +39,18 @@ def split_stats(
     folder: str | Path,
     split: str = "train",
     processes: int | None = None,
-    sheet: str | Path | None = None,
-    seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures of one split, from its JSON members; pictures are read for the sheet only.
+    """Figures of one split, from its JSON members; no picture is read.
 
     Args:
         processes: to read shards in, by default one a core.
-        sheet: PNG or PDF to write, with random expressions, their pictures and masks.
-        seed: of the sheet.
     Returns:
         `split, images, refs, expressions, no_target`; `words_per_expression`, `expressions_per_ref`, `refs_per_image`
         (mean, median, p95, max, histogram); `mask_share` (quantiles of a mask's share of its picture), `mask_sizes`
         (shares of COCO's small, medium and large); `image_sizes`, `frequent_words`, `left_right_share`.
     Raises:
-        UserError: no such set or split, a damaged sample, or a sheet that can't be written.
+        UserError: no such set or split, or a damaged sample.
     """
-    if sheet:
-        picture_format(sheet)
     index = SplitIndex.load(local(folder), split)
     shards = list(range(len(index.shards)))
     seen = list(forked_map(functools.partial(_read_shard, index), shards, processes, "stats"))
@@ -83,8 +74,6 @@ def split_stats(
         "frequent_words": sorted(common.items(), key=lambda x: (-x[1], x[0]))[:_WORDS],
         "left_right_share": sum(s.sided for s in seen) / max(1, expressions),
     }  # fmt: skip
-    if sheet:
-        draw_sheet(index, sheet, seed)
     return out
 
 
@@ -132,23 +121,6 @@ def _shares(areas: np.ndarray) -> dict[str, float]:
     small, large = (areas < _SMALL).sum(), (areas >= _LARGE).sum()
     counts = {"small": small, "medium": len(areas) - small - large, "large": large}
     return {k: float(n / max(1, len(areas))) for k, n in counts.items()}
-
-
-def draw_sheet(index: SplitIndex, out: str | Path, seed: int) -> None:
-    """Write random expressions, the same for the same seed, each with its picture and mask."""
-    reader, rows = MemberReader(index), []
-    count = min(_SHEET, len(index.sentences))
-    for sentence in np.random.default_rng(seed).choice(len(index.sentences), count, replace=False):
-        image, position, first, _ = index.refs[index.sentences[sentence]].tolist()
-        meta = index.parse(image, reader.read(image, JSON))
-        ref = meta["refs"][position]
-        truth = np.zeros((meta["height"], meta["width"]), bool)
-        for ann in ref["ann_ids"]:
-            truth |= decode_rle(meta["anns"][str(ann)]["rle"]).astype(bool)
-        rows.append(
-            GridRow(decode_jpeg(reader.read(image, JPG)), ref["sentences"][sentence - first]["sent"], truth, [])
-        )
-    write_grid(rows, [], out, across=_ACROSS)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

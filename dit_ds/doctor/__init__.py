@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import set_environment
 from dit_ds.doctor import collective, configured, node, software
 from dit_ds.doctor.check import THREAD, Check, Context, from_error, run_checks

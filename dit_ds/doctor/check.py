@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from dit_ds.config.load import RunConfig
-from dit_ds.engine import engine
+from dit_ds.config.schema import RunConfig
+from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
 from dit_ds.errors import UserError
 
 GIB = 2**30
@@ -63,11 +63,11 @@ class Context:
         return int(text) if text.isdigit() and self.world_size > 1 else 1
 
     @property
-    def dtype(self) -> torch.dtype:
+    def model_dtype(self) -> torch.dtype:
         """What the model will run in."""
         try:
             if self.config:
-                return engine.dtype(engine.deepspeed_config(self.config, self.world_size))
+                return model_dtype(deepspeed_config(self.config, self.world_size))
         except UserError:  # which `configuration` reports
             pass
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -76,7 +76,7 @@ class Context:
     def offload(self) -> set[str]:
         """The devices that the DeepSpeed configuration offloads to: cpu, nvme."""
         try:
-            ds = engine.deepspeed_config(self.config, self.world_size) if self.config else {}
+            ds = deepspeed_config(self.config, self.world_size) if self.config else {}
         except UserError:
             return set()
         parts = [ds.get("zero_optimization", {}).get(k) or {} for k in ("offload_optimizer", "offload_param")]

@@ -13,14 +13,14 @@ import torch
 
 from dit_ds.doctor.check import GIB, Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
-from dit_ds.engine import engine
+from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error
 
 
 def configuration(c: Context) -> Iterator[Check]:
     """Whether the batch divides, and the DeepSpeed JSON is sound."""
-    ds = engine.deepspeed_config(c.config, c.world_size)
+    ds = deepspeed_config(c.config, c.world_size)
     micro, steps = ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     text = f"batch {c.config.train.batch_size} is micro-batch {micro} x {c.world_size} ranks x {steps} accumulated"
@@ -139,7 +139,7 @@ def _checkpoint_bytes(c: Context) -> int:
     """fp32 masters, Adam's two moments and the moving average of what trains. 0 if it can't be told."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dit_ds.checkpointing.weights import build_model
+    from dit_ds.models.build import build_model
 
     try:
         with FakeTensorMode():  # tensors without data

@@ -3,78 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_ds.config.load import RunConfig
+from dit_ds.checkpointing.weights import load_model
+from dit_ds.data.build import dataset_of
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.prompts import default_kind
 from dit_ds.data.loading.sampler import EvalBatches
-from dit_ds.distributed import World, gather_objects
+from dit_ds.distributed import World, connect, disconnect, gather_objects
+from dit_ds.errors import UserError
+from dit_ds.evaluation.inference import _trained, check_kind
 from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized
-from dit_ds.models.segmenter import upscale
-
-# what the model's forward takes, by the batch's names; words, and points with boxes, only where the batch has them
-INPUTS = ("image", "size", "tokens", "token_mask", "points", "labels")
-
-
-def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What of a batch the model takes, on its device; there pictures, whose channels come last in memory, are turned."""
-    return {k: batch[k].to(device, non_blocking=True).contiguous() for k in INPUTS if k in batch}
-
-
-def original_probabilities(
-    logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int, align_corners: bool = False
-) -> Tensor:
-    """One sample's (s, s) logits to (H, W) probabilities: up to the padded square, padding cut, to the original size."""
-    return _to_original(_without_padding(logits, size, image_size, align_corners), shape).sigmoid()
-
-
-def _without_padding(logits: Tensor, size: Tensor, image_size: int, align_corners: bool) -> Tensor:
-    h, w = (int(x) for x in size)
-    return upscale(logits[None], image_size, align_corners)[0, :h, :w]
-
-
-def _to_original(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return F.interpolate(values[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
-
-
-@dataclass(frozen=True)
-class Binarize:
-    """From one sample's logits to the mask that is predicted.
-
-    Attributes:
-        threshold: a pixel is in if its probability exceeds this.
-        rule: probability, the logits go to the original size before they are thresholded; or resize_then_any, as the
-            paper's released code: thresholded in the square, the 0/1 mask resized, and in is whatever then is above 0,
-            which makes masks grow by up to a pixel of the square.
-        align_corners: of the logits' upsampling to the square.
-        no_target_pixels: fewer say that there is no target; `evaluate` asks, where there may be none.
-    """
-
-    threshold: float
-    rule: str = "probability"
-    align_corners: bool = False
-    no_target_pixels: int = 0
-
-    @classmethod
-    def of(cls, config: RunConfig, threshold: float | None = None) -> Binarize:
-        """As configured; another threshold lies over the configuration's."""
-        e = config.eval
-        return cls(threshold or e.threshold, e.mask_rule, config.model.align_corners, e.no_target_pixels)
-
-    def __call__(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
-        """(s, s) logits to an (H, W) bool mask; `size`, `shape`, `image_size` as for `original_probabilities`."""
-        if self.rule == "probability":
-            return original_probabilities(logits, size, shape, image_size, self.align_corners) > self.threshold
-        inside = _without_padding(logits, size, image_size, self.align_corners).sigmoid() > self.threshold
-        return _to_original(inside.float(), shape) > 0
+from dit_ds.evaluation.postprocess import Binarize, model_inputs
+from dit_ds.evaluation.results import _leave_in_run
+from dit_ds.files import full_disk_is_user_error
 
 
 @torch.no_grad()
@@ -123,3 +73,61 @@ def evaluate(
     shared, either, target = table[:, 1], table[:, 2], table[:, 3]
     result = {"n": len(table)} | summarize(shared, either)
     return result | (summarize_generalized(shared, either, target) if generalized else {})
+
+
+def evaluate_checkpoint(
+    path: str,
+    split: str,
+    data_root: str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    shuffle_text: bool = False,
+    threshold: float | None = None,
+    predictions: str | None = None,
+    prompt: str | None = None,
+) -> dict[str, Any]:
+    """`dit-ds eval`: the metrics of one split, the same digits on any number of ranks.
+
+    Args:
+        path: as for `load_model`. A run's result is left in its folder, too, see `_leave_in_run`.
+        shuffle_text: give each image the expressions of another: what remains is what the image alone gives away.
+        predictions: folder for the predicted masks, as `IMAGEID_EXPRESSION.png`.
+        prompt: text, point or box; by default text, if the model was trained on it. Points are drawn once for all: a
+            sample has the same in each evaluation.
+    """
+    model, config, meta = load_model(path)
+    kind = prompt or default_kind(config.data.prompts)
+    check_kind(config, kind)
+    if shuffle_text and kind != "text":
+        raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
+    dataset = dataset_of(config, split, data_root, kind, int(shuffle_text), _trained(config, meta))
+    collect = None
+    if predictions is not None:
+        folder = Path(predictions)
+        with full_disk_is_user_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+        def collect(batch: dict[str, Any], i: int, mask: np.ndarray) -> None:
+            with full_disk_is_user_error(folder):
+                name = f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png"
+                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
+
+    world, binarize = connect(), Binarize.of(config, threshold)
+    metrics = evaluate(
+        model.to(world.device),
+        dataset,
+        batch_size or config.eval.batch_size,
+        binarize,
+        config.data.workers if workers is None else workers,
+        world,
+        collect,
+    )
+    disconnect()
+    result = {"split": split, "prompt": kind} | metrics
+    if world.main and not shuffle_text and binarize.threshold == config.eval.threshold:  # the run's own figures
+        name, _, split_by = dataset.index.parts[0].name.partition("/")
+        how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
+        how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
+        how |= {"no_target_pixels": binarize.no_target_pixels} if dataset.index.generalized else {}
+        _leave_in_run(path, config, result | how)
+    return result

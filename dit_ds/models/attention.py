@@ -13,10 +13,12 @@ Backends:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.errors import UserError
 from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
@@ -270,3 +272,29 @@ def _differentiate(ctx, grad, grad_lse):
 
 
 torch.library.register_autograd("dit_ds::attention", _differentiate, setup_context=_save)
+
+
+def count_flops() -> FlopCounterMode:
+    """A context that counts, our own operators' FLOPs by formula."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+
+def _attention_flops(qkv: Any, rel_h: Any, rel_w: Any, words: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Queries by keys, weights by values, and queries by the positions of rows and columns."""
+    b, n, _three, heads, d = qkv
+    keys = n + (words[1] if words is not None else 0)
+    return 2 * b * heads * n * d * (2 * keys + rel_h[0] + rel_w[0])
+
+
+def _attention_backward_flops(grad: Any, qkv: Any, rel_h: Any, rel_w: Any, words: Any, *rest: Any, **__: Any) -> int:
+    """Five products for the forward's two, as in FlashAttention; the positions again, and for their gradients."""
+    *_, of_tables = (x for x in rest if isinstance(x, bool))
+    b, n, _three, heads, d = qkv
+    keys = n + (words[1] if words is not None else 0)
+    return 2 * b * heads * n * d * (5 * keys + (2 + of_tables) * (rel_h[0] + rel_w[0]))
+
+
+_FORMULAS = {
+    torch.ops.dit_ds.attention: _attention_flops,
+    torch.ops.dit_ds.attention_backward: _attention_backward_flops,
+}

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.instruction import Options, StaticTokens, make_instruction
+from dit_ds.models.losses import segmentation_loss
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint
-from dit_ds.models.segmenter import Segmenter, upscale
+from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder
 
 
@@ -24,7 +24,7 @@ class DITSAM(Segmenter):
         text_encoder: F_t.
         size: a key of `sam.SIZES`.
         image_size: side of the square input.
-        scheme: how words enter the image encoder, a key of `schemes.SCHEMES`.
+        scheme: how words enter the image encoder, a key of `instruction.SCHEMES`.
         zero_words: they enter as blank tokens at first, see `instruction.Options`.
         adapters: `end_to_end` has linear layers between the ViT's.
         static_tokens: learnable tokens beside the words in each layer (paper Table 2).
@@ -181,25 +181,3 @@ class DITSAM(Segmenter):
         report = load_sam_checkpoint(self, path)
         added = ("text_encoder.", "text_projection.", "image_encoder.instruction.", "image_encoder.static_tokens.")
         return report | {"missing": [n for n in report["missing"] if not n.startswith(added)]}
-
-
-def segmentation_loss(
-    logits: Tensor, mask: Tensor, weight: Tensor, dice_weight: float = 0.0, align_corners: bool = False
-) -> Tensor:
-    """BCE on the upsampled logits, as the paper's code, and optionally Dice; the weighted mean over samples.
-
-    Args:
-        logits: (B, s, s).
-        mask: (B, S, S) of 0 and 1, or soft between them; padding is background.
-        weight: (B,), 0 for a sample that only fills up a batch.
-        align_corners: of the upsampling.
-    Returns:
-        A scalar.
-    """
-    logits, target = upscale(logits, mask.shape[-1], align_corners), mask.float()
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))  # (B,)
-    if dice_weight:
-        p = logits.sigmoid()
-        overlap, total = (p * target).sum((1, 2)), p.sum((1, 2)) + target.sum((1, 2))
-        loss = loss + dice_weight * (1 - (2 * overlap + 1) / (total + 1))
-    return (loss * weight).mean()

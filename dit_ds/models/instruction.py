@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_ds.models.schemes import scheme_class
-
 
 @dataclass(frozen=True)
 class Options:
@@ -209,9 +207,20 @@ class StaticTokens(nn.Module):
         return torch.cat([words, static], dim=1), mask
 
 
+# A new scheme is its class, a line here, and its name in `config.schema.ModelConfig.scheme`.
+SCHEMES: dict[str, type[Instruction] | None] = {
+    "default": None,  # words meet the image in the mask decoder only
+    "end_to_end": EndToEnd,
+    "layer_wise": LayerWise,
+    "cascade": Cascade,
+    "cross_attention": CrossAttention,
+    "cross_attention_ffn": CrossAttentionFFN,
+}
+
+
 def make_instruction(
     scheme: str, text_dim: int, embed_dim: int, depth: int, options: Options | None = None
 ) -> Instruction | None:
     """The scheme's module; None for `default`, whose words meet the image in the mask decoder only."""
-    of = scheme_class(scheme)
-    return of(text_dim, embed_dim, depth, options or Options()) if of else None
+    scheme_class = SCHEMES[scheme]
+    return scheme_class(text_dim, embed_dim, depth, options or Options()) if scheme_class else None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_ds.models.segmenter import two_class_loss
+from dit_ds.models.losses import two_class_loss
 from dit_ds.models.swin import SIZES, SwinSegmenter, WordSwin
 from dit_ds.models.text_encoder import TextEncoder
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, which are SAM's, too
-_CLASS_WEIGHTS = (0.9, 1.1)  # of background and target in LAVT's and ReLA's losses
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,24 +105,3 @@ def upscale(logits: Tensor, image_size: int, align_corners: bool = False) -> Ten
     """(B, s, s) to (B, image_size, image_size), bilinear; with the corners' centres aligned as the paper's code has it."""
     side = (image_size, image_size)
     return F.interpolate(logits[:, None], side, mode="bilinear", align_corners=align_corners)[:, 0]
-
-
-def two_class_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy with the class weights 0.9 and 1.1, which LAVT and ReLA use.
-
-    Each sample is divided by the class weights of its own pixels; the originals divide by those of the whole batch on
-    a GPU, which would make the loss depend on the number of ranks. So where a sample has one label only, the class weights
-    cancel.
-
-    Args:
-        logits: (B, 2, ..), background and target.
-        target: (B, ..) of 0 and 1.
-        weight: (B,).
-    Returns:
-        A scalar, the weighted mean over samples.
-    """
-    of_class = torch.tensor(_CLASS_WEIGHTS, device=logits.device)
-    loss = F.cross_entropy(logits.float(), target.long(), of_class, reduction="none")  # (B, ..)
-    share = of_class[target.long()]
-    each = [x.reshape(len(weight), -1).sum(1) for x in (loss, share)]  # (B,) twice
-    return (each[0] / each[1] * weight).mean()

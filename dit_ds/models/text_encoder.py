@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before transformers, which looks for torchvision
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 
 
@@ -169,3 +173,17 @@ class TextEncoder(nn.Module):
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
         return out
+
+
+@contextlib.contextmanager
+def offline_text(config: RunConfig) -> Iterator[None]:
+    """BERT-base's shape is known: no hub is asked for it. Changes `text.name` for the time."""
+    if config.text.name != "bert-base-uncased":
+        yield
+        return
+    from transformers import BertConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        BertConfig(architectures=["BertModel"]).save_pretrained(folder)
+        config.text.name = folder
+        yield

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_ds.config.load import RunConfig, load_config
+from dit_ds.config.load import load_config
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 from dit_ds.paper.tables import MISPRINTS, TABLES, Row, Table
 

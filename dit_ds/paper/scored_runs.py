@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_ds.config.load import RunConfig, load_config
+from dit_ds.config.load import load_config
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
+from dit_ds.evaluation.results import _METRICS, _checked, _in_training
 from dit_ds.files import read_json
 from dit_ds.paper.experiments import settings_of
 from dit_ds.paper.tables import EXPRESSIONS, Column
-
-_METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
 
 
 class NotEvaluated(UserError):
@@ -81,33 +79,6 @@ def read_run(folder: str | Path) -> list[Scored]:
     if not scored:
         raise NotEvaluated(f"{folder} has no evaluation yet: run dit-ds eval {folder} --split {config.data.val_split}")
     return scored
-
-
-def _checked(entry: Any, config: RunConfig) -> dict[str, Any] | None:
-    """An evaluation with what that of training lacks, the prompt; None for what is none."""
-    if not isinstance(entry, dict):
-        return None
-    prompts = config.data.prompts
-    entry = {"prompt": "text" if "text" in prompts else prompts[0], "threshold": config.eval.threshold} | entry
-    kinds = {"split": str, "prompt": str, "n": int, "step": int, "threshold": float | int}
-    right = all(isinstance(entry.get(k), kind) for k, kind in kinds.items()) and all(
-        entry.get(k, ...) is None or (isinstance(entry.get(k), float | int) and math.isfinite(entry[k]))
-        for k in _METRICS  # null: it was not finite
-    )
-    return entry if right else None
-
-
-def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # a line that a kill cut short
-            continue
-        if isinstance(entry, dict) and entry.get("kind") == "eval" and (found_here := _checked(entry, config)):
-            found.append(found_here)
-    return found
 
 
 def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict[str, Any]]) -> Scored:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dit_ds.config.load import RunConfig, load_config, merge, validate
+from dit_ds.config.load import load_config, merge, validate
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.paper.tables import TABLE_8, MemoryRow
-from dit_ds.planning.flops import require_peak
+from dit_ds.planning.gpus import GIB, require_peak
 from dit_ds.planning.memory import plan
-from dit_ds.planning.memory.estimate import GIB, Answer, Question, predict
+from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.measure import in_process
+from dit_ds.planning.memory.request import Answer, Question
 
 # GPUs of the inferred reading, and the samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}

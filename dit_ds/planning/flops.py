@@ -5,21 +5,18 @@ Counted are matrix products and convolutions, a multiplication and an addition a
 
 from __future__ import annotations
 
-import contextlib
-import re
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from dit_ds.checkpointing.weights import build_model
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.data.loading.prompts import Prompts
-from dit_ds.errors import UserError
+from dit_ds.models.attention import count_flops
+from dit_ds.models.build import build_model
+from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory.fake_cluster import fake_tensors
 from dit_ds.planning.memory.profiled_step import fake_batch
 from dit_ds.planning.memory.tracker import LiveTensors
@@ -82,163 +79,9 @@ def _passes(
         return Passes(forward, counter.get_total_flops() - forward)
 
 
-def count_flops() -> FlopCounterMode:
-    """A context that counts, our own operators' FLOPs by formula."""
-    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-
-
 def _cuda_devices() -> list[int]:
     """Whose random state to keep: the device in use, if CUDA is; elsewhere there is none yet."""
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
-@contextlib.contextmanager
-def offline_text(config: RunConfig) -> Iterator[None]:
-    """BERT-base's shape is known: no hub is asked for it. Changes `text.name` for the time."""
-    if config.text.name != "bert-base-uncased":
-        yield
-        return
-    from transformers import BertConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        BertConfig(architectures=["BertModel"]).save_pretrained(folder)
-        config.text.name = folder
-        yield
-
-
-def _attention_flops(qkv: Any, rel_h: Any, rel_w: Any, words: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Queries by keys, weights by values, and queries by the positions of rows and columns."""
-    b, n, _three, heads, d = qkv
-    keys = n + (words[1] if words is not None else 0)
-    return 2 * b * heads * n * d * (2 * keys + rel_h[0] + rel_w[0])
-
-
-def _attention_backward_flops(grad: Any, qkv: Any, rel_h: Any, rel_w: Any, words: Any, *rest: Any, **__: Any) -> int:
-    """Five products for the forward's two, as in FlashAttention; the positions again, and for their gradients."""
-    *_, of_tables = (x for x in rest if isinstance(x, bool))
-    b, n, _three, heads, d = qkv
-    keys = n + (words[1] if words is not None else 0)
-    return 2 * b * heads * n * d * (5 * keys + (2 + of_tables) * (rel_h[0] + rel_w[0]))
-
-
-_FORMULAS = {
-    torch.ops.dit_ds.attention: _attention_flops,
-    torch.ops.dit_ds.attention_backward: _attention_backward_flops,
-}
-
-
 # --- GPUs -------------------------------------------------------------------------------------------------------------
-
-# Dense TFLOP/s from the vendors' data sheets (where those give sparse ones, half of them): bf16, fp16, tf32, fp32.
-# On GeForce, 16-bit products are summed in fp32, as PyTorch does. A plain name is the SXM module where there is one.
-PEAKS: dict[str, tuple[float | None, ...]] = {
-    "V100": (None, 125, None, 15.7),
-    "V100 PCIe": (None, 112, None, 14),
-    "T4": (None, 65, None, 8.1),
-    "A100": (312, 312, 156, 19.5),
-    "A30": (165, 165, 82, 10.3),
-    "A10": (125, 125, 62.5, 31.2),
-    "A40": (149.7, 149.7, 74.8, 37.4),
-    "RTX A6000": (154.8, 154.8, 77.4, 38.7),
-    "H100": (989.4, 989.4, 494.7, 66.9),
-    "H100 PCIe": (756, 756, 378, 51),
-    "H100 NVL": (835.5, 835.5, 417.5, 60),
-    "GH200": (989.4, 989.4, 494.7, 66.9),
-    "H200": (989.4, 989.4, 494.7, 66.9),
-    "H200 NVL": (835.5, 835.5, 417.5, 60),
-    "B200": (2250, 2250, 1125, 75),
-    "GB200": (2500, 2500, 1250, 80),
-    "L4": (121, 121, 60, 30.3),
-    "L40": (181, 181, 90.5, 90.5),
-    "L40S": (362, 362, 183, 91.6),
-    "RTX 6000 Ada": (364.2, 364.2, 182.1, 91.1),
-    "RTX 3090": (71, 71, 35.6, 35.6),
-    "RTX 4090": (165.2, 165.2, 82.6, 82.6),
-    "RTX 5090": (209.5, 209.5, 104.8, 104.8),
-}
-
-# GiB that CUDA finds free of the driver's share, rounded down. A100 is the one of 80 GB, V100 that of 16: a name that
-# says its size ("A100-SXM4-40GB") wins, see `memory_gib`.
-MEMORY_GIB: dict[str, float] = {
-    "V100": 15.7, "V100 PCIe": 15.7, "T4": 14.5, "A100": 79.1, "A30": 23.5, "A10": 22.0, "A40": 44.4,
-    "RTX A6000": 47.4, "H100": 79.1, "H100 PCIe": 79.1, "H100 NVL": 93.0, "GH200": 94.5, "H200": 139.7,
-    "H200 NVL": 139.7, "B200": 178.0, "GB200": 184.0, "L4": 22.0, "L40": 44.4, "L40S": 44.4, "RTX 6000 Ada": 47.4,
-    "RTX 3090": 23.5, "RTX 4090": 23.5, "RTX 5090": 31.3,
-}  # fmt: skip
-
-# GB/s of the GPU's memory, from the data sheets.
-BANDWIDTH: dict[str, float] = {
-    "V100": 900, "V100 PCIe": 900, "T4": 300, "A100": 2039, "A30": 933, "A10": 600, "A40": 696, "RTX A6000": 768,
-    "H100": 3350, "H100 PCIe": 2000, "H100 NVL": 3900, "GH200": 4000, "H200": 4800, "H200 NVL": 4800, "B200": 8000,
-    "GB200": 8000, "L4": 300, "L40": 864, "L40S": 864, "RTX 6000 Ada": 960, "RTX 3090": 936, "RTX 4090": 1008,
-    "RTX 5090": 1792,
-}  # fmt: skip
-
-
-def memory_gib(device_name: str) -> float | None:
-    """GiB that a GPU offers; None where the name isn't known. A size within the name counts before the table."""
-    name = gpu(device_name)
-    if name is None:
-        return None
-    said = re.search(r"(\d+) ?GB\b", device_name, re.IGNORECASE)
-    # a variant of another size: as much of it is free as of a usual one
-    other = said is not None and not 0.9 < float(said[1]) / MEMORY_GIB[name] < 1.1
-    return 0.985 * float(said[1]) if other else MEMORY_GIB[name]
-
-
-def memory_of(device_name: str) -> float:
-    """Bytes of the memory of a GPU that must be known.
-
-    Raises:
-        UserError: it isn't.
-    """
-    found = memory_gib(device_name)
-    if found is None:
-        raise UserError(
-            f"GPU '{device_name}' is not known: choose one of {', '.join(PEAKS)}, or say --gpu-memory 80GiB"
-        )
-    return found * 2**30
-
-
-def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Dense FLOP/s that a GPU's data sheet promises; None where the name or its rate in that type isn't known.
-
-    Args:
-        device_name: as `torch.cuda.get_device_name` gives it, or short, as "H100 PCIe".
-        dtype: bf16, fp16 or fp32; the last by TF32 where PyTorch's settings of the moment allow it.
-    """
-    name = gpu(device_name)
-    if name is None:
-        return None
-    tf32 = torch.get_float32_matmul_precision() != "highest" and PEAKS[name][2] is not None
-    column = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2 if tf32 else 3}.get(dtype)
-    rate = None if column is None else PEAKS[name][column]
-    return None if rate is None else rate * 1e12
-
-
-def require_peak(device_name: str, dtype: torch.dtype) -> float:
-    """`peak_flops` of a GPU that must be known.
-
-    Raises:
-        UserError: it isn't, or doesn't compute in that type; the message lists those that are.
-    """
-    peak = peak_flops(device_name, dtype)
-    if peak is None:
-        what = f"GPU '{device_name}' is not known"
-        if gpu(device_name):
-            what = f"{gpu(device_name)} has no rate in {str(dtype).removeprefix('torch.')}"
-        raise UserError(f"{what}: choose one of {', '.join(PEAKS)}")
-    return peak
-
-
-def gpu(device_name: str) -> str | None:
-    """The key of `PEAKS` that a name means, the most specific one; slices (MIG) and laptops' parts have none."""
-    words = _words(device_name)
-    if words & {"mig", "laptop"}:
-        return None
-    found = [name for name in PEAKS if _words(name) <= words]
-    return max(found, key=lambda name: len(_words(name)), default=None)
-
-
-def _words(name: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", name.lower())) - {"rtx", "nvidia"}

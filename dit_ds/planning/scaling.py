@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from dit_ds.config.load import RunConfig
-from dit_ds.engine import engine
+from dit_ds.config.schema import RunConfig
+from dit_ds.engine.batch_split import divided
+from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
 from dit_ds.errors import UserError
 from dit_ds.planning.communication import Shape, Transfer, communication_volume
-from dit_ds.planning.flops import Passes, gpu, hardware_flops, require_peak, step_flops
+from dit_ds.planning.flops import Passes, hardware_flops, step_flops
+from dit_ds.planning.gpus import known_gpu, require_peak
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Machine:
     """What the prediction assumes.
 
     Attributes:
-        gpu: a name that `flops.gpu` knows.
+        gpu: a name that `gpus.known_gpu` knows.
         gpus_per_node: and ranks.
         link_gbit: Gbit/s out of a node, all its GPUs together.
         intra_gb_s: GB/s that a GPU sends to others of its node.
@@ -86,20 +88,11 @@ def work_of(config: RunConfig) -> Work:
     Raises:
         UserError: a DeepSpeed JSON that is missing or sets what the run owns; a text encoder that isn't there.
     """
-    ds = engine.read_deepspeed_json(config)
+    ds = read_deepspeed_json(config)
     shape = Shape()
     passes = hardware_flops(config, shape.watch)
     micro_batch = ds["train_micro_batch_size_per_gpu"]
-    return Work(step_flops(config), passes, shape, ds, engine.dtype(ds), config.train.batch_size, micro_batch)
-
-
-def divided(batch: int, ranks: int, micro_batch: int) -> tuple[int, int] | None:
-    """(micro-batch, micro-batches a step) of a global batch, the largest that divides; None where the ranks don't."""
-    if batch % ranks:
-        return None
-    each = batch // ranks
-    micro = next(m for m in range(min(micro_batch, each), 0, -1) if each % m == 0)
-    return micro, each // micro
+    return Work(step_flops(config), passes, shape, ds, model_dtype(ds), config.train.batch_size, micro_batch)
 
 
 def predict(work: Work, machine: Machine, nodes: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -170,7 +163,7 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
     machine.check()
     if min(nodes) < 1:
         raise UserError(f"--nodes {min(nodes)}: a number of nodes is at least 1")
-    require_peak(machine.gpu, engine.dtype(engine.read_deepspeed_json(config)))  # said before the count
+    require_peak(machine.gpu, model_dtype(read_deepspeed_json(config)))  # said before the count
     work = work_of(config)
     one = _both(work, machine, 1)
     rows = []
@@ -180,7 +173,7 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
             if row[how] and one[how]:
                 row[how]["efficiency"] = row[how]["samples_per_second"] / (n * one[how]["samples_per_second"])
         rows.append({"nodes": n, "gpus": n * machine.gpus_per_node} | row)
-    assumed = asdict(machine) | {"gpu": gpu(machine.gpu), "peak_flops": require_peak(machine.gpu, work.dtype)}
+    assumed = asdict(machine) | {"gpu": known_gpu(machine.gpu), "peak_flops": require_peak(machine.gpu, work.dtype)}
     return {
         "predicted": True,
         "assumed": assumed | {"dtype": str(work.dtype).removeprefix("torch.")},

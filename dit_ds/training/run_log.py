@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
 

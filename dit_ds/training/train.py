@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
 from dit_ds.checkpointing.writer import Saver, restore
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.data.build import dataset_of, train_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import checked, make_loader, worker_failures
@@ -25,16 +25,22 @@ from dit_ds.data.loading.sampler import TrainBatches
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
 from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import RunningStatistics
+from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import Interrupted, RunFailed, UserError
-from dit_ds.evaluation.evaluate import Binarize, evaluate, model_inputs
+from dit_ds.evaluation.evaluate import evaluate
+from dit_ds.evaluation.postprocess import Binarize, model_inputs
 from dit_ds.models.attention import require
+from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import text_config
-from dit_ds.planning.flops import peak_flops, step_flops
+from dit_ds.planning.flops import step_flops
+from dit_ds.planning.gpus import peak_flops
 from dit_ds.training.run_log import RunRecord
-from dit_ds.training.signals import Control, StallWatch
+from dit_ds.training.schedule import learning_rate, set_learning_rate
+from dit_ds.training.signals import Control
 from dit_ds.training.throughput import Rates, Window
+from dit_ds.training.watchdog import StallWatch
 
 _MOST_SKIPPED = 50  # steps in a row, after which nothing is to be hoped for
 
@@ -68,7 +74,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     with Control() as control:
         # what can be refused without the other ranks is refused before any waits for another
         _, world_size, _ = set_environment()
-        ds.deepspeed_config(config, world_size)
+        deepspeed_config(config, world_size)
         text_config(config.text.name, config.text.layers, config.data.tokens)
         data = _Data(train_dataset(config), dataset_of(config, config.data.val_split))
         if not resume and any(Path(config.run_dir).glob("checkpoints/*step_*/manifest.json")):
@@ -108,8 +114,8 @@ class _Run:
 
     def __init__(self, config: RunConfig, data: _Data, world: World, control: Control):
         self.config, self.data, self.world, self.control = config, data, world, control
-        ds_config = ds.deepspeed_config(config, world.world_size)
-        require(config.model.attention, world.device.type, ds.dtype(ds_config))
+        ds_config = deepspeed_config(config, world.world_size)
+        require(config.model.attention, world.device.type, model_dtype(ds_config))
         newest = checkpoint.newest_whole(config.run_dir, world)
         self.fixed = {  # what must be the same when the run is resumed
             "seed": config.seed,
@@ -117,9 +123,9 @@ class _Run:
             "manifest_sha": data.train.index.manifest_sha,
             "unit": config.data.unit,
             "order": config.data.sample_order,
-            "dtype": str(ds.dtype(ds_config)),
+            "dtype": str(model_dtype(ds_config)),
         }
-        model, self.progress, loaded = weights.build_model(config), Progress(), None
+        model, self.progress, loaded = build_model(config), Progress(), None
         if config.model.checkpoint and (newest is None or not (newest / checkpoint.FROZEN).exists()):
             loaded = model.load_pretrained(config.model.checkpoint)
         if newest is not None:
@@ -164,7 +170,7 @@ class _Run:
         )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
-        self.rates = _rates(config, world, ds.dtype(ds_config))
+        self.rates = _rates(config, world, model_dtype(ds_config))
         self.skipped_in_a_row = 0
 
     def store_frozen(self, model: Segmenter) -> Path | None:
@@ -228,8 +234,8 @@ class _Run:
         for i, batch in enumerate(checked(self.loader)):
             window.got()
             self.watch.at(progress.step, "forward and backward")
-            lr = ds.learning_rate(progress.step, self.batches.batches_per_epoch, config.train)
-            ds.set_learning_rate(engine, lr)
+            lr = learning_rate(progress.step, self.batches.batches_per_epoch, config.train)
+            set_learning_rate(engine, lr)
             # dropout draws from the step and the rank, so that a resumed run draws the same
             torch.manual_seed(_seed_of(config.seed, progress.step, i % accumulation, self.world.rank))
             mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,19 @@ from torch import Tensor
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.checkpointing.weights import load_model
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.data.build import dataset_of
+from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.index import JPG, JSON, SplitIndex
 from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.readers import MemberReader
+from dit_ds.data.masks import decode_rle
+from dit_ds.data.shards.storage import local
 from dit_ds.errors import UserError
-from dit_ds.evaluation.evaluate import Binarize, model_inputs
 from dit_ds.evaluation.inference import check_kind, device, picture_inputs, read_expression, read_picture
 from dit_ds.evaluation.metrics import intersection_and_union
+from dit_ds.evaluation.postprocess import Binarize, model_inputs
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize.drawing import AttentionRow, GridRow, draw_attention, picture_format, write_grid
@@ -299,3 +305,28 @@ def attention_lines(result: dict[str, Any]) -> list[str]:
             shares = "  ".join(f"{x['layer']}: {x['to_words']:.1%}" for x in of["layers"] if x["to_words"] is not None)
             lines.append(f"{of['title']}: the image's attention to words by layer  {shares}")
     return lines
+
+
+_SHEET, _ACROSS = 24, 3
+
+
+def draw_sheet(folder: str | Path, split: str, out: str | Path, seed: int) -> None:
+    """Write random expressions of a split, the same for the same seed, each with its picture and mask.
+
+    Raises:
+        UserError: no such set or split, a damaged sample, or a sheet that can't be written.
+    """
+    index = SplitIndex.load(local(folder), split)
+    reader, rows = MemberReader(index), []
+    count = min(_SHEET, len(index.sentences))
+    for sentence in np.random.default_rng(seed).choice(len(index.sentences), count, replace=False):
+        image, position, first, _ = index.refs[index.sentences[sentence]].tolist()
+        meta = index.parse(image, reader.read(image, JSON))
+        ref = meta["refs"][position]
+        truth = np.zeros((meta["height"], meta["width"]), bool)
+        for ann in ref["ann_ids"]:
+            truth |= decode_rle(meta["anns"][str(ann)]["rle"]).astype(bool)
+        rows.append(
+            GridRow(decode_jpeg(reader.read(image, JPG)), ref["sentences"][sentence - first]["sent"], truth, [])
+        )
+    write_grid(rows, [], out, across=_ACROSS)

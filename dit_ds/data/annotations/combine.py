@@ -8,7 +8,8 @@ from typing import Any
 
 from dit_ds.data.annotations.coco import load_coco
 from dit_ds.data.annotations.parquet import load_parquet
-from dit_ds.data.annotations.refer import IMAGE_SETS, ImageRecord, ReferTree, UnusableRecord, annotation_rle, load_refer
+from dit_ds.data.annotations.refer import IMAGE_SETS, ImageRecord, ReferTree, load_refer
+from dit_ds.data.masks import UnusableRecord, annotation_rle
 from dit_ds.errors import UserError
 
 Load = Callable[[str, str], ReferTree]  # of a dataset and how it is split

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dit_ds.data.masks import run_lengths
+from dit_ds.data.masks import UnusableRecord
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
 
@@ -26,12 +24,7 @@ IMAGE_SETS = dict.fromkeys(["refcoco", "refcoco+", "refcocog", "grefcoco"], "coc
 IMAGE_SETS["refclef"] = "saiapr_tc-12"
 IMAGE_KEYS = ("id", "file_name", "height", "width")
 _REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
-_FARTHEST = 10  # times the picture's longer side, a corner may lie from its origin
 _NO_TARGET = -1  # gRefCOCO's ann_id of an expression that nothing in the image fits
-
-
-class UnusableRecord(UserError):
-    """One ref or image that can't be used; `dit-ds data shard --skip-bad` drops it and counts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,86 +204,6 @@ def join(
         ]
         for split, by_image in grouped.items()
     }
-
-
-def annotation_rle(annotation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, the union of its parts."""
-    return unite(annotation, height, width)[0]
-
-
-def unite(
-    annotation: dict[str, Any], height: int, width: int, legacy_overlap: bool = False
-) -> tuple[dict[str, Any], bool]:
-    """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, and whether its parts overlap.
-
-    Takes the three encodings found in the wild: polygons, a list of RLE dicts (refclef), one dict (crowd). Parts are
-    united: where polygons overlap the pixel counts once.
-
-    Args:
-        legacy_overlap: pixels that several parts cover become background, as for LAVT and LISA, which sum the parts'
-            masks and take the ones.
-    Raises:
-        UnusableRecord: there is no polygon or run in it that encloses anything.
-    """
-    from pycocotools import mask as coco
-
-    parts = _parts(annotation, height, width)
-    merged = coco.merge(parts) if parts else None
-    if merged is None or int(coco.area(merged)) == 0:
-        raise UnusableRecord(f"annotation {annotation.get('id')} has no polygon that encloses anything")
-    if list(merged["size"]) != [height, width]:
-        raise UnusableRecord(
-            f"annotation {annotation.get('id')}: its mask is {merged['size']}, its image {[height, width]}"
-        )
-    overlapping = int(coco.area(parts).sum()) > int(coco.area(merged))
-    if overlapping and legacy_overlap:
-        once = coco.decode(parts).sum(2) == 1
-        if not once.any():
-            raise UnusableRecord(f"annotation {annotation.get('id')}: its polygons overlap everywhere")
-        merged = coco.encode(np.asfortranarray(once, np.uint8))
-    return {"size": [height, width], "counts": merged["counts"].decode()}, overlapping
-
-
-def _parts(annotation: dict[str, Any], height: int, width: int) -> list[dict[str, Any]]:
-    """Each part of an annotation's mask as compressed RLE."""
-    from pycocotools import mask as coco
-
-    segmentation = annotation.get("segmentation")
-    parts: list[Any] = segmentation if isinstance(segmentation, list) else [segmentation]
-    # fewer than three corners enclose nothing, and pycocotools takes four numbers for a box
-    parts = [p for p in parts if isinstance(p, dict) or (isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0)]
-    try:
-        rles = [_compressed(p, height, width) for p in parts]
-        coco.area(rles)  # reads each
-        return rles
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as e:
-        raise UnusableRecord(f"annotation {annotation.get('id')}: its segmentation can't be read ({e})") from None
-
-
-def _compressed(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """One polygon or RLE as compressed RLE.
-
-    Raises:
-        ValueError: what pycocotools would die of, or give a mask for that fills no picture.
-    """
-    from pycocotools import mask as coco
-
-    if isinstance(part, list):
-        # it walks along the whole outline
-        if not (np.abs(np.array(part, float)) <= _FARTHEST * max(height, width)).all():
-            raise ValueError("a corner is far outside the picture")
-        return coco.frPyObjects([part], height, width)[0]
-    rle = coco.frPyObjects([part], height, width)[0] if isinstance(part["counts"], list) else part
-    counts = rle["counts"]
-    run_lengths({"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts})
-    return rle
-
-
-def decode_rle(rle: dict[str, Any]) -> np.ndarray:
-    """(H, W) uint8 of 0 and 1 from compressed COCO RLE."""
-    from pycocotools import mask as coco
-
-    return coco.decode(rle)
 
 
 def clean_sentence(sentence: dict[str, Any]) -> str:

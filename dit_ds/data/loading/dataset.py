@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.batch import Batch
 from dit_ds.data.loading.decoded_image import Picture
 from dit_ds.data.loading.index import JPG, JSON, BadSample, SplitIndex
 from dit_ds.data.loading.prompts import WORDS, Prompts, on_resized
 from dit_ds.data.loading.readers import make_reader
-from dit_ds.data.loading.transforms import Augmentation, Drawn, decode_jpeg
+from dit_ds.data.loading.transforms import Augmentation, Drawn
 from dit_ds.errors import UserError
 
 Item = tuple[int, int, float]  # epoch, sample, weight

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
 import ctypes
-import functools
 import itertools
 import multiprocessing
 import signal
@@ -16,12 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dit_ds.data.loading.batch import join
-from dit_ds.data.loading.dataset import ExpressionDataset, Tokenize
+from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.readers import StreamReader
 from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
 from dit_ds.data.loading.shared_memory import lend
@@ -198,23 +195,3 @@ def worker_failures(watch: _Watch | None = None) -> Iterator[None]:
                 "with the shards answers, or raise data.timeout"
             )
         raise RankFailed(f"{what}, and go on with --resume") from None
-
-
-def make_tokenize(tokenizer: Any, length: int) -> Tokenize:
-    """Expressions to `length` ids and a mask of the real ones, by a `transformers` tokenizer."""
-    if not tokenizer.is_fast:
-        return functools.partial(_tokenize_slowly, tokenizer, length)
-    tokenizer = copy.deepcopy(tokenizer)  # whose settings stay those of `length`
-    tokenizer("", padding="max_length", truncation=True, max_length=length)
-    # what transformers wraps takes a quarter of the time
-    return functools.partial(_tokenize, tokenizer.backend_tokenizer)
-
-
-def _tokenize_slowly(tokenizer: Any, length: int, text: str) -> tuple[np.ndarray, np.ndarray]:
-    encoded = tokenizer(text, padding="max_length", truncation=True, max_length=length)
-    return np.array(encoded["input_ids"], np.int64), np.array(encoded["attention_mask"], bool)
-
-
-def _tokenize(backend: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    encoded = backend.encode(text)
-    return np.array(encoded.ids, np.int64), np.array(encoded.attention_mask, bool)

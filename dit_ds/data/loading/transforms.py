@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -87,27 +86,6 @@ def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturati
     matrix[:, :3] = brightness * contrast * (saturation * _OWN + (1 - saturation) * _GREY)
     matrix[:, 3] = (1 - contrast) * grey
     return matrix
-
-
-def decode_jpeg(data: bytes, fast: bool = False) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, bit-equal whichever decoder does it. EXIF rotation is not applied.
-
-    Args:
-        fast: with libjpeg's quicker inverse DCT and chroma upsampling: off by a few levels, not for evaluation.
-    Raises:
-        ValueError: the bytes are no whole JPEG.
-    """
-    import simplejpeg
-
-    try:
-        if simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
-            raise ValueError("CMYK")  # of which simplejpeg makes an RGB one level off, or none
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=fast, fastupsample=fast)
-    except ValueError as first:
-        try:  # rarities that simplejpeg leaves to others
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except OSError:
-            raise ValueError(str(first)) from None
 
 
 def resized_shape(height: int, width: int, image_size: int, resize: str = "pad") -> tuple[int, int]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.shards.storage import file_of, is_url, read_file
+from dit_ds.data.shards.storage import file_of, read_file
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write
+from dit_ds.files import atomic_write, is_url
 
 NAME = "manifest.json"
 SCHEMA = 2

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_ds.data.annotations.refer import ImageRecord, ReferTree, UnusableRecord, clean_sentence, unite
-from dit_ds.data.loading.transforms import decode_jpeg
+from dit_ds.data.annotations.refer import ImageRecord, ReferTree, clean_sentence
+from dit_ds.data.jpeg import decode_jpeg
+from dit_ds.data.masks import UnusableRecord, unite
 from dit_ds.data.shards.manifest import SCHEMA
 
 # common code leaves them out by name; the first is a GIF

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_ds.errors import UserError
-
-
-def is_url(root: str | Path) -> bool:
-    """Whether files there can be read from front to back only."""
-    return "://" in str(root) or str(root).startswith("pipe:")
+from dit_ds.files import is_url
 
 
 def local(folder: str | Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import io
 import json
 import mmap
 import tarfile
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dit_ds.data.annotations.refer import decode_rle
-from dit_ds.data.masks import run_lengths
+from dit_ds.data.jpeg import jpeg_size
+from dit_ds.data.masks import decode_rle, run_lengths
 
 REPLACE = "remove that shard and shard again"
 _NAMED = 5  # keys in one line
@@ -152,24 +150,6 @@ def _image_errors(jpg: bytes, meta: dict[str, Any]) -> Iterator[str]:
         return
     if size != (meta["height"], meta["width"]):
         yield f"its picture is {size[1]}x{size[0]}, its JSON says {meta['width']}x{meta['height']}"
-
-
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width by the header.
-
-    Raises:
-        ValueError: there is none.
-    """
-    import simplejpeg
-
-    try:
-        return simplejpeg.decode_jpeg_header(data)[:2]
-    except ValueError as first:
-        try:  # what `decode_jpeg` leaves to Pillow
-            width, height = Image.open(io.BytesIO(data)).size
-        except (OSError, SyntaxError, Image.DecompressionBombError):
-            raise ValueError(str(first)) from None
-        return height, width
 
 
 def _annotation_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator[str]:

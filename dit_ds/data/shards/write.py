@@ -19,7 +19,8 @@ from webdataset import TarWriter
 
 from dit_ds import __version__
 from dit_ds.data.annotations.combine import load_source
-from dit_ds.data.annotations.refer import ImageRecord, ReferTree, UnusableRecord
+from dit_ds.data.annotations.refer import ImageRecord, ReferTree
+from dit_ds.data.masks import UnusableRecord
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.shards.manifest import SCHEMA, load_manifest, read_members, size_errors, write_manifest
 from dit_ds.data.shards.sample import Rules, image_bytes, sample

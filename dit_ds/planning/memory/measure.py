@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_ds.config.load import RunConfig, merge, validate
+from dit_ds.config.load import merge, validate
+from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
-from dit_ds.engine import engine as ds
+from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision
 from dit_ds.errors import RunFailed, UserError
-from dit_ds.planning.flops import offline_text
+from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory import timeline
 from dit_ds.planning.memory.abort import Alarm
 from dit_ds.planning.memory.allocator_counters import Allocator, CudaAllocator, Meter
@@ -70,7 +71,7 @@ def run(config: RunConfig, path: str, request: Request, report: Callable[[dict[s
         raise UserError(f"no CUDA GPU here: 'dit-ds memory plan --config {path}' predicts the same without one")
     if request.timeline:
         timeline.require(request.timeline)
-    ds.deepspeed_config(config, set_environment()[1])  # what can be refused is refused before any rank waits
+    deepspeed_config(config, set_environment()[1])  # what can be refused is refused before any rank waits
     world = connect()
     result = measure(config, world, CudaAllocator(world.device), request, report)
     disconnect()
@@ -146,7 +147,7 @@ def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
 
 def _described(config: RunConfig, world: World) -> dict[str, Any]:
     """What is measured, with nothing of it known yet."""
-    ds_config = ds.deepspeed_config(config, world.world_size)
+    ds_config = deepspeed_config(config, world.world_size)
     cuda = world.device.type == "cuda"
     return {
         "measured": True,
@@ -154,7 +155,7 @@ def _described(config: RunConfig, world: World) -> dict[str, Any]:
         "stage": ds_config.get("zero_optimization", {}).get("stage", 0),
         "ranks": world.world_size,
         "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
-        "precision": ds.precision(ds_config),
+        "precision": model_precision(ds_config),
         "peak_gib": None, "reserved_gib": None, "device_used_gib": None, "phases": {}, "categories": {}, "after": {},
         "modules": {}, "host_gib": None, "step_seconds": None, "samples_per_second": None, "ranks_gib": [], "oom": None,
         "breakdown_failed": None,

@@ -13,27 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_ds.config.load import RunConfig, merge, validate
-from dit_ds.engine import engine as ds
+from dit_ds.config.load import merge, validate
+from dit_ds.config.schema import RunConfig
+from dit_ds.engine.batch_split import _dividing
+from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision, read_deepspeed_json
+from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
-from dit_ds.planning.memory.estimate import GIB, Answer, Question, predict
+from dit_ds.planning.gpus import GIB
+from dit_ds.planning.memory.estimate import predict
+from dit_ds.planning.memory.request import Answer, Question
 from dit_ds.planning.memory.timeline import draw, require
 from dit_ds.planning.memory.tracker import Profile
-from dit_ds.planning.tune.candidates import SETTINGS
 
 # train.compile is left out: what compiled kernels don't materialise is counted, too
 CONTEXT_GIB, NCCL_GIB, RESERVE = 0.6, 0.5, 0.05
-_UNITS = {
-    "": GIB,
-    "g": 10**9,
-    "gb": 10**9,
-    "gib": GIB,
-    "m": 10**6,
-    "mb": 10**6,
-    "mib": 2**20,
-    "tb": 10**12,
-    "tib": 2**40,
-}
 
 # settings from the fastest to the most frugal: tried in this order for a run that doesn't fit
 _LADDER = ("zero2", "zero3", "zero3_offload")
@@ -47,18 +40,6 @@ def needed(peak: float, ranks: int) -> float:
 def allowed(memory: float, ranks: int) -> int:
     """The other way round: the peak of allocated bytes that a GPU of so many bytes can have; 0 for very small ones."""
     return max(0, int((memory - needed(0, ranks)) / (1 + RESERVE)))
-
-
-def parse_memory(text: str) -> float:
-    """`80GiB`, `80GB`, `81559MiB` or `80` (GiB) to bytes.
-
-    Raises:
-        UserError: it doesn't read as a size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-zA-Z]*)", text.strip())
-    if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:
-        raise UserError(f"'{text}' is no amount of memory: write it as 80GiB, 80GB or 81559MiB")
-    return float(found[1]) * _UNITS[found[2].lower()]
 
 
 def world_size(gpus: int, nodes: int) -> int:
@@ -88,7 +69,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     ranks = world_size(gpus, nodes)
     if timeline:
         require(timeline)
-    ds_config = ds.deepspeed_config(config, ranks)
+    ds_config = deepspeed_config(config, ranks)
     room = allowed(memory, ranks)
     (answer,) = predict([Question(config, ranks, capacity=room)])
     micro = ds_config["train_micro_batch_size_per_gpu"]
@@ -119,7 +100,7 @@ def _described(config: RunConfig, ds_config: dict[str, Any], ranks: int, micro: 
         "predicted": True,
         "ranks": ranks,
         "stage": ds_config.get("zero_optimization", {}).get("stage", 0),
-        "precision": ds.precision(ds_config),
+        "precision": model_precision(ds_config),
         "checkpointing": config.train.activation_checkpointing,
         "micro_batch": micro,
         "accumulation": ds_config["gradient_accumulation_steps"],
@@ -206,18 +187,13 @@ def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfi
         words = ["train.activation_checkpointing block"]
         values = merge(values, {"train": {"activation_checkpointing": "block"}})
         yield words, validate(values)
-    zero = ds.read_deepspeed_json(config).get("zero_optimization", {})
+    zero = read_deepspeed_json(config).get("zero_optimization", {})
     for name in _LADDER:
         setting = SETTINGS[name]
         further = setting["stage"] > zero.get("stage", 0) if ranks > 1 else False  # alone there is nobody to share with
         if further or ("offload_optimizer" in setting and "offload_param" not in zero):
             changes = {"deepspeed": {"override": {"zero_optimization": setting}}}
             yield [*words, f"the zero_optimization of configs/deepspeed/{name}.json"], validate(merge(values, changes))
-
-
-def _dividing(batch: int, ranks: int, most: int) -> int:
-    each = batch // ranks
-    return next(m for m in range(min(most, each), 0, -1) if each % m == 0)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

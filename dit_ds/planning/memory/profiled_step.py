@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_ds.checkpointing.weights import build_model
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.data.loading.prompts import WORDS, Prompts
 from dit_ds.distributed import World
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
+from dit_ds.models.build import build_model
 from dit_ds.planning.memory.tracker import Ledger, Profile
 
 

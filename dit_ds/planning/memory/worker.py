@@ -10,12 +10,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the answer is the same where there is
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-from dit_ds.engine import engine as ds
+from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
-from dit_ds.planning.flops import count_flops, offline_text
-from dit_ds.planning.memory.estimate import Answer, Question, on_gpu
+from dit_ds.models.attention import count_flops
+from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
 from dit_ds.planning.memory.profiled_step import Steps
+from dit_ds.planning.memory.request import Answer, Question, on_gpu
 from dit_ds.planning.memory.tracker import Ledger, Profile
 
 _MOST, _TRIES = 4096, 40  # micro-batches, and how many are looked at in a search, which ends long before
@@ -26,7 +27,7 @@ def answer(question: Question) -> Answer:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     config = on_gpu(question.config)
-    ds_config = ds.deepspeed_config(config, question.ranks)
+    ds_config = deepspeed_config(config, question.ranks)
     sizes = question.micro_batches or (ds_config["train_micro_batch_size_per_gpu"],)
     if "nvme" in str(ds_config.get("zero_optimization", {})):
         raise UserError(f"{config.deepspeed.config} offloads to NVMe, which is not predicted: 'device': 'cpu' is")

@@ -8,38 +8,12 @@ from typing import Any
 import torch
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.config.load import RunConfig, merge, validate
-from dit_ds.engine import engine
+from dit_ds.config.load import merge, validate
+from dit_ds.config.schema import RunConfig
+from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, model_precision
+from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.models.sam import SIZES
 
-_STAGE_1_OR_2 = {
-    "reduce_bucket_size": 25_000_000,
-    "allgather_bucket_size": 25_000_000,
-    "overlap_comm": True,
-    "contiguous_gradients": True,
-    "reduce_scatter": True,
-}
-_STAGE_3 = {
-    "reduce_bucket_size": 25_000_000,
-    "stage3_prefetch_bucket_size": 40_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_live_parameters": 100_000_000,
-    "stage3_max_reuse_distance": 50_000_000,
-    "overlap_comm": True,
-    "contiguous_gradients": True,
-}
-_HOST = {"device": "cpu", "pin_memory": True}
-# `zero_optimization` of configs/deepspeed/NAME.json
-SETTINGS: dict[str, dict[str, Any]] = {
-    "zero0": {"stage": 0},
-    "zero1": {"stage": 1} | _STAGE_1_OR_2,
-    "zero2": {"stage": 2} | _STAGE_1_OR_2,
-    "zero2_offload": {"stage": 2} | _STAGE_1_OR_2 | {"offload_optimizer": _HOST},
-    "zero3": {"stage": 3} | _STAGE_3,
-    "zero3_offload": {"stage": 3} | _STAGE_3 | {
-        "sub_group_size": 100_000_000, "offload_optimizer": _HOST, "offload_param": _HOST
-    },
-}  # fmt: skip
 POLICIES = ("none", "selective", "every_2", "block")
 KERNELS = ("auto", "sdpa_flash", "eager")  # auto: xformers or SDPA's memory-efficient kernel, which are one in memory
 BUCKETS = (25_000_000, 100_000_000)  # elements; the smaller is configs/deepspeed's
@@ -117,10 +91,10 @@ def candidates(config: RunConfig, ds: dict[str, Any], ranks: int, gpu: str = "")
     """
     each = config.train.batch_size // ranks
     # refuses what does not divide
-    engine.deepspeed_config(_with_micro_batch(config, 1), ranks)
+    deepspeed_config(_with_micro_batch(config, 1), ranks)
     policies = dict.fromkeys((*POLICIES, config.train.activation_checkpointing))
     # stage 0 adds gradients up in the model's type only
-    other_type = ds["data_types"]["grad_accum_dtype"] != engine.precision(ds)
+    other_type = ds["data_types"]["grad_accum_dtype"] != model_precision(ds)
     found = []
     for setting, zero in SETTINGS.items():
         if other_type and not zero["stage"]:
@@ -144,7 +118,7 @@ def _kernels(config: RunConfig, ds: dict[str, Any], gpu: str, policy: str) -> li
         return [config.model.attention]
     size = SIZES[config.model.size]
     width = size.embed_dim // size.num_heads + 2 * (config.data.image_size // size.patch_size) + 1
-    flash = engine.dtype(ds) != torch.float32 and gpu not in _OLD_GPUS and width <= _WIDEST
+    flash = model_dtype(ds) != torch.float32 and gpu not in _OLD_GPUS and width <= _WIDEST
     # selective keeps what the kernels return, and eager is none of them
     return [k for k in KERNELS if (k != "sdpa_flash" or flash) and (k != "eager" or policy != "selective")]
 

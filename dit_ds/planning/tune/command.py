@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dit_ds.config.load import RunConfig, load_config
+from dit_ds.config.load import load_config
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import write_json
-from dit_ds.planning import flops
-from dit_ds.planning.memory.plan import parse_memory
+from dit_ds.planning.gpus import known_gpu, memory_of, parse_memory
 from dit_ds.planning.tune import output as files
 from dit_ds.planning.tune import trials
 from dit_ds.planning.tune.candidates import Candidate, candidates
@@ -72,7 +72,7 @@ def tune(request: Request) -> tuple[dict[str, Any], Found]:
     host = request.host_memory and parse_memory(request.host_memory)
     place = Place(request.nodes, request.gpus, capacity, host or None)
     ds = check(config, place, assumed)
-    among = candidates(config, ds, place.ranks, flops.gpu(name) or "")
+    among = candidates(config, ds, place.ranks, known_gpu(name) or "")
     if request.measure and request.launch is None:
         among = _that_run_here(among, config, ds)
     with Jobs() as jobs:
@@ -95,7 +95,7 @@ def _gpu(request: Request) -> tuple[str, float]:
     if not name and request.measure:
         name, capacity = _of_this_machine()
     name = name or "H100"
-    of_name = flops.memory_of(name)
+    of_name = memory_of(name)
     return name, parse_memory(request.gpu_memory) if request.gpu_memory else capacity or of_name
 
 
@@ -106,7 +106,7 @@ def _of_this_machine() -> tuple[str, float | None]:
     if done.returncode:
         return "", None
     name, memory = done.stdout.strip().splitlines()[-1].split("|")
-    return (name, float(memory)) if flops.gpu(name) else ("", None)
+    return (name, float(memory)) if known_gpu(name) else ("", None)
 
 
 def _that_run_here(among: list[Candidate], config: RunConfig, ds: dict[str, Any]) -> list[Candidate]:
@@ -117,10 +117,10 @@ def _that_run_here(among: list[Candidate], config: RunConfig, ds: dict[str, Any]
         "device = 'cuda' if torch.cuda.is_available() else 'cpu'; of = getattr(torch, sys.argv[1]); "
         "print(*(k for k in sys.argv[2:] if k in KERNELS and why_not(k, device, of)))"
     )
-    from dit_ds.engine.engine import dtype
+    from dit_ds.engine.deepspeed_json import model_dtype
 
     kernels = dict.fromkeys(c.kernel for c in among)
-    words = [sys.executable, "-c", code, str(dtype(ds)).removeprefix("torch."), *kernels]
+    words = [sys.executable, "-c", code, str(model_dtype(ds)).removeprefix("torch."), *kernels]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     missing = done.stdout.split() if done.returncode == 0 else []
     return [c for c in among if c.kernel not in missing]

@@ -25,12 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dit_ds.config.load import RunConfig
-from dit_ds.engine import engine
+from dit_ds.config.schema import RunConfig
+from dit_ds.engine.deepspeed_json import model_dtype
+from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.files import write_json
 from dit_ds.planning.flops import hardware_flops, step_flops
-from dit_ds.planning.memory.estimate import Question
-from dit_ds.planning.tune.candidates import BUCKETS, SETTINGS, Candidate
+from dit_ds.planning.memory.request import Question
+from dit_ds.planning.tune.candidates import BUCKETS, Candidate
 from dit_ds.planning.tune.time_model import Counted
 
 _REFERENCE = "zero2"
@@ -232,7 +233,7 @@ class Jobs:
         work = Counted(
             model_flops.result(), {p: c[0] for p, c in counted.items()}, {p: c[1] for p, c in counted.items()}
         )
-        of_type = engine.dtype(ds).itemsize
+        of_type = model_dtype(ds).itemsize
         profiled = {s: f.result() for s, f in stages.items()}
         return Footprints(reference.result(), profiled, work.trained, of_type, ranks), work
 
@@ -271,10 +272,10 @@ def _count(config: RunConfig) -> tuple:
 def _sweep(config: RunConfig, ranks: int, points: Iterable[Point]) -> dict[Point, Profiled]:
     """Steps of one engine, below stage 3, with one way of checkpointing and kernel after another."""
     from dit_ds.models.image_encoder import WordAttention
-    from dit_ds.planning.flops import offline_text
-    from dit_ds.planning.memory.estimate import on_gpu
+    from dit_ds.models.text_encoder import offline_text
     from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
     from dit_ds.planning.memory.profiled_step import Steps
+    from dit_ds.planning.memory.request import on_gpu
     from dit_ds.planning.memory.tracker import Ledger
 
     ledger, config, found = Ledger(host=lambda x: x.device.type == "cpu"), on_gpu(config), {}

@@ -10,10 +10,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_ds.config.load import RunConfig
-from dit_ds.engine import engine
+from dit_ds.config.schema import RunConfig
+from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
 from dit_ds.errors import RunFailed, UserError
-from dit_ds.planning import flops
+from dit_ds.planning.gpus import MEMORY_GIB, known_gpu, peak_flops, require_peak
 from dit_ds.planning.memory.plan import GIB, needed
 from dit_ds.planning.tune.candidates import Candidate, candidates, own
 from dit_ds.planning.tune.memory_model import Footprint, Jobs
@@ -98,8 +98,8 @@ def check(config: RunConfig, place: Place, assumed: Assumptions) -> dict[str, An
     if place.nodes < 1 or place.gpus < 1:
         raise UserError(f"--nodes {place.nodes} --gpus {place.gpus}: there is at least one node, with one GPU")
     assumed.check()
-    ds = engine.read_deepspeed_json(config)
-    flops.require_peak(assumed.machine.gpu, engine.dtype(ds))
+    ds = read_deepspeed_json(config)
+    require_peak(assumed.machine.gpu, model_dtype(ds))
     if ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         path = config.deepspeed.config
         raise UserError(f"{path} swaps to NVMe, whose speed dit-ds tune can't predict: name another deepspeed.config")
@@ -121,10 +121,10 @@ def search(
         RunFailed: nothing fits; it says what would.
     """
     ds = check(config, place, assumed)
-    gpu = flops.gpu(assumed.machine.gpu) or ""
+    gpu = known_gpu(assumed.machine.gpu) or ""
     among = candidates(config, ds, place.ranks, gpu) if among is None else among
     footprints, counted = jobs.survey(among, config, ds, place.ranks)
-    predictor = Predictor(config, ds, engine.dtype(ds), counted, assumed)
+    predictor = Predictor(config, ds, model_dtype(ds), counted, assumed)
     rows = [Row(c, footprints.of(c), predictor.step(c, place.ranks)) for c in among]
 
     def exact(some: list[Row]) -> None:
@@ -242,13 +242,13 @@ def why(row: Row, chosen: Row, place: Place) -> str:
 
 def closest(config: RunConfig, place: Place, assumed: Assumptions, nothing: NothingFits, jobs: Jobs) -> str:
     """What the smallest candidate would fit on, computed: other GPUs, more nodes, smaller images."""
-    ds, c = engine.read_deepspeed_json(config), nothing.row.candidate
-    dtype = engine.dtype(ds)
+    ds, c = read_deepspeed_json(config), nothing.row.candidate
+    dtype = model_dtype(ds)
     options = []
     need = needed(nothing.row.footprint.peak, place.ranks)
     if need > place.capacity:
-        enough = sorted((gib, name) for name, gib in flops.MEMORY_GIB.items() if gib * GIB >= need)
-        enough = [(gib, n) for gib, n in enough if flops.peak_flops(n, dtype)]
+        enough = sorted((gib, name) for name, gib in MEMORY_GIB.items() if gib * GIB >= need)
+        enough = [(gib, n) for gib, n in enough if peak_flops(n, dtype)]
         options += [f"a GPU of {gib:.0f} GiB (as {name})" for gib, name in enough[:1]]
     asked = []
     batch = config.train.batch_size

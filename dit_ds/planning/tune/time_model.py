@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 from dit_ds.models.sam import SIZES
 from dit_ds.planning.communication import Shape, fetched
-from dit_ds.planning.flops import BANDWIDTH, Passes, gpu, require_peak
+from dit_ds.planning.flops import Passes
+from dit_ds.planning.gpus import BANDWIDTH, known_gpu, require_peak
 from dit_ds.planning.scaling import Machine, Work
 from dit_ds.planning.scaling import predict as predict_step
 from dit_ds.planning.tune.candidates import Candidate
@@ -63,12 +64,12 @@ class Assumptions:
     @property
     def hbm(self) -> float:
         """Bytes a second."""
-        return BANDWIDTH[gpu(self.machine.gpu)] * 1e9 * self.hbm_share
+        return BANDWIDTH[known_gpu(self.machine.gpu)] * 1e9 * self.hbm_share
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, for the output."""
         values = asdict(self)
-        return values.pop("machine") | values | {"hbm_gb_s": BANDWIDTH[gpu(self.machine.gpu)]}
+        return values.pop("machine") | values | {"hbm_gb_s": BANDWIDTH[known_gpu(self.machine.gpu)]}
 
 
 @dataclass(frozen=True)

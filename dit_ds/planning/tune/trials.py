@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_ds.config.load import RunConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.files import read_json, write_json
 from dit_ds.planning.tune.candidates import Candidate

@@ -1,0 +1,67 @@
+"""Evaluation results in a run's folder: written and read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from dit_ds.checkpointing import reader as checkpoint
+from dit_ds.config.schema import RunConfig
+from dit_ds.errors import UserError
+from dit_ds.files import write_json
+
+_log = logging.getLogger("dit_ds")
+
+
+def _leave_in_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
+    """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run that the checkpoint is
+    of, if it is in one; of a model that was not tuned, in the folder that its configuration names. A folder that can't be
+    written is a warning: the result is on stdout."""
+    if Path(path).suffix in (".yaml", ".yml"):
+        run = Path(config.run_dir)
+        if (run / "checkpoints").exists():  # a trained run's place: these would stand among its figures
+            return
+    elif Path(path).is_dir() and (found := checkpoint.find(path).resolve()).parent.name == "checkpoints":
+        run = found.parent.parent
+    else:
+        return
+    name = f"{result['split']}-{result['prompt']}-step_{result['step']:08d}.json"
+    try:
+        write_json(run / "evaluations" / name, result)
+        if not (run / "config.yaml").exists():
+            config.save(run / "config.yaml")
+    except UserError as e:
+        _log.warning(f"warning: the result is not kept: {e}")
+
+
+_METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
+
+
+def _checked(entry: Any, config: RunConfig) -> dict[str, Any] | None:
+    """An evaluation with what that of training lacks, the prompt; None for what is none."""
+    if not isinstance(entry, dict):
+        return None
+    prompts = config.data.prompts
+    entry = {"prompt": "text" if "text" in prompts else prompts[0], "threshold": config.eval.threshold} | entry
+    kinds = {"split": str, "prompt": str, "n": int, "step": int, "threshold": float | int}
+    right = all(isinstance(entry.get(k), kind) for k, kind in kinds.items()) and all(
+        entry.get(k, ...) is None or (isinstance(entry.get(k), float | int) and math.isfinite(entry[k]))
+        for k in _METRICS  # null: it was not finite
+    )
+    return entry if right else None
+
+
+def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a line that a kill cut short
+            continue
+        if isinstance(entry, dict) and entry.get("kind") == "eval" and (found_here := _checked(entry, config)):
+            found.append(found_here)
+    return found

@@ -1,0 +1,28 @@
+"""Learning rate schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dit_ds.config.load import TrainConfig
+
+
+def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
+    """The rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule. A pure function."""
+    epoch = step / steps_per_epoch
+    warmup_steps = t.warmup_epochs * steps_per_epoch
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    total = min(t.max_steps or math.inf, t.epochs * steps_per_epoch)
+    done = min(1.0, max(0.0, step - warmup_steps) / max(1.0, total - warmup_steps))
+    if t.schedule == "cosine":
+        return warm * (t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    if t.schedule == "poly":
+        return t.lr * warm * (1 - done) ** t.poly_power
+    return t.lr * warm * t.decay ** sum(epoch >= m for m in t.milestones)
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set the rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,62 @@
+"""One picture, segmented and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dit_ds.checkpointing.weights import load_model
+from dit_ds.errors import UserError
+from dit_ds.evaluation.inference import _trained, check_kind, device, read_expression, read_picture, segment
+from dit_ds.files import full_disk_is_user_error
+from dit_ds.visualize.drawing import side_by_side
+
+
+@torch.no_grad()
+def predict_image(
+    path: str,
+    image: str,
+    text: str | None,
+    out: str,
+    threshold: float | None = None,
+    points: Sequence[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+) -> dict[str, Any]:
+    """`dit-ds predict`: write the picture beside the picture with the mask; return how much of it the mask covers.
+
+    Args:
+        text, points, box: at least one of them; see `segment`.
+    """
+    if text is None and not points and box is None:
+        raise UserError("nothing says what to segment: give --text, --point or --box")
+    words = None if text is None else read_expression(text)
+    pixels = read_picture(image)
+    _check_places(points, box, *pixels.shape[:2])
+    model, config, meta = load_model(path)
+    for kind, is_given in (("text", words is not None), ("point", bool(points)), ("box", box is not None)):
+        if is_given:
+            check_kind(config, kind)
+    model.to(device())
+    mask = segment(model, config, pixels, words, points, box, threshold, _trained(config, meta))
+    said = {"text": text} if text is not None else {}
+    said |= {"points": [list(p) for p in points]} if points else {}
+    said |= {"box": list(box)} if box is not None else {}
+    with full_disk_is_user_error(out):
+        side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in said.items())).save(out, "PNG")
+    return {"out": out} | said | {"covered": round(float(mask.mean()), 4)}
+
+
+def _check_places(points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None, height: int, width: int) -> None:
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(f"--point {x:g},{y:g} is outside the picture, which is {width} wide and {height} high")
+    if box is None:
+        return
+    x0, y0, x1, y1 = box
+    said = f"--box {x0:g},{y0:g},{x1:g},{y1:g}"
+    if not (x0 < x1 and y0 < y1):
+        raise UserError(f"{said} has no inside: give X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
+    if not (0 <= x0 and 0 <= y0 and x1 <= width and y1 <= height):
+        raise UserError(f"{said} is not within the picture, which is {width} wide and {height} high")
