@@ -39,8 +39,8 @@ from torch.utils.data import DataLoader
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
-from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.loader import iterate, make_loader
+from dit_ds.data.loading.sampler import EvalBatchSampler, TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.write import shard_refer
@@ -74,10 +74,10 @@ def workloads(index: SplitIndex) -> dict[str, tuple[ExpressionDataset, Batches]]
     first_ref = np.unique(index.refs[:, 0], return_index=True)[1]
     alone = [(0, int(s), 1.0) for s in index.refs[first_ref, 2]]
     return {
-        "evaluation": (evaluation, list(EvalBatches(min(len(evaluation), 32 * BATCH), BATCH, 0, 1))),
+        "evaluation": (evaluation, list(EvalBatchSampler(min(len(evaluation), 32 * BATCH), BATCH, 0, 1))),
         "evaluation_distinct": (evaluation, [alone[i : i + BATCH] for i in range(0, len(alone), BATCH)]),
-        "augmented": (training, list(TrainBatches(index.samples("ref"), BATCH, BATCH, 0, 1, 0))),
-        "augmented_by_image": (by_image, list(TrainBatches(index.samples("image"), BATCH, BATCH, 0, 1, 0))),
+        "augmented": (training, list(TrainBatchSampler(index.samples("ref"), BATCH, BATCH, 0, 1, 0))),
+        "augmented_by_image": (by_image, list(TrainBatchSampler(index.samples("image"), BATCH, BATCH, 0, 1, 0))),
     }
 
 
@@ -113,7 +113,7 @@ def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int)
     calls = {
         "bound": lambda: seconds_of(lambda: exhaust(simplejpeg.decode_jpeg(jpegs[i]) for i in images)),
         "in_process": lambda: seconds_of(lambda: exhaust(data.__getitems__(b) for b in batches)),
-        "worker": lambda: seconds_by_worker(checked(make_loader(data, batches, 1, pin=False)), len(batches)),
+        "worker": lambda: seconds_by_worker(iterate(make_loader(data, batches, 1, pin=False)), len(batches)),
         "field_style": lambda: seconds_by_worker(
             iter(DataLoader(field, batch_sampler=batches[:FIELD], num_workers=1, prefetch_factor=4)), len(batches)
         ),
@@ -136,9 +136,9 @@ def probe(folder: Path, at: float) -> dict[str, float]:
     start = time.perf_counter()
     index = SplitIndex.load(folder, "train")
     data = ExpressionDataset(index, "sentence", SIZE, tokenize, AUGMENTATION)
-    batches = TrainBatches(index.samples("sentence"), BATCH, BATCH, 0, 1, 0)
+    batches = TrainBatchSampler(index.samples("sentence"), BATCH, BATCH, 0, 1, 0)
     batches.start_at(3, int(at * batches.batches_per_epoch))
-    loader = checked(make_loader(data, batches, 2, pin=False))
+    loader = iterate(make_loader(data, batches, 2, pin=False))
     next(loader)
     seconds = time.perf_counter() - start
     list(itertools.islice(loader, 20))

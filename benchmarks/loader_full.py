@@ -27,8 +27,8 @@ from loader import AUGMENTATION, BATCH, dataset
 from photos import DATASET, write_photos
 
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
-from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.loader import iterate, make_loader
+from dit_ds.data.loading.sampler import TrainBatchSampler
 
 CLI = [sys.executable, "-m", "dit_ds.cli", "data"]
 
@@ -79,8 +79,8 @@ def load_epoch(folder: Path) -> dict[str, int]:
     """One training epoch, one sentence a ref, all augmentations; what came."""
     index = SplitIndex.load(folder, "train")
     data = dataset(index, "ref", AUGMENTATION)
-    batches = TrainBatches(index.samples("ref"), BATCH, BATCH, 0, 1, 0)
-    seen = [s for b in checked(make_loader(data, batches, 2, pin=False)) for s, w in zip(b["sample"], b["weight"]) if w]
+    batches = TrainBatchSampler(index.samples("ref"), BATCH, BATCH, 0, 1, 0)
+    seen = [s for b in iterate(make_loader(data, batches, 2, pin=False)) for s, w in zip(b["sample"], b["weight"]) if w]
     return {"samples": len(seen), "distinct": len(set(map(int, seen)))}
 
 

@@ -24,7 +24,7 @@ from dit_ds.config.load import load_config, merge, validate  # noqa: E402
 from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.planning.memory import measure  # noqa: E402
 from dit_ds.planning.memory.estimate import predict  # noqa: E402
-from dit_ds.planning.memory.request import Question  # noqa: E402
+from dit_ds.planning.memory.request import MemoryRequest  # noqa: E402
 
 GIB = 2**30
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
@@ -74,7 +74,7 @@ def _with_batch(values: dict, batch: int) -> RunConfig:
 def compare(name: str, config: RunConfig) -> dict:
     """One configuration measured on this GPU, and predicted."""
     measured = measure.in_process(config)
-    (answer,) = predict([Question(config)])
+    (answer,) = predict([MemoryRequest(config)])
     (profile,) = answer.profiles.values()
     row = {"name": name, "predicted_gib": round(profile.peak / GIB, 3), "oom": measured["oom"]}
     if not measured["oom"]:

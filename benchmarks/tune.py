@@ -25,7 +25,7 @@ from dit_ds.engine.deepspeed_json import read_deepspeed_json  # noqa: E402
 from dit_ds.planning.memory.plan import GIB, needed  # noqa: E402
 from dit_ds.planning.tune import command, report  # noqa: E402
 from dit_ds.planning.tune.candidates import candidates  # noqa: E402
-from dit_ds.planning.tune.memory_model import Jobs  # noqa: E402
+from dit_ds.planning.tune.memory_model import ProfilerPool  # noqa: E402
 
 CASES = [("vit_b", 1, 8), ("vit_h", 2, 8)]
 
@@ -56,7 +56,7 @@ def rule_errors(count: int, seed: int) -> list[dict]:
     ds = read_deepspeed_json(config)
     among = candidates(config, ds, 8, "H100")
     drawn = random.Random(seed).sample(among, count)
-    with Jobs() as jobs:
+    with ProfilerPool() as jobs:
         footprints, _ = jobs.survey(among, config, ds, 8)
         exact = jobs.profiles(drawn, config, ds, 8)
     rows = []

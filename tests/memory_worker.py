@@ -32,7 +32,7 @@ from dit_ds.distributed import World, connect, disconnect, gather_objects  # noq
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors  # noqa: E402
 from dit_ds.planning.memory.measure import Request, measure  # noqa: E402
 from dit_ds.planning.memory.profiled_step import Steps  # noqa: E402
-from dit_ds.planning.memory.tracker import Ledger, LiveTensors  # noqa: E402
+from dit_ds.planning.memory.tracker import LiveTensors, MemoryTracker  # noqa: E402
 
 MICRO_BATCH = 2
 
@@ -70,9 +70,9 @@ def configuration(
     )
 
 
-def profiled(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
-    """A step's profile, with what the engine's own tensors add up to. The ledger is active."""
-    steps = Steps(config, world, ledger)
+def profiled(config: RunConfig, world: World, tracker: MemoryTracker) -> dict[str, Any]:
+    """A step's profile, with what the engine's own tensors add up to. The tracker is active."""
+    steps = Steps(config, world, tracker)
     steps.warm_up()
     p = steps.take(MICRO_BATCH)
     module, optimizer = steps.engine.module, steps.engine.basic_optimizer
@@ -99,20 +99,20 @@ def storages(tensors: Iterable[Tensor]) -> int:
 
 def real(setting: dict[str, Any], world: World, folder: str) -> list[dict[str, Any]]:
     """Each rank's profile."""
-    ledger = Ledger()
-    with ledger:
-        mine = profiled(configuration(folder, ranks=world.world_size, **setting), world, ledger)
+    tracker = MemoryTracker()
+    with tracker:
+        mine = profiled(configuration(folder, ranks=world.world_size, **setting), world, tracker)
     return gather_objects(mine)
 
 
 def fake(setting: dict[str, Any]) -> dict[str, Any]:
     """One rank's profile, predicted; for a process of its own. What would lie on the host counts, too: as on a CPU."""
     warnings.simplefilter("ignore")
-    ranks, rank, ledger = setting.pop("ranks", 1), setting.pop("rank", 0), Ledger()
+    ranks, rank, tracker = setting.pop("ranks", 1), setting.pop("rank", 0), MemoryTracker()
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(folder, ranks=ranks, **setting)
-        with fake_cluster(ranks, rank) as world, fake_tensors(ledger):
-            return profiled(config, world, ledger)
+        with fake_cluster(ranks, rank) as world, fake_tensors(tracker):
+            return profiled(config, world, tracker)
 
 
 class CountingAllocator(LiveTensors):

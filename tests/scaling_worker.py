@@ -27,7 +27,7 @@ from dit_ds.engine import engine as ds
 from dit_ds.engine.deepspeed_json import read_deepspeed_json
 from dit_ds.models.build import build_model
 from dit_ds.models.losses import segmentation_loss
-from dit_ds.planning.communication import Shape, communication_volume
+from dit_ds.planning.communication import ModuleTrace, communication_volume
 from dit_ds.planning.flops import hardware_flops
 from dit_ds.planning.memory.profiled_step import fake_batch
 
@@ -101,7 +101,7 @@ def count(world: World, setting: dict) -> list[list]:
 
 def by_formula(ranks: int, setting: dict) -> dict[tuple[str, int], float]:
     """(kind, ranks) to bytes of the whole buffers."""
-    config, shape = configuration(ranks, **setting), Shape()
+    config, shape = configuration(ranks, **setting), ModuleTrace()
     hardware_flops(config, shape.watch)
     found: collections.Counter = collections.Counter()
     for transfer in communication_volume(shape, read_deepspeed_json(config), ranks, setting.get("accumulation", 1)):

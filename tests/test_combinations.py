@@ -15,7 +15,10 @@ from dit_ds.errors import UserError
         ({"data": {"prompts": []}}, "data.prompts"),
         ({"data": {"prompts": ["mask"]}}, "data.prompts"),
         ({"data": {"scales": [600]}}, "data.scales"),
-        ({"data": {"mask_rule": "soft"}, "model": {"name": "lavt", "size": "swin_b"}}, "data.mask_rule half or any"),
+        (
+            {"data": {"train_mask_rule": "soft"}, "model": {"name": "lavt", "size": "swin_b"}},
+            "data.train_mask_rule half or any",
+        ),
         ({"data": {"prompts": ["box"]}, "model": {"name": "rela", "size": "swin_b"}}, "knows no data.prompts"),
         ({"eval": {"mask_rule": "any"}}, "eval.mask_rule"),
     ],

@@ -92,9 +92,11 @@ def test_what_no_table_has_is_in_one_of_its_own_or_at_the_end(tmp_path):
 
 
 def test_settings_count_and_other_differences_are_footnotes(tmp_path):
-    run = make_run(tmp_path / "a", "table1_layer_wise", "--train.ema", "0.9997", "--seed", "4", "--data.root", "else")
+    run = make_run(
+        tmp_path / "a", "table1_layer_wise", "--train.ema_decay", "0.9997", "--seed", "4", "--data.root", "else"
+    )
     table = table_of([run], 1)
-    assert table["notes"] == [f"{run} differs from configs/paper/table1_layer_wise.yaml in train.ema"]
+    assert table["notes"] == [f"{run} differs from configs/paper/table1_layer_wise.yaml in train.ema_decay"]
     assert mine(table)[0]["notes"] == [1]
     tokens = make_run(tmp_path / "b", "table2_layer_wise_static", "--model.static_tokens", "10")
     table = table_of([tokens], 2)  # the paper doesn't say how many
@@ -134,7 +136,7 @@ def test_seeds_have_a_row_each_and_a_mean(tmp_path):
     assert (first["kind"], second["kind"], mean["kind"]) == ("run", "run", "mean") and mean["runs"] == runs
     assert at(table, mean, "val", "oiou") == 72.0 and at(table, mean, "val", "oiou", "spread") == 1.41
     assert at(table, mean, "val", "oiou", "deltas") == 0.02 and at(table, mean, "val", "oiou", "marks") is None
-    other = make_run(tmp_path / "ema", "table1_layer_wise", "--train.ema", "0.99")
+    other = make_run(tmp_path / "ema", "table1_layer_wise", "--train.ema_decay", "0.99")
     assert [r["kind"] for r in mine(table_of([runs[0], other], 4))] == ["run", "run"]
 
 

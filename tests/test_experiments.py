@@ -67,7 +67,7 @@ def test_a_row_is_what_the_paper_says(name, settings):
             0.2,
             3,
         )
-        assert (d.image_size, d.resize, config.eval.threshold, t.ema) == (512, "pad", 0.35, 0)
+        assert (d.image_size, d.resize, config.eval.threshold, t.ema_decay) == (512, "pad", 0.35, 0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_released_codes_preset_takes_what_it_says(overrides):
     """Its comments name these, and it departs from no row in settings."""
     assert overrides in (FOLDER / "released_code.yaml").read_text()
     config = load("released_code", *overrides.split())
-    assert (config.text.layers, config.train.ema, config.train.gradient_clipping) == (1, 0.9997, 0.15)
+    assert (config.text.layers, config.train.ema_decay, config.train.gradient_clipping) == (1, 0.9997, 0.15)
     assert settings_of(load("released_code")) == settings_of(load("table1_layer_wise"))
 
 
@@ -110,8 +110,12 @@ def test_differences_leave_out_what_does_not_matter():
     same = ["--run_dir", "x", "--seed", "3", "--train.compile", "true", "--text.name", "here/bert-base-uncased",
             "--model.checkpoint", "elsewhere/sam_vit_b_01ec64.pth", "--deepspeed.config", "zero3.json"]  # fmt: skip
     assert differences(base, load("table1_layer_wise", *same)) == []
-    other = ["--train.ema", "0.9", "--data.scales", "[320, 512]", "--model.checkpoint", "null"]
-    assert differences(base, load("table1_layer_wise", *other)) == ["data.scales", "model.checkpoint", "train.ema"]
+    other = ["--train.ema_decay", "0.9", "--data.scales", "[320, 512]", "--model.checkpoint", "null"]
+    assert differences(base, load("table1_layer_wise", *other)) == [
+        "data.scales",
+        "model.checkpoint",
+        "train.ema_decay",
+    ]
 
 
 def test_a_clip_is_known_by_its_folder_too(tmp_path):

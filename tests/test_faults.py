@@ -18,8 +18,8 @@ from conftest import MINILM, ROOT, dit_ds, environment, metrics_of, refused, tin
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader, worker_failures
-from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.loader import iterate, make_loader, worker_failures
+from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.shards.storage import locate
 from dit_ds.errors import RankFailed
@@ -37,9 +37,9 @@ from dit_ds.models.text_encoder import load_tokenizer
 def test_a_worker_that_dies_or_stalls_is_reported(shards, streamed, number, says):
     index = SplitIndex.load(locate(shards, "refcoco", "unc"), "train")
     data = ExpressionDataset(index, "ref", 64, make_tokenize(load_tokenizer(MINILM), 20), streamed=streamed)
-    sampler = TrainBatches(index.samples("ref", "shards"), 4, 4, 0, 1, 0)
+    sampler = TrainBatchSampler(index.samples("ref", "shards"), 4, 4, 0, 1, 0)
     before = set(multiprocessing.active_children())
-    batches = checked(make_loader(data, sampler, 2, pin=False, timeout=3))
+    batches = iterate(make_loader(data, sampler, 2, pin=False, timeout=3))
     next(batches)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2

@@ -251,12 +251,12 @@ def test_a_grid_tells_what_it_shows(checkpoints, call, tmp_path):
     assert result["titles"] == ["ours", "SAM"] and [s["sample"] for s in result["samples"]] == [5, 0]
     np.testing.assert_allclose(np.mean([s["ious"] for s in result["samples"]], axis=0), result["miou"])
 
-    from dit_ds.data.build import dataset_of
+    from dit_ds.data.build import build_eval_dataset
     from dit_ds.evaluation.inference import segment
 
     for k, path in enumerate(paths):  # what `dit-ds predict` would give
         model, config, _ = load_model(path)
-        dataset = dataset_of(config, "val", None)
+        dataset = build_eval_dataset(config, "val", None)
         for s in result["samples"]:
             shared, union = intersection_and_union(
                 segment(model, config, dataset.picture(s["sample"]), s["text"]),

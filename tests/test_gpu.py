@@ -25,7 +25,7 @@ def test_a_run_on_cuda_goes_on_at_another_stage(config_file, tmp_path, precision
     def train(run, stage, steps, *more):
         dit_ds("train", "--config", config_file, "--run_dir", tmp_path / run, "--deepspeed.precision", precision,
                "--deepspeed.config", ROOT / f"configs/deepspeed/zero{stage}.json", "--train.max_steps", steps,
-               "--train.ema", "0.5", *more)  # fmt: skip
+               "--train.ema_decay", "0.5", *more)  # fmt: skip
         return [m["loss"] for m in metrics_of(tmp_path / run)]
 
     whole = train("whole", first, "6")
@@ -41,7 +41,7 @@ def test_a_run_on_cuda_goes_on_at_another_stage(config_file, tmp_path, precision
 
 @pytest.mark.parametrize("name", memory_benchmark.cases())
 def test_the_measured_peak_on_cuda_is_the_predicted_one(name):
-    """Each in processes of its own. The ledger must see what the allocator counts, but for kernels' workspaces."""
+    """Each in processes of its own. The tracker must see what the allocator counts, but for kernels' workspaces."""
     row = memory_benchmark.compare(name, memory_benchmark.cases()[name])
     if row["oom"]:
         assert row["predicted_gib"] > 0.9 * row["oom"]["capacity_gib"], row

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dit_ds.data.loading.batch import Batch
-from dit_ds.data.loading.shared_memory import _SLOTS, lend
+from dit_ds.data.loading.batch import BatchBuilder
+from dit_ds.data.loading.shared_memory import _SLOTS, share
 
 _ROWS, _SIDE, _STEPS = 2, 32, 40
 
@@ -20,7 +20,7 @@ class Numbered(torch.utils.data.Dataset):
         return _STEPS
 
     def __getitems__(self, items: list[int]) -> dict:
-        batch = Batch(_ROWS, _SIDE)
+        batch = BatchBuilder(_ROWS, _SIDE)
         for row in range(_ROWS):
             n, height = items[0], 8 + (items[0] + row) % 20
             batch.put(row, lambda pixels, n=n: pixels.fill(n), np.full((height, 16), n, np.uint8), n=np.int64(n))
@@ -30,7 +30,7 @@ class Numbered(torch.utils.data.Dataset):
 
 def batches(workers: int = 1):
     order = [[n] for n in range(1, _STEPS)]
-    return DataLoader(Numbered(), batch_sampler=order, num_workers=workers, collate_fn=lend)
+    return DataLoader(Numbered(), batch_sampler=order, num_workers=workers, collate_fn=share)
 
 
 def check(batch: dict, n: int) -> None:

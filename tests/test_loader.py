@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, BadSample, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.loading.readers import MemberReader
-from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.sampler import EvalBatchSampler, TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation, resize_mask, resized_shape
 from dit_ds.errors import UserError
@@ -41,9 +41,9 @@ def index(shards):
 def test_workers_give_the_same_samples(index, tokenize, unit, order):
     def run(workers):
         dataset = ExpressionDataset(index, unit, 64, tokenize, Augmentation(0.4, 0.5, 0.5), seed=5)
-        sampler = TrainBatches(index.samples(unit, order), 16, 8, 0, 1, seed=5)
+        sampler = TrainBatchSampler(index.samples(unit, order), 16, 8, 0, 1, seed=5)
         sampler.start_at(2, 1)
-        return list(checked(make_loader(dataset, sampler, workers, pin=False)))
+        return list(iterate(make_loader(dataset, sampler, workers, pin=False)))
 
     alone = run(0)
     assert len(alone) > 4
@@ -56,8 +56,8 @@ def test_workers_give_the_same_samples(index, tokenize, unit, order):
 
 def test_workers_give_the_same_evaluation(index, tokenize):
     dataset = ExpressionDataset(index, "sentence", 64, tokenize)
-    batches = EvalBatches(len(dataset), 8, 0, 1)
-    for a, b in zip(*(checked(make_loader(dataset, batches, workers, pin=False)) for workers in (0, 3))):
+    batches = EvalBatchSampler(len(dataset), 8, 0, 1)
+    for a, b in zip(*(iterate(make_loader(dataset, batches, workers, pin=False)) for workers in (0, 3))):
         assert a["text"] == b["text"] and a["image_id"] == b["image_id"]
         assert all(np.array_equal(x, y) for x, y in zip(a["original"], b["original"], strict=True))
         assert torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
@@ -93,7 +93,7 @@ def test_an_image_is_decoded_once_for_its_expressions(index, tokenize, monkeypat
     decoded = []
     monkeypatch.setattr("dit_ds.data.loading.dataset.decode_jpeg", lambda *a: decoded.append(1) or decode_jpeg(*a))
     dataset = ExpressionDataset(index, "sentence", 64, tokenize)
-    for items in EvalBatches(len(dataset), 5, 0, 1):
+    for items in EvalBatchSampler(len(dataset), 5, 0, 1):
         dataset.__getitems__(items)
     assert len(decoded) == len(index.images) < len(dataset) / 2
     decoded.clear()
@@ -222,10 +222,10 @@ def test_what_is_damaged_is_named(shards, tokenize, tmp_path):
     data[at + length // 2 : at + length] = bytes(length - length // 2)  # the JPEG's second half is gone
     index.shards[shard].write_bytes(data)
     dataset = ExpressionDataset(index, "ref", 64, tokenize)
-    sampler = TrainBatches(len(dataset), 4, 4, 0, 1, 0)
+    sampler = TrainBatchSampler(len(dataset), 4, 4, 0, 1, 0)
     for workers in (0, 2):
         with pytest.raises(UserError, match=rf"{index.shards[shard].name}: \d+.jpg is damaged"):
-            list(checked(make_loader(dataset, sampler, workers, pin=False)))
+            list(iterate(make_loader(dataset, sampler, workers, pin=False)))
     index.shards[shard].write_bytes(data[:-10240])
     with pytest.raises(UserError, match="the manifest says"):
         SplitIndex.load(folder, "train")

@@ -29,7 +29,7 @@ def on_ranks(ranks: int, *settings: dict, program: Path = WORKER) -> subprocess.
 
 def test_two_ranks_are_gathered_and_agree_with_the_ledger(tmp_path):
     files = {"timeline": str(tmp_path / "t.png"), "snapshot": str(tmp_path / "s.pickle")}
-    done = on_ranks(2, {"stage": 2, "accumulation": 2, "ema": 0.5} | files, {"stage": 3})
+    done = on_ranks(2, {"stage": 2, "accumulation": 2, "ema_decay": 0.5} | files, {"stage": 3})
     assert done.returncode == 0, done.stderr[-3000:]
     *reports, everything = map(json.loads, done.stdout.splitlines())
     assert reports == [ranks[0] for ranks in json.loads(done.stdout.splitlines()[-1])]  # one report, rank 0's
@@ -40,7 +40,7 @@ def test_two_ranks_are_gathered_and_agree_with_the_ledger(tmp_path):
         in_step = [r["phases"][p] for p in ("forward", "backward", "step")]
         assert r["peak_gib"] == max(r["ranks_gib"]) == max(in_step) and len(r["ranks_gib"]) == 2
         assert r["reserved_gib"] == 2 * r["peak_gib"]
-        # the step under the ledger, which was not there when the rest was made, comes to the same
+        # the step under the tracker, which was not there when the rest was made, comes to the same
         assert sum(r["categories"].values()) == pytest.approx(r["ranks_gib"][0])
         assert abs(r["categories"]["unseen"]) < 0.02 * r["peak_gib"]
         assert other["phases"] == r["phases"] and other["categories"]["optimizer"] == r["categories"]["optimizer"]
@@ -106,7 +106,7 @@ def test_ranks_stay_until_the_first_has_spoken(tmp_path):
 
 
 def test_a_breakdown_that_does_not_fit_leaves_the_measurement(tmp_path):
-    """Rank 1 alone runs out in the step under the ledger, whose collectives rank 0 waits in."""
+    """Rank 1 alone runs out in the step under the tracker, whose collectives rank 0 waits in."""
     change = """
 def breakdown(taken, *rest, before=worker.measure.__globals__["_breakdown"]):
     if taken.world.rank == 1:

@@ -16,8 +16,8 @@ from dit_ds.models.build import build_model
 from dit_ds.models.losses import segmentation_loss
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.profiled_step import fake_batch
-from dit_ds.planning.memory.request import Question
-from dit_ds.planning.memory.tracker import Ledger, LiveTensors
+from dit_ds.planning.memory.request import MemoryRequest
+from dit_ds.planning.memory.tracker import LiveTensors, MemoryTracker
 
 STAYS = ("parameters", "gradients", "optimizer", "average", "buffers")
 
@@ -83,7 +83,7 @@ def test_what_stays_is_predicted_to_the_byte(profiles, stage, rank):
     """Real steps on gloo against fake ones, category by category; what passes, within a percent.
 
     What passes can't be the same to the byte: gloo holds a gradient until its thread is done, BERT's attention has
-    another kernel on CPUs, and torch.tensor makes the pixels' mean and deviation there out of the ledger's sight.
+    another kernel on CPUs, and torch.tensor makes the pixels' mean and deviation there out of the tracker's sight.
     """
     real, fake = profiles[stage, rank]
     assert {k: real["after"][k] for k in STAYS} == {k: fake["after"][k] for k in STAYS}
@@ -131,27 +131,27 @@ def test_real_steps_hold_what_arithmetic_says(profiles, stage, rank):
 def test_what_is_kept_is_what_autograd_saves(tmp_path, policy):
     """A real forward pass; autograd's own hooks see what it packs away. Layers made again keep their inputs only."""
     config = configuration(str(tmp_path), precision="fp32", policy=policy)
-    ledger, saved, inputs_of_layers = Ledger(), [], []
-    with ledger:
+    tracker, saved, inputs_of_layers = MemoryTracker(), [], []
+    with tracker:
         model = build_model(config).train()
         model.image_encoder.checkpoint_activations(policy)
         inputs, mask, weight = fake_batch(MICRO_BATCH, 64, config.data.tokens)
-        ledger.own("parameters", [*model.parameters(), *model.buffers()])
-        ledger.own("inputs", [*inputs.values(), mask, weight])
+        tracker.tag("parameters", [*model.parameters(), *model.buffers()])
+        tracker.tag("inputs", [*inputs.values(), mask, weight])
         ours = {
             x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), *inputs.values(), mask, weight)
         }
         if policy == "block":  # the checkpoint holds them, not autograd
             for block in model.image_encoder.blocks:
                 block.register_forward_pre_hook(lambda m, args: inputs_of_layers.extend(args))
-        ledger.restart()
-        ledger.watch(model)
-        ledger.enter("forward")
+        tracker.restart()
+        tracker.watch(model)
+        tracker.enter("forward")
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.detach()) or x.detach(), lambda x: x):
             loss = segmentation_loss(model(**inputs), mask, weight)
-        ledger.enter("backward")
-        kept = ledger.profile().kept
-        ledger.unwatch()
+        tracker.enter("backward")
+        kept = tracker.profile().kept
+        tracker.unwatch()
         theirs = [x for x in (*saved, *inputs_of_layers, loss)
                   if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in ours]  # fmt: skip
         assert sum(kept.values()) == storages(theirs)
@@ -177,7 +177,7 @@ def test_a_profile_is_drawn_by_predict_and_fits_table_8(tmp_path):
             },
         }
     )
-    (answer,) = predict([Question(config)])
+    (answer,) = predict([MemoryRequest(config)])
     profile = answer.profiles[32]
     assert 3.1 <= profile.peak / 2**30 <= 4.8
     assert sum(profile.at_peak.values()) == profile.peak == max(profile.phases.values())

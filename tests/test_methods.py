@@ -14,7 +14,7 @@ from dit_ds.config.load import load_config, validate
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.engine import engine
-from dit_ds.engine.batchnorm import RunningStatistics
+from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
 from dit_ds.evaluation.postprocess import original_probabilities
@@ -236,7 +236,7 @@ def test_running_statistics_stay_fp32_and_forget_a_step_left_out(world):
     wrapped = engine.initialize(tiny("lavt"), config, world)
     norm = wrapped.module.decoder.steps[2][4]
     assert norm.weight.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32
-    statistics = RunningStatistics(wrapped.module)
+    statistics = SyncedBatchNormStats(wrapped.module)
     for taken in (True, False):
         before = norm.running_mean.clone()
         wrapped(*inputs())
@@ -246,7 +246,7 @@ def test_running_statistics_stay_fp32_and_forget_a_step_left_out(world):
 
 
 def test_norms_and_position_tables_are_spared_weight_decay():
-    config = validate({"train": {"weight_decay": 0.1, "decay_norms": False}}).train
+    config = validate({"train": {"weight_decay": 0.1, "weight_decay_norms": False}}).train
     model = tiny("lavt")
     spared = model.no_decay()
     assert {"backbone.norms.3.bias", "decoder.steps.0.1.weight", "backbone.embeddings.norm.weight"} <= spared
@@ -254,7 +254,7 @@ def test_norms_and_position_tables_are_spared_weight_decay():
     assert not any(".mlp." in n or "pwams" in n or "embeddings.word" in n for n in spared)
     groups = engine.parameter_groups(model, config)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and len(groups[1]["params"]) == len(spared)
-    assert len(engine.parameter_groups(model, config.model_copy(update={"decay_norms": True}))) == 1
+    assert len(engine.parameter_groups(model, config.model_copy(update={"weight_decay_norms": True}))) == 1
 
 
 def test_poly_goes_to_zero():

@@ -19,8 +19,8 @@ def config_of(name: str, data_root: Path, folder: Path, stage: int, **train) -> 
     """A tiny model's configuration as a file; its run_dir is `folder / "run"`."""
     config = tiny_config(data_root, folder / "run")
     config["model"] = {"name": name, "size": "swin_t_tiny"}
-    config["data"] |= {"resize": "stretch", "color": 0, "blur": 0, "flip": 0}
-    config["train"] |= {"weight_decay": 0.01, "decay_norms": False} | train
+    config["data"] |= {"resize": "stretch", "color_jitter": 0, "blur": 0, "flip": 0}
+    config["train"] |= {"weight_decay": 0.01, "weight_decay_norms": False} | train
     config["eval"] = {"threshold": 0.5}
     config["deepspeed"]["config"] = str(ROOT / f"configs/deepspeed/zero{stage}.json")
     path = folder / "config.yaml"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dit_ds.data.loading.sampler import EvalBatches, Samples, TrainBatches, epoch_order
+from dit_ds.data.loading.sampler import EvalBatchSampler, Samples, TrainBatchSampler, epoch_order
 from dit_ds.errors import UserError
 
 WORLDS = st.integers(1, 64)
@@ -49,7 +49,7 @@ def global_batches(samples, micro, batch_size, world, seed=1, epoch=0, state=Non
     they should be."""
     ranks = []
     for rank in range(world):
-        sampler = TrainBatches(samples, batch_size, micro, rank, world, seed)
+        sampler = TrainBatchSampler(samples, batch_size, micro, rank, world, seed)
         sampler.resume(state) if state else sampler.start_at(epoch, 0)
         ranks.append(list(sampler))
         assert len(ranks[-1]) == len(sampler) and all(len(m) == micro for m in ranks[-1])
@@ -74,7 +74,7 @@ def test_any_world_any_resumption_same_batches(run, data, epoch):
         assert global_batches(samples, micro, batch_size, world, epoch=epoch) == reference
     # stop anywhere, go on with another world and micro-batch
     k = data.draw(st.integers(0, len(reference)))
-    state = TrainBatches(samples, batch_size, batch_size, 0, 1, 1).state(epoch, k)
+    state = TrainBatchSampler(samples, batch_size, batch_size, 0, 1, 1).state(epoch, k)
     assert set(state) == {"epoch", "samples_seen", "seed", "manifest_sha"}
     other = data.draw(st.sampled_from(divisors(batch_size, 64)), "world after the stop")
     micro = data.draw(st.sampled_from(divisors(batch_size // other, 8)))
@@ -85,7 +85,7 @@ def test_any_world_any_resumption_same_batches(run, data, epoch):
 @given(run=runs(), epochs=st.integers(1, 4))
 def test_each_sample_as_often_as_its_weight_says(run, epochs):
     samples, _, places = run
-    sampler = TrainBatches(samples, batch_size := 4 * places, batch_size, 0, 1, 3)
+    sampler = TrainBatchSampler(samples, batch_size := 4 * places, batch_size, 0, 1, 3)
     times, lengths = Counter(), set()
     for epoch in range(epochs):
         sampler.start_at(epoch, 0)
@@ -112,7 +112,7 @@ def test_an_image_goes_in_one_step(run):
     batch_size = micro * places
     if samples.images is None:
         return
-    sampler = TrainBatches(samples, batch_size, micro, 0, 1, 1)
+    sampler = TrainBatchSampler(samples, batch_size, micro, 0, 1, 1)
     assert sampler.batches_per_epoch <= math.ceil(sum(round(w * n) for n, w in samples.parts) / (batch_size - 4))
     in_batch: dict[tuple[int, int], set[int]] = {}
     in_micro: dict[tuple[int, int], set[int]] = {}
@@ -131,20 +131,20 @@ def test_an_image_goes_in_one_step(run):
 
 def test_too_large_an_image_is_refused():
     with pytest.raises(UserError, match="an image has 9 refs, train.batch_size is 8"):
-        TrainBatches(Samples([(9, 1.0)], images=np.zeros(9, np.int64)), 8, 8, 0, 1, 0)
+        TrainBatchSampler(Samples([(9, 1.0)], images=np.zeros(9, np.int64)), 8, 8, 0, 1, 0)
 
 
 @quick
 @given(n=st.integers(1, 300), batch=st.integers(1, 17), world=WORLDS, workers=st.integers(1, 8))
 def test_evaluation_takes_each_once_in_lockstep(n, batch, world, workers):
-    ranks = [EvalBatches(n, batch, r, world) for r in range(world)]
+    ranks = [EvalBatchSampler(n, batch, r, world) for r in range(world)]
     assert {len(list(r)) for r in ranks} == {len(ranks[0])}
     counted = Counter(s for r in ranks for b in r for _, s, weight in b if weight)
     assert counted == Counter(range(n))
-    alone = {tuple(s for _, s, _ in b) for b in EvalBatches(n, batch, 0, 1)}
+    alone = {tuple(s for _, s, _ in b) for b in EvalBatchSampler(n, batch, 0, 1)}
     assert all(tuple(s for _, s, _ in b) in alone for r in ranks for b in r)
     for r in ranks[:2]:
-        assert sum((r.shares(w, workers) for w in range(workers)), []) == list(r)
+        assert sum((r.worker_slices(w, workers) for w in range(workers)), []) == list(r)
 
 
 @quick
@@ -152,9 +152,9 @@ def test_evaluation_takes_each_once_in_lockstep(n, batch, world, workers):
 def test_readers_of_a_stream_share_each_micro_batch(run, workers, data):
     samples, micro, places = run
     world = data.draw(st.sampled_from(divisors(places, 64)))
-    sampler = TrainBatches(samples, micro * places, micro, 0, world, 1)
+    sampler = TrainBatchSampler(samples, micro * places, micro, 0, world, 1)
     workers = min(workers, micro)
-    shares = [sampler.shares(w, workers) for w in range(workers)]
+    shares = [sampler.worker_slices(w, workers) for w in range(workers)]
     for m, micro_batch in enumerate(sampler):
         joined = [None] * micro
         for w in range(workers):
@@ -168,25 +168,27 @@ def test_a_stream_is_read_about_once():
     for world, workers in [(1, 4), (8, 2)]:
         opened = 0
         for rank in range(world):
-            sampler = TrainBatches(Samples([(len(shards), 1.0)], shards=shards), 64, 64 // world, rank, world, 0)
+            sampler = TrainBatchSampler(Samples([(len(shards), 1.0)], shards=shards), 64, 64 // world, rank, world, 0)
             count = min(workers, 64 // world)
-            opened += sum(len({shards[s] for m in sampler.shares(w, count) for _, s, _ in m}) for w in range(count))
+            opened += sum(
+                len({shards[s] for m in sampler.worker_slices(w, count) for _, s, _ in m}) for w in range(count)
+            )
         assert opened <= 256 + 64
     # and a batch mixes many of them
-    sampler = TrainBatches(Samples([(len(shards), 1.0)], shards=shards), 64, 64, 0, 1, 0)
+    sampler = TrainBatchSampler(Samples([(len(shards), 1.0)], shards=shards), 64, 64, 0, 1, 0)
     assert np.mean([len({shards[s] for _, s, _ in b}) for b in sampler]) > 50
 
 
 def test_states_of_others_are_refused():
-    sampler = TrainBatches(Samples([(50, 1.0)], manifest_sha="a"), 8, 8, 0, 1, 0)
+    sampler = TrainBatchSampler(Samples([(50, 1.0)], manifest_sha="a"), 8, 8, 0, 1, 0)
     state = sampler.state(2, 3)
     assert state == {"epoch": 2, "samples_seen": 24, "seed": 0, "manifest_sha": "a"}
     with pytest.raises(UserError, match="manifest_sha"):
-        TrainBatches(Samples([(50, 1.0)], manifest_sha="b"), 8, 8, 0, 1, 0).resume(state)
+        TrainBatchSampler(Samples([(50, 1.0)], manifest_sha="b"), 8, 8, 0, 1, 0).resume(state)
     with pytest.raises(UserError, match="seed"):
-        TrainBatches(Samples([(50, 1.0)], manifest_sha="a"), 8, 8, 0, 1, 1).resume(state)
+        TrainBatchSampler(Samples([(50, 1.0)], manifest_sha="a"), 8, 8, 0, 1, 1).resume(state)
     with pytest.raises(UserError, match="same batch size"):
-        TrainBatches(Samples([(50, 1.0)], manifest_sha="a"), 10, 5, 0, 1, 0).resume(state)
+        TrainBatchSampler(Samples([(50, 1.0)], manifest_sha="a"), 10, 5, 0, 1, 0).resume(state)
 
 
 def test_orders_differ_between_epochs_and_seeds_and_stay_what_they_are():
@@ -202,6 +204,6 @@ def test_orders_differ_between_epochs_and_seeds_and_stay_what_they_are():
         "mixture": ([9, 6, 7, 7], Samples([(6, 0.5), (4, 2.0)])),
     }
     for name, (expected, samples) in pinned.items():
-        sampler = TrainBatches(samples, 4, 4, 0, 1, 7)
+        sampler = TrainBatchSampler(samples, 4, 4, 0, 1, 7)
         sampler.start_at(2, 0)
         assert [s for _, s, _ in next(iter(sampler))] == expected, name

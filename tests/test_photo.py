@@ -95,7 +95,7 @@ def test_every_mask_of_a_photograph_is_learned(tmp_path):
     config = {
         "run_dir": str(tmp_path / "run"),
         "data": {"root": str(tmp_path / "shards"), "val_split": "train", "image_size": 256, "workers": 0, "unit": "sentence",
-                 "color": 0, "blur": 0, "flip": 0},
+                 "color_jitter": 0, "blur": 0, "flip": 0},
         "model": {"size": "vit_t"},
         "text": {"name": MINILM, "freeze": True, "cache": 100},
         "train": {"batch_size": 20, "epochs": EPOCHS, "lr": 2e-3, "warmup_epochs": 10, "schedule": "cosine",

@@ -17,7 +17,7 @@ from dit_ds.paper import table8, table8_report
 from dit_ds.planning.gpus import GIB, parse_memory
 from dit_ds.planning.memory import plan, worker
 from dit_ds.planning.memory.estimate import predict
-from dit_ds.planning.memory.request import Answer, Question
+from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 
 
 def tiny(**train):
@@ -89,7 +89,7 @@ def test_the_search_ends_where_the_peak_does_not_grow():
 
 def test_peaks_between_and_beyond_are_on_lines():
     profiles = {b: SimpleNamespace(peak=100 + 10 * b) for b in (2, 4)}
-    answer = Answer(profiles, 1, 1)
+    answer = MemoryEstimate(profiles, 1, 1)
     assert [answer.peak(b) for b in (1, 2, 3, 4, 10)] == [110, 120, 130, 140, 200]
 
 
@@ -101,7 +101,7 @@ def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
     assert result["peak_gib"] == max(result["phases"].values())
     assert result["dominated_by"] == "optimizer" and "zero2_offload" in " ".join(result["advice"])
     largest = result["largest_micro_batch"]
-    (answer,) = predict([Question(tiny(), 2, (largest, largest + 1))])
+    (answer,) = predict([MemoryRequest(tiny(), 2, (largest, largest + 1))])
     assert answer.peak(largest) <= room < answer.peak(largest + 1)
     assert plan.lines(result)[0].startswith("predicted, not measured")
 

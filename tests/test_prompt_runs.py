@@ -21,7 +21,7 @@ def mixed(shards, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("mixed")
     values = tiny_config(shards, folder / "run")
-    values["data"] |= {"prompts": MIX, "scales": [48, 64], "mask_rule": "soft", "points": 3}
+    values["data"] |= {"prompts": MIX, "scales": [48, 64], "train_mask_rule": "soft", "points": 3}
     values["model"] |= {"align_corners": True}
     values["deepspeed"]["config"] = str(ROOT / "configs/deepspeed/zero3.json")
     values["deepspeed"]["override"]["zero_optimization"] = {"stage3_param_persistence_threshold": 0}

@@ -13,14 +13,14 @@ from conftest import MINILM
 from dit_ds.config.load import validate
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.prompts import Prompts, box_of, on_resized, points_on, scale_places
-from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation, resize_mask
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import segment
-from dit_ds.evaluation.postprocess import Binarize, model_inputs
+from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.models.build import build_model
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.losses import segmentation_loss
@@ -211,9 +211,9 @@ def test_workers_and_ranks_draw_the_same_prompts(index, tokenize):
     def run(workers, world=1):
         data, samples = dataset(index, tokenize, MIX, scales=[48, 64]), {}
         for rank in range(world):
-            sampler = TrainBatches(len(data), 16, 8, rank, world, seed=5)
+            sampler = TrainBatchSampler(len(data), 16, 8, rank, world, seed=5)
             sampler.start_at(2, 0)
-            for batch in checked(make_loader(data, sampler, workers, pin=False)):
+            for batch in iterate(make_loader(data, sampler, workers, pin=False)):
                 for i, s in enumerate(batch["sample"].tolist()):
                     samples[s] = [batch[k][i] for k in ("points", "labels", "token_mask", "image")]
         return samples
@@ -241,8 +241,8 @@ def test_the_released_codes_evaluation_dilates():
     logits = torch.full((16, 16), -9.0)
     logits[4:12, 4:12] = 9.0
     size, shape = torch.tensor([64, 64]), (200, 200)
-    exact = Binarize(0.35)(logits, size, shape, 64)
-    grown = Binarize(0.35, "resize_then_any")(logits, size, shape, 64)
+    exact = MaskPostprocess(0.35)(logits, size, shape, 64)
+    grown = MaskPostprocess(0.35, "resize_then_any")(logits, size, shape, 64)
     assert grown[exact].all() and 1.02 < grown.sum() / exact.sum() < 1.2
     inside = torch.nn.functional.interpolate(logits[None, None], (64, 64), mode="bilinear")[0, 0].sigmoid() > 0.35
     want = torch.nn.functional.interpolate(inside[None, None].float(), shape, mode="bilinear")[0, 0] > 0
@@ -257,7 +257,7 @@ def test_aligned_corners_in_loss_and_evaluation():
               "text": {"name": MINILM, "layers": 1}}  # fmt: skip
     model = build_model(validate(config))
     torch.testing.assert_close(model.loss(logits, mask, torch.ones(2)), want)
-    got = Binarize.of(validate(config))(logits[0], torch.tensor([64, 64]), (64, 64), 64)
+    got = MaskPostprocess.of(validate(config))(logits[0], torch.tensor([64, 64]), (64, 64), 64)
     assert torch.equal(got, up[0].sigmoid() > 0.35)
 
 

@@ -199,7 +199,7 @@ def test_a_stalled_rank_is_named(config, tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_where_it_must(config, tmp_path):
     arguments = ["train", "--config", config, "--train.lr", "1e30", "--train.gradient_clipping", "0", "--run_dir"]
-    done = dit_ds(*arguments, tmp_path / "stop", "--train.nonfinite", "stop", ranks=1, check=1)
+    done = dit_ds(*arguments, tmp_path / "stop", "--train.on_nonfinite", "stop", ranks=1, check=1)
     assert "is not finite at step" in done.stderr and "Traceback" not in done.stderr
     line = json.loads((tmp_path / "stop/nonfinite.jsonl").read_text().splitlines()[0])
     assert len(line["ranks"][0]["samples"]) == 8 and line["step"] >= 2

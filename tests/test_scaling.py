@@ -10,9 +10,9 @@ from conftest import MINILM, ROOT, dit_ds
 from scaling_worker import compare, configuration
 
 from dit_ds.cli.entry import main
-from dit_ds.engine.batch_split import divided
+from dit_ds.engine.batch_split import split_batch
 from dit_ds.planning import flops, scaling
-from dit_ds.planning.communication import Shape, Transfer, Visit, communication_volume, fetched
+from dit_ds.planning.communication import Event, ModuleTrace, Transfer, communication_volume, fetched
 from dit_ds.planning.gpus import known_gpu, peak_flops
 
 # so small that the tiny model's layers are gathered again and again, and prefetched in part
@@ -51,7 +51,7 @@ def ds(stage: int, **zero) -> dict:
 
 def test_a_ring_by_hand():
     """1000 trained elements and 24 frozen ones in bf16 on 4 ranks, two micro-batches."""
-    shape = Shape([1000, 24], [True, False], [])
+    shape = ModuleTrace([1000, 24], [True, False], [])
     sent = {s: sum(t.sent for t in communication_volume(shape, ds(s), 4, 2)) for s in (0, 1, 2)}
     ring = 2000 * 3 / 4
     assert sent == {0: 2 * ring, 1: 3 * ring, 2: 5 * ring}
@@ -60,8 +60,8 @@ def test_a_ring_by_hand():
 
 def test_what_is_needed_again_soon_is_gathered_once():
     order = [(0,), (1,), (2,), (2,), (1,), (0,)]
-    visits = [Visit(p[0], enters, i > 2, False, p) for i, p in enumerate(order) for enters in (True, False)]
-    shape = Shape([100, 100, 100], [True] * 3, visits)
+    visits = [Event(p[0], enters, i > 2, False, p) for i, p in enumerate(order) for enters in (True, False)]
+    shape = ModuleTrace([100, 100, 100], [True] * 3, visits)
 
     def times(reuse: int) -> list[int]:
         fetches, _ = fetched(shape, threshold=10, prefetch=0, most=10**9, reuse=reuse)
@@ -100,7 +100,7 @@ def test_gpus_go_by_the_names_that_cuda_gives():
 def test_a_prediction_by_hand():
     """One trained GB, all-reduced after the backward pass between 2 nodes of 2 GPUs at 10 GB/s inside, 1 between."""
     machine = scaling.Machine("A100", 2, link_gbit=8, intra_gb_s=10, mfu=0.5, overlap=1, latency_us=0)
-    work = scaling.Work(0, flops.Passes(52 * 10**12, 104 * 10**12), Shape([5 * 10**8], [True]), ds(0),
+    work = scaling.Work(0, flops.Passes(52 * 10**12, 104 * 10**12), ModuleTrace([5 * 10**8], [True]), ds(0),
                         torch.bfloat16, 8, 1)  # fmt: skip
     got = scaling.predict(work, machine, nodes=2, micro_batch=1, accumulation=2)
     assert got["compute_seconds"] == pytest.approx(2)  # 312 TFLOP at 156 a second
@@ -118,10 +118,10 @@ def test_overlap_hides_no_more_than_its_share_of_the_pass():
 
 
 def test_a_batch_is_divided_as_a_run_would():
-    assert divided(64, 4, 8) == (8, 2)
-    assert divided(64, 16, 8) == (4, 1)
-    assert divided(96, 16, 4) == (3, 2)
-    assert divided(64, 128, 8) is None
+    assert split_batch(64, 4, 8) == (8, 2)
+    assert split_batch(64, 16, 8) == (4, 1)
+    assert split_batch(96, 16, 4) == (3, 2)
+    assert split_batch(64, 128, 8) is None
 
 
 SMALL = ["--config", ROOT / "configs/base.yaml", "--model.size", "vit_t", "--data.image_size", "64",

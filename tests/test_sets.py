@@ -13,11 +13,11 @@ import yaml
 from conftest import dit_ds, metrics_of, refused, tiny_config
 
 from dit_ds.config.load import validate
-from dit_ds.data.build import train_dataset, train_index
+from dit_ds.data.build import build_train_dataset, train_index
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
-from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.loader import iterate, make_loader
+from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.sample_set.write import write_sample_set
 from dit_ds.data.shards.manifest import load_manifest
 from dit_ds.data.shards.write import shard_refer
@@ -86,8 +86,8 @@ def test_another_validation_set_keeps_its_images_out_of_training(two_sets):
 def test_a_mixture_reads_each_sample_from_its_own_set(two_sets):
     """Each sample of the mixture is, bit for bit, that of its set alone, and comes as often as the weight says."""
     config = data_of(two_sets, mixture={"refcoco/unc": 1, "refcocog/umd": 2}, unit="sentence")
-    mixed = train_dataset(config)
-    sampler = TrainBatches(mixed.index.samples("sentence"), 16, 4, 0, 1, 0)
+    mixed = build_train_dataset(config)
+    sampler = TrainBatchSampler(mixed.index.samples("sentence"), 16, 4, 0, 1, 0)
     seen = Counter(s for batch in sampler for _, s, w in batch if w)
     first = mixed.index.parts[0].sentences
     assert {seen[s] for s in range(first)} == {1}
@@ -134,9 +134,9 @@ def test_an_image_is_decoded_once_for_its_refs(shards, monkeypatch):
     decoded = []
     decode = module.decode_jpeg
     monkeypatch.setattr(module, "decode_jpeg", lambda *a: decoded.append(1) or decode(*a))
-    data = train_dataset(data_of(shards, unit="image"))
-    sampler = TrainBatches(data.index.samples("image"), 24, 24, 0, 1, 0)
-    batches = list(checked(make_loader(data, sampler, 0, pin=False)))
+    data = build_train_dataset(data_of(shards, unit="image"))
+    sampler = TrainBatchSampler(data.index.samples("image"), 24, 24, 0, 1, 0)
+    batches = list(iterate(make_loader(data, sampler, 0, pin=False)))
     images = len(np.unique(data.index.refs[:, 0]))
     fillers = sum(bool((b["weight"] == 0).any()) for b in batches)
     assert images <= len(decoded) <= images + fillers < len(data)

@@ -15,8 +15,8 @@ from conftest import MINILM, dit_ds, metrics_of, tiny_config
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
-from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
+from dit_ds.data.loading.loader import iterate, make_loader
+from dit_ds.data.loading.sampler import EvalBatchSampler, TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.storage import locate
@@ -30,9 +30,9 @@ def batches_of(root, streamed, workers, rank=0, world=1, first=0, unit="ref", sp
     tokenize = make_tokenize(load_tokenizer(MINILM), 20)
     how = Augmentation(0.4, 0.5, 0.5)
     data = ExpressionDataset(index, unit, 64, tokenize, how, 5, streamed=streamed)
-    sampler = TrainBatches(index.samples(unit, "shards"), 16, 4, rank, world, 5)
+    sampler = TrainBatchSampler(index.samples(unit, "shards"), 16, 4, rank, world, 5)
     sampler.start_at(2, first)
-    return list(checked(make_loader(data, sampler, workers, pin=False, timeout=60)))
+    return list(iterate(make_loader(data, sampler, workers, pin=False, timeout=60)))
 
 
 def same(a: list[dict], b: list[dict]) -> None:
@@ -87,7 +87,7 @@ def test_evaluation_from_a_stream_reads_each_expression_once(shards):
     data = ExpressionDataset(index, "sentence", 64, tokenize, streamed=True)
     seen = []
     for rank in range(3):
-        for batch in checked(make_loader(data, EvalBatches(len(data), 7, rank, 3), 2, pin=False)):
+        for batch in iterate(make_loader(data, EvalBatchSampler(len(data), 7, rank, 3), 2, pin=False)):
             seen += [int(s) for s, w in zip(batch["sample"], batch["weight"]) if w]
     assert sorted(seen) == list(range(len(data)))
 

@@ -15,7 +15,7 @@ from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import (
     Augmentation,
-    Drawn,
+    SampledAugmentation,
     resize_image,
     resize_mask,
     resize_mask_quickly,
@@ -92,7 +92,7 @@ def test_runs_decode_as_pycocotools_decodes(seed):
         np.testing.assert_array_equal(decode_runs(rle | {"counts": rle["counts"].decode()}), mask)
 
 
-def painted(image: np.ndarray, drawn: Drawn) -> np.ndarray:
+def painted(image: np.ndarray, drawn: SampledAugmentation) -> np.ndarray:
     out = np.empty_like(image)
     drawn.picture(image, out)
     return out
@@ -104,26 +104,35 @@ def test_colors_change_as_by_pillows_enhancers():
         want = Image.fromarray(image)
         for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
             want = enhance(want).enhance(factor)
-        difference = np.abs(painted(image, Drawn(np.array(factors))).astype(int) - np.asarray(want))
+        difference = np.abs(painted(image, SampledAugmentation(np.array(factors))).astype(int) - np.asarray(want))
         assert difference.max() <= 4 and np.abs(image.astype(int) - np.asarray(want)).max() > 10
-    assert painted(np.full((4, 4, 3), 250, np.uint8), Drawn(np.array([1.4, 1, 1]))).min() == 255
+    assert painted(np.full((4, 4, 3), 250, np.uint8), SampledAugmentation(np.array([1.4, 1, 1]))).min() == 255
 
 
 def test_blur_is_gaussian_and_keeps_brightness():
     dot = np.zeros((31, 31, 3), np.uint8)
     dot[15, 15] = 255
     for radius in (0.4, 1.0, 1.5):
-        blurred = painted(dot, Drawn(radius=radius))[..., 0].astype(float)
+        blurred = painted(dot, SampledAugmentation(radius=radius))[..., 0].astype(float)
         assert blurred[15, 15] == blurred.max() < 255 and np.array_equal(blurred, blurred.T)
         spread = np.sqrt((blurred.sum(0) * (np.arange(31) - 15) ** 2).sum() / blurred.sum())
         assert spread == pytest.approx(radius, abs=0.2)
-    assert np.array_equal(painted(np.full((9, 9, 3), 77, np.uint8), Drawn(radius=1.5)), np.full((9, 9, 3), 77))
+    assert np.array_equal(
+        painted(np.full((9, 9, 3), 77, np.uint8), SampledAugmentation(radius=1.5)), np.full((9, 9, 3), 77)
+    )
 
 
 def test_steps_in_one_memory_are_steps_one_after_another():
-    image, steps = noise(30, 40, 3), [Drawn(np.array([1.2, 0.8, 1.3])), Drawn(radius=1.2), Drawn(flipped=True)]
+    image, steps = (
+        noise(30, 40, 3),
+        [
+            SampledAugmentation(np.array([1.2, 0.8, 1.3])),
+            SampledAugmentation(radius=1.2),
+            SampledAugmentation(flipped=True),
+        ],
+    )
     square = np.full((64, 64, 3), 7, np.uint8)
-    Drawn(steps[0].factors, 1.2, True).picture(image, square[:30, :40])
+    SampledAugmentation(steps[0].factors, 1.2, True).picture(image, square[:30, :40])
     for step in steps:
         image = painted(image, step)
     np.testing.assert_array_equal(square[:30, :40], image)

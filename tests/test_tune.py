@@ -20,7 +20,7 @@ from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, read_dee
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import RunFailed
 from dit_ds.planning import flops
-from dit_ds.planning.communication import Shape
+from dit_ds.planning.communication import ModuleTrace
 from dit_ds.planning.gpus import BANDWIDTH, MEMORY_GIB, PEAKS, memory_gib
 from dit_ds.planning.memory.plan import GIB, needed
 from dit_ds.planning.scaling import Machine
@@ -28,7 +28,7 @@ from dit_ds.planning.tune import candidates as space
 from dit_ds.planning.tune import command, report, search, trials
 from dit_ds.planning.tune import output as files
 from dit_ds.planning.tune import time_model as speed
-from dit_ds.planning.tune.memory_model import Footprint, Footprints, Profiled
+from dit_ds.planning.tune.memory_model import Footprint, MemoryModel, Profiled
 
 BASE = ROOT / "configs/base.yaml"
 
@@ -48,7 +48,7 @@ def test_candidates_divide_the_batch_and_leave_out_what_a_gpu_lacks():
     among = space.candidates(config, ds, 8, "H100")
     assert len(among) >= 100 and len({c.name for c in among}) == len(among)
     assert all(c.micro_batch * c.accumulation * 8 == 64 for c in among)
-    assert space.own(config, ds, among).name == "zero2-mb8-none"
+    assert space.configured_candidate(config, ds, among).name == "zero2-mb8-none"
     assert "sdpa_flash" not in {c.kernel for c in space.candidates(config, ds, 8, "V100")}
     assert {c.bucket for c in space.candidates(config, ds, 1)} == {0, space.BUCKETS[0]}
     config = load_config(BASE, ["--deepspeed.override.data_types.grad_accum_dtype", "fp32"])
@@ -64,7 +64,7 @@ def profiled(forward: float, backward: float, step: float, states: float, host: 
     return Profiled(phases, max(phases.values()), forward - states, states, host, 0)
 
 
-def footprints(ranks: int = 8) -> Footprints:
+def footprints(ranks: int = 8) -> MemoryModel:
     """10 GB of states at stage 2; 1 GB (none) or 0.2 GB (block) of activations a sample; 2 GB of parameters trained."""
     g = 1e9
     reference = {}
@@ -78,7 +78,7 @@ def footprints(ranks: int = 8) -> Footprints:
         "zero2_offload": {m: (5 + 0.2 * m, 6 + 0.2 * m, 6, 5, 9) for m in (1, 8)},
     }
     points = {s: {m: profiled(*(g * x for x in values)) for m, values in at.items()} for s, at in points.items()}
-    return Footprints(reference, points, trained=10**9, of_type=2, ranks=ranks)
+    return MemoryModel(reference, points, trained=10**9, of_type=2, ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_larger_buckets_are_two_in_the_backward_pass_and_one_at_stage_3():
 def predictor(**assumed) -> speed.Predictor:
     config = load_config(BASE)
     passes = {p: flops.Passes(2 * 10**11, 4 * 10**11 + again) for p, again in {"none": 0, "block": 2 * 10**11}.items()}
-    shape = Shape([10**8], [True], [])
-    counted = speed.Counted(6 * 10**11, passes, {"none": shape, "block": shape})
+    shape = ModuleTrace([10**8], [True], [])
+    counted = speed.FlopCounts(6 * 10**11, passes, {"none": shape, "block": shape})
     ds = read_deepspeed_json(config)
     return speed.Predictor(config, ds, model_dtype(ds), counted, speed.Assumptions(Machine(), **assumed))
 
@@ -136,17 +136,17 @@ def test_what_costs_time():
 # --- the choice
 
 
-def row(name: str, gib: float, seconds: float, host: float = 0) -> search.Row:
+def row(name: str, gib: float, seconds: float, host: float = 0) -> search.ScoredCandidate:
     parts = dict.fromkeys(speed.PARTS, 0.0) | {"compute": seconds}
     c = space.Candidate(name, 8, 1, "none", "auto", 25_000_000)
     step = {"step_seconds": seconds, "samples_per_second": 64 / seconds, "parts": parts, "sent_bytes": 0}
-    return search.Row(c, Footprint(gib * GIB, gib * GIB / 2, gib * GIB / 4, host * GIB), step)
+    return search.ScoredCandidate(c, Footprint(gib * GIB, gib * GIB / 2, gib * GIB / 4, host * GIB), step)
 
 
 ASSUMED = speed.Assumptions(Machine())
 
 
-def rows() -> list[search.Row]:
+def rows() -> list[search.ScoredCandidate]:
     return [
         row("zero0", 80, 1),
         row("zero1", 40, 2),
@@ -156,8 +156,8 @@ def rows() -> list[search.Row]:
     ]
 
 
-def chosen(place: search.Place, exact=lambda some: None, among=None) -> search.Found:
-    def verify(some: list[search.Row]) -> None:
+def chosen(place: search.Cluster, exact=lambda some: None, among=None) -> search.SearchResult:
+    def verify(some: list[search.ScoredCandidate]) -> None:
         exact(some)
         for r in some:
             r.footprint = Footprint(r.footprint.peak, 0, 0, r.footprint.host, exact=True)
@@ -166,7 +166,7 @@ def chosen(place: search.Place, exact=lambda some: None, among=None) -> search.F
 
 
 def test_the_fastest_that_fits_is_chosen_and_of_equals_the_smallest():
-    found = chosen(search.Place(1, 8, 60 * GIB))
+    found = chosen(search.Cluster(1, 8, 60 * GIB))
     assert [r.candidate.setting for r in found.rows] == ["zero2", "zero1", "zero3", "zero2_offload", "zero0"]
     assert [r.candidate.setting for r in found.front] == ["zero3", "zero2"]
     why = {r.candidate.setting: r.why for r in found.rows}
@@ -176,17 +176,17 @@ def test_the_fastest_that_fits_is_chosen_and_of_equals_the_smallest():
 
 
 def test_what_its_own_profile_finds_too_large_is_not_chosen():
-    def exact(some: list[search.Row]) -> None:
+    def exact(some: list[search.ScoredCandidate]) -> None:
         for r in some:
             if r.candidate.setting == "zero2":
                 r.footprint = Footprint(70 * GIB, 0, 0, 0)
 
-    assert chosen(search.Place(1, 8, 60 * GIB), exact).chosen.candidate.setting == "zero1"
+    assert chosen(search.Cluster(1, 8, 60 * GIB), exact).chosen.candidate.setting == "zero1"
 
 
 def test_host_memory_counts_for_all_ranks_of_a_node():
     def settings(host: float) -> str:
-        return chosen(search.Place(1, 8, 60 * GIB, host * GIB), among=[row("zero2_offload", 20, 1, 10)]).rows[0].why
+        return chosen(search.Cluster(1, 8, 60 * GIB, host * GIB), among=[row("zero2_offload", 20, 1, 10)]).rows[0].why
 
     assert settings(81) == "chosen"
     with pytest.raises(RunFailed, match="needs 80.0 of 79.0 GiB of a node's memory"):
@@ -195,7 +195,7 @@ def test_host_memory_counts_for_all_ranks_of_a_node():
 
 def test_where_nothing_fits_the_smallest_is_named():
     with pytest.raises(search.NothingFits, match="no setting fits: needs 22.1 of 10.0 GiB a GPU") as error:
-        chosen(search.Place(1, 8, 10 * GIB))
+        chosen(search.Cluster(1, 8, 10 * GIB))
     assert error.value.row.candidate.setting == "zero3"
 
 
@@ -208,7 +208,7 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
     base.write_text(f"base: {BASE}\ndeepspeed: {{override: {json.dumps(override)}}}\n")
     config = load_config(base, ["--train.lr", "0.5", "--deepspeed.precision", "fp32", "--seed", "3"])
     ds = read_deepspeed_json(config)
-    found = chosen(search.Place(2, 4, 60 * GIB))
+    found = chosen(search.Cluster(2, 4, 60 * GIB))
     found.own = found.rows[2]
     written = files.write(tmp_path / "tune", found, str(base), config, ds)
     assert (tmp_path / "tune/pareto.png").read_bytes()[:4] == b"\x89PNG"
@@ -226,20 +226,20 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
 # --- trials
 
 
-def tried(config_file: Path, out: Path, launch: list, again: bool = False) -> search.Found:
+def tried(config_file: Path, out: Path, launch: list, again: bool = False) -> search.SearchResult:
     """Three candidates of a tiny model on this CPU."""
     config = load_config(config_file)
     ds = read_deepspeed_json(config)
     some = [row(name, 1, seconds) for name, seconds in (("zero2", 1), ("zero1", 2), ("zero3", 3))]
     for r in some:
         r.candidate = space.Candidate(r.candidate.setting, 4, 2, "none", "auto", 25_000_000)
-    found = search.choose(some, search.Place(1, 1, 60 * GIB), ASSUMED, lambda rs: [_exact(r) for r in rs])
+    found = search.choose(some, search.Cluster(1, 1, 60 * GIB), ASSUMED, lambda rs: [_exact(r) for r in rs])
     how = trials.Trials(out, 3, 4, tuple(map(str, launch)), again)
     trials.measure(found, how, str(config_file), config, ds)
     return found
 
 
-def _exact(r: search.Row) -> None:
+def _exact(r: search.ScoredCandidate) -> None:
     r.footprint = Footprint(r.footprint.peak, 0, 0, 0, exact=True)
 
 

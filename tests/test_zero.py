@@ -18,7 +18,7 @@ STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_stage_is_plain_adamw_on_one_process(ranks):
     """fp32, weight decay, a moving average, three steps of the same global batch: losses and every trained weight."""
-    settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema": 0.5}
+    settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema_decay": 0.5}
     stages = [{"stage": s} for s in STAGES]
     if ranks == 4:  # two nodes of two; the offloaded ones are above
         stages = [*stages[:4], {"stage": "3_hpz", "zero": {"zero_hpz_partition_size": 2}}]
@@ -31,7 +31,7 @@ def test_every_stage_is_plain_adamw_on_one_process(ranks):
 
 def test_norms_are_spared_weight_decay():
     """Two groups of parameters, one of which decays so fast that it would show in the other's weights."""
-    settings = {"dropout": False, "plain": True, "weight_decay": 20.0, "decay_norms": False, "ema": 0.5}
+    settings = {"dropout": False, "plain": True, "weight_decay": 20.0, "weight_decay_norms": False, "ema_decay": 0.5}
     stages = (0, 2, 3, "3_offload")
     for stage, got in zip(stages, on_ranks(2, *({"stage": s} | settings for s in stages))):
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
@@ -39,7 +39,7 @@ def test_norms_are_spared_weight_decay():
 
 def test_zero_3_with_everything_frozen_that_can_be():
     """Both encoders frozen, each layer recomputed, a moving average."""
-    settings = {"freeze_image": True, "policy": "block", "dropout": False, "plain": True, "ema": 0.5}
+    settings = {"freeze_image": True, "policy": "block", "dropout": False, "plain": True, "ema_decay": 0.5}
     for stage, got in zip((3, "3_offload"), on_ranks(2, *({"stage": s} | settings for s in (3, "3_offload")))):
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
         assert got["ema_error"] <= 1e-4 < 5e-4 < got["ema_matters"], stage
@@ -56,7 +56,7 @@ def test_every_scheme_trains_at_zero_3():
 
 def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():
     """Weights, Adam's count and moving average are as if the step had not been."""
-    settings = {"dropout": False, "plain": True, "ema": 0.5, "nan_at": 1}
+    settings = {"dropout": False, "plain": True, "ema_decay": 0.5, "nan_at": 1}
     stages = (0, 1, 2, 3, "3_offload")
     for stage, got in zip(stages, on_ranks(2, *({"stage": s} | settings for s in stages))):
         assert got["left_out"] == [1] and got["counted"] == 1 and got["adam_step"] == 2, stage

@@ -100,7 +100,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
     if compile:
         model.image_encoder.compile_blocks()
     engine = ds.initialize(model, config, world)
-    trained = TrainingState(engine, config.train.ema)
+    trained = TrainingState(engine, config.train.ema_decay)
     engine.train()
     calls[0], losses, norms = 0, [], []
     each = 4 // world.world_size
@@ -131,7 +131,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
         mean_losses = mean_over_ranks(losses, world.device)
         result["loss_error"] = max(abs(a - b) / b for a, b in zip(mean_losses, want_losses) if b == b)
         result["weight_error"] = max((state[n] - want[n]).abs().max().item() for n in want)
-    if plain and config.train.ema:
+    if plain and config.train.ema_decay:
         inputs, _ = batch_of(99, slice(world.rank * each, (world.rank + 1) * each))
         engine.eval()
         before = engine(*inputs)
@@ -153,7 +153,7 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     average = {n: p.detach().clone() for n, p in trained.items()}
     t = config.train
-    spared = [p for n, p in trained.items() if not t.decay_norms and ("norm" in n or "rel_pos" in n or "neck.1" in n
+    spared = [p for n, p in trained.items() if not t.weight_decay_norms and ("norm" in n or "rel_pos" in n or "neck.1" in n
               or "neck.3" in n or "output_upscaling.1." in n or "LayerNorm" in n)]  # fmt: skip
     decayed = [p for p in trained.values() if all(p is not q for q in spared)]
     groups = [{"params": decayed, "weight_decay": t.weight_decay}, {"params": spared, "weight_decay": 0.0}]

@@ -17,8 +17,18 @@ from pydantic import BaseModel, ValidationError
 from dit_ds.config.schema import (
     RunConfig,
 )
-from dit_ds.config.validation import check_combinations
+from dit_ds.config.validation import validate_combinations
 from dit_ds.errors import UserError
+
+RENAMED_KEYS = {
+    "data.color": "data.color_jitter",
+    "data.mask_rule": "data.train_mask_rule",
+    "data.timeout": "data.worker_timeout",
+    "train.decay": "train.lr_decay",
+    "train.decay_norms": "train.weight_decay_norms",
+    "train.ema": "train.ema_decay",
+    "train.nonfinite": "train.on_nonfinite",
+}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -40,6 +50,8 @@ def validate(values: dict[str, Any]) -> RunConfig:
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(str(p) for p in error["loc"])
+        if key in RENAMED_KEYS:
+            raise UserError(f"'{key}' is now '{RENAMED_KEYS[key]}': rename it") from None
         if error["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, field_names(), 1, cutoff=0.5)
             hint = f": did you mean '{near[0]}'?" if near else ": see 'dit-ds train --help'"
@@ -50,7 +62,7 @@ def validate(values: dict[str, Any]) -> RunConfig:
             near = difflib.get_close_matches(str(error["input"]), options, 1)
             hint = f": did you mean '{near[0]}'?" if near else ""
         raise UserError(f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}") from None
-    check_combinations(config)
+    validate_combinations(config)
     return config
 
 

@@ -45,7 +45,9 @@ class DataConfig(Section):
     max_bad_samples: int = Field(
         0, ge=0, description="damaged samples that a run may skip, named in the log; 0: the first one ends it"
     )
-    timeout: float = Field(300, gt=0, description="seconds without a batch after which loader workers count as stalled")
+    worker_timeout: float = Field(
+        300, gt=0, description="seconds without a batch after which loader workers count as stalled"
+    )
     image_size: int = Field(
         512, gt=0, multiple_of=16, description="longer side after resizing, and side of the padded square, in pixels"
     )
@@ -66,7 +68,7 @@ class DataConfig(Section):
         "(the paper's Table 6)",
     )
     points: int = Field(5, ge=1, description="points of a point prompt, drawn on the mask")
-    mask_rule: Literal["half", "any", "soft"] = Field(
+    train_mask_rule: Literal["half", "any", "soft"] = Field(
         "half",
         description="what of a pixel counts in the resized mask to train on: half, in where at least half of what it "
         "covers was; any, where any was, and soft, the share that was, as the paper's released code",
@@ -76,7 +78,9 @@ class DataConfig(Section):
         description="training only: the longer side is drawn from these sizes, in pixels, none larger than image_size; "
         "none: always image_size",
     )
-    color: float = Field(0.4, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share")
+    color_jitter: float = Field(
+        0.4, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share"
+    )
     blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
     flip: float = Field(
         0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words"
@@ -194,21 +198,21 @@ class TrainConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
-    ema: float = Field(
+    ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
     )
-    nonfinite: Literal["skip", "stop"] = Field(
+    on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
     )
     warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
-    decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
+    weight_decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
     min_lr: float = Field(0.0, ge=0, description="where the schedule cosine ends")
     schedule: Literal["step", "cosine", "poly"] = Field(
         "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
     )
     poly_power: float = Field(0.9, gt=0, description="of the schedule poly")
     milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
-    decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
+    lr_decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
     activation_checkpointing: str = Field(
         "none",

@@ -6,7 +6,7 @@ from dit_ds.config.schema import DataConfig, RunConfig
 from dit_ds.errors import UserError
 from dit_ds.files import is_url
 
-_OF_DIT_SAM = {
+_DIT_SAM_ONLY = {
     "data": ("prompts",),
     "model": (
         "scheme", "word_init", "adapters", "static_tokens", "static_form", "decoder_layers", "freeze_image_encoder",
@@ -16,7 +16,7 @@ _OF_DIT_SAM = {
 }  # fmt: skip
 
 
-def check_combinations(config: RunConfig) -> None:
+def validate_combinations(config: RunConfig) -> None:
     """Refuse what does not go together.
 
     Raises:
@@ -88,15 +88,15 @@ def _check_scheme(config: RunConfig) -> None:
 
 def _check_other_method(config: RunConfig) -> None:
     m, policy = config.model, config.train.activation_checkpointing
-    if config.data.mask_rule == "soft":
-        raise UserError(f"model.name {m.name} learns masks of 0 and 1: set data.mask_rule half or any")
+    if config.data.train_mask_rule == "soft":
+        raise UserError(f"model.name {m.name} learns masks of 0 and 1: set data.train_mask_rule half or any")
     if m.attention not in ("auto", "eager", "sdpa"):
         raise UserError(f"model.name {m.name} has no attention {m.attention}: set model.attention auto, eager or sdpa")
     if policy not in ("none", "block"):
         raise UserError(
             f"model.name {m.name} can't recompute {policy}: set train.activation_checkpointing none or block"
         )
-    for section, keys in _OF_DIT_SAM.items():
+    for section, keys in _DIT_SAM_ONLY.items():
         for key in keys:
             of = getattr(config, section)
             if getattr(of, key) != type(of).model_fields[key].default:

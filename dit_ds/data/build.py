@@ -65,7 +65,7 @@ def _held_out(manifests: list[dict[str, Any]], train_split: str) -> dict[str, np
     return {image_set: np.unique(x) for image_set, x in ids.items()}
 
 
-def train_dataset(config: RunConfig) -> ExpressionDataset:
+def build_train_dataset(config: RunConfig) -> ExpressionDataset:
     """What a run trains on."""
     d = config.data
     return ExpressionDataset(
@@ -73,18 +73,18 @@ def train_dataset(config: RunConfig) -> ExpressionDataset:
         d.unit,
         d.image_size,
         make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens),
-        Augmentation(d.color, d.blur, d.flip),
+        Augmentation(d.color_jitter, d.blur, d.flip),
         config.seed,
         resize=d.resize,
         prompts=Prompts.of(d.prompts, d.points),
-        mask_rule=d.mask_rule,
+        mask_rule=d.train_mask_rule,
         scales=d.scales,
         streamed=d.streamed,
         skip_bad=d.max_bad_samples > 0,
     )
 
 
-def dataset_of(
+def build_eval_dataset(
     config: RunConfig,
     split: str,
     data_root: str | None = None,

@@ -146,4 +146,4 @@ def _checkpoint_bytes(c: Context) -> int:
             model = build_model(c.config, text_weights=False)
     except UserError:  # no text encoder, which has its own check
         return 0
-    return sum((12 + 4 * bool(c.config.train.ema)) * p.numel() for p in model.parameters() if p.requires_grad)
+    return sum((12 + 4 * bool(c.config.train.ema_decay)) * p.numel() for p in model.parameters() if p.requires_grad)

@@ -24,7 +24,7 @@ def _dividing(batch: int, ranks: int, most: int) -> int:
     return next(m for m in range(min(most, each), 0, -1) if each % m == 0)
 
 
-def divided(batch: int, ranks: int, micro_batch: int) -> tuple[int, int] | None:
+def split_batch(batch: int, ranks: int, micro_batch: int) -> tuple[int, int] | None:
     """(micro-batch, micro-batches a step) of a global batch, the largest that divides; None where the ranks don't."""
     if batch % ranks:
         return None

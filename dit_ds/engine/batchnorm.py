@@ -14,7 +14,7 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {f"{n}.{k}": x for n, m in norms for k, x in m.named_buffers(recurse=False)}
 
 
-def in_fp32(model: nn.Module, exact: dict[str, Tensor]) -> None:
+def restore_fp32_buffers(model: nn.Module, exact: dict[str, Tensor]) -> None:
     """Put the statistics back as they were before the model went to bf16, which would round them away: a step adds a
     tenth of a batch's."""
     for name, value in exact.items():
@@ -23,7 +23,7 @@ def in_fp32(model: nn.Module, exact: dict[str, Tensor]) -> None:
         setattr(model.get_submodule(module), buffer, value.to(now.device))
 
 
-class RunningStatistics:
+class SyncedBatchNormStats:
     """Keeps them equal on all ranks, and as they were where a step is left out.
 
     Ranks that see other samples have other statistics, unless BatchNorm is synchronised as it is on GPUs. They are

@@ -16,7 +16,7 @@ from torch import nn
 from dit_ds.config.load import TrainConfig
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World
-from dit_ds.engine.batchnorm import in_fp32, running_statistics
+from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
 from dit_ds.engine.zero_state import TrainingState
 
@@ -59,7 +59,7 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     exact = {n: x.clone() for n, x in running_statistics(model).items()}
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    in_fp32(engine.module, exact)
+    restore_fp32_buffers(engine.module, exact)
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
     engine.basic_optimizer.state.clear()
     return engine
@@ -67,7 +67,7 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
 
 def parameter_groups(model: nn.Module, t: TrainConfig) -> list[dict[str, Any]]:
     """The trainable parameters for AdamW, those without weight decay by themselves."""
-    spared = set() if t.decay_norms else model.no_decay()
+    spared = set() if t.weight_decay_norms else model.no_decay()
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in trained if n not in spared], "weight_decay": t.weight_decay},

@@ -75,7 +75,7 @@ class TrainingState:
         self.swapped = any(swappable(f.group) for f in self.fragments)
         if self.swapped and decay:
             raise UserError(
-                "train.ema keeps a moving average in memory, which an optimizer on NVMe is to spare: drop one"
+                "train.ema_decay keeps a moving average in memory, which an optimizer on NVMe is to spare: drop one"
             )
         flats = {id(f.flat): f.flat.detach() for f in self.fragments}
         self._masters = list(flats.values())

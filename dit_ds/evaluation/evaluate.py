@@ -13,17 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_ds.checkpointing.weights import load_model
-from dit_ds.data.build import dataset_of
+from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
-from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.prompts import default_kind
-from dit_ds.data.loading.sampler import EvalBatches
+from dit_ds.data.loading.sampler import EvalBatchSampler
 from dit_ds.distributed import World, connect, disconnect, gather_objects
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import _trained, check_kind
+from dit_ds.evaluation.inference import check_kind, trained_prompts
 from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized
-from dit_ds.evaluation.postprocess import Binarize, model_inputs
-from dit_ds.evaluation.results import _leave_in_run
+from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
+from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import full_disk_is_user_error
 
 
@@ -32,7 +32,7 @@ def evaluate(
     model: Callable[..., Tensor],
     dataset: ExpressionDataset,
     batch_size: int,
-    binarize: Binarize,
+    binarize: MaskPostprocess,
     workers: int,
     world: World,
     collect: Callable[[dict[str, Any], int, np.ndarray], None] | None = None,
@@ -52,10 +52,10 @@ def evaluate(
         target those of `metrics.summarize_generalized`, too, and predictions of too few pixels are emptied.
     """
     generalized = dataset.index.generalized
-    batches = EvalBatches(len(dataset), batch_size, world.rank, world.world_size)
+    batches = EvalBatchSampler(len(dataset), batch_size, world.rank, world.world_size)
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
     rows: list[tuple[int, int, int, int]] = []
-    for batch in tqdm(checked(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
+    for batch in tqdm(iterate(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
         logits = model(**model_inputs(batch, world.device))
         for i, truth in enumerate(batch["original"]):
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     """`dit-ds eval`: the metrics of one split, the same digits on any number of ranks.
 
     Args:
-        path: as for `load_model`. A run's result is left in its folder, too, see `_leave_in_run`.
+        path: as for `load_model`. A run's result is left in its folder, too, see `write_to_run`.
         shuffle_text: give each image the expressions of another: what remains is what the image alone gives away.
         predictions: folder for the predicted masks, as `IMAGEID_EXPRESSION.png`.
         prompt: text, point or box; by default text, if the model was trained on it. Points are drawn once for all: a
@@ -100,7 +100,7 @@ def evaluate_checkpoint(
     check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
-    dataset = dataset_of(config, split, data_root, kind, int(shuffle_text), _trained(config, meta))
+    dataset = build_eval_dataset(config, split, data_root, kind, int(shuffle_text), trained_prompts(config, meta))
     collect = None
     if predictions is not None:
         folder = Path(predictions)
@@ -112,7 +112,7 @@ def evaluate_checkpoint(
                 name = f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png"
                 Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
 
-    world, binarize = connect(), Binarize.of(config, threshold)
+    world, binarize = connect(), MaskPostprocess.of(config, threshold)
     metrics = evaluate(
         model.to(world.device),
         dataset,
@@ -129,5 +129,5 @@ def evaluate_checkpoint(
         how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
         how |= {"no_target_pixels": binarize.no_target_pixels} if dataset.index.generalized else {}
-        _leave_in_run(path, config, result | how)
+        write_to_run(path, config, result | how)
     return result

@@ -17,13 +17,13 @@ from dit_ds.data.loading.prompts import Prompts, scale_places
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import pad_square, resize_image
 from dit_ds.errors import UserError
-from dit_ds.evaluation.postprocess import Binarize, model_inputs
+from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.models.text_encoder import load_tokenizer
 
 _log = logging.getLogger("dit_ds")
 
 
-def _trained(config: RunConfig, meta: dict[str, Any]) -> Sequence[str]:
+def trained_prompts(config: RunConfig, meta: dict[str, Any]) -> Sequence[str]:
     """The kinds of prompts that a model was trained with: weights that were not tuned, at step 0, are SAM's own."""
     return config.data.prompts if meta["step"] else ()
 
@@ -87,13 +87,13 @@ def segment(
         text: words.
         points: x and y of points on the object, in pixels of the picture.
         box: XYXY around it.
-        trained: as for `dataset_of`.
+        trained: as for `build_eval_dataset`.
     Returns:
         (H, W) bool.
     """
     inputs = picture_inputs(config, pixels, text, points, box, trained)
     logits = model(**inputs).cpu()
-    binarize = Binarize.of(config, threshold)
+    binarize = MaskPostprocess.of(config, threshold)
     return binarize(logits[0], inputs["size"][0], pixels.shape[:2], config.data.image_size).numpy()
 
 

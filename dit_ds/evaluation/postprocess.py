@@ -38,7 +38,7 @@ def _to_original(values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Binarize:
+class MaskPostprocess:
     """From one sample's logits to the mask that is predicted.
 
     Attributes:
@@ -56,7 +56,7 @@ class Binarize:
     no_target_pixels: int = 0
 
     @classmethod
-    def of(cls, config: RunConfig, threshold: float | None = None) -> Binarize:
+    def of(cls, config: RunConfig, threshold: float | None = None) -> MaskPostprocess:
         """As configured; another threshold lies over the configuration's."""
         e = config.eval
         return cls(threshold or e.threshold, e.mask_rule, config.model.align_corners, e.no_target_pixels)

@@ -16,7 +16,7 @@ from dit_ds.files import write_json
 _log = logging.getLogger("dit_ds")
 
 
-def _leave_in_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
+def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run that the checkpoint is
     of, if it is in one; of a model that was not tuned, in the folder that its configuration names. A folder that can't be
     written is a warning: the result is on stdout."""
@@ -37,10 +37,10 @@ def _leave_in_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -
         _log.warning(f"warning: the result is not kept: {e}")
 
 
-_METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
+METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
 
 
-def _checked(entry: Any, config: RunConfig) -> dict[str, Any] | None:
+def checked_evaluation(entry: Any, config: RunConfig) -> dict[str, Any] | None:
     """An evaluation with what that of training lacks, the prompt; None for what is none."""
     if not isinstance(entry, dict):
         return None
@@ -49,12 +49,12 @@ def _checked(entry: Any, config: RunConfig) -> dict[str, Any] | None:
     kinds = {"split": str, "prompt": str, "n": int, "step": int, "threshold": float | int}
     right = all(isinstance(entry.get(k), kind) for k, kind in kinds.items()) and all(
         entry.get(k, ...) is None or (isinstance(entry.get(k), float | int) and math.isfinite(entry[k]))
-        for k in _METRICS  # null: it was not finite
+        for k in METRICS  # null: it was not finite
     )
     return entry if right else None
 
 
-def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+def evaluations_in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
@@ -62,6 +62,10 @@ def _in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:  # a line that a kill cut short
             continue
-        if isinstance(entry, dict) and entry.get("kind") == "eval" and (found_here := _checked(entry, config)):
+        if (
+            isinstance(entry, dict)
+            and entry.get("kind") == "eval"
+            and (found_here := checked_evaluation(entry, config))
+        ):
             found.append(found_here)
     return found

@@ -91,7 +91,7 @@ class Segmenter(nn.Module):
         """
 
     def no_decay(self) -> set[str]:
-        """Names of the parameters that weight decay spares where `train.decay_norms` is false: those of norms, and
+        """Names of the parameters that weight decay spares where `train.weight_decay_norms` is false: those of norms, and
         relative position tables."""
         norms = {n for n, m in self.named_modules() if "Norm" in type(m).__name__}
         return {

@@ -17,7 +17,7 @@ FOLDER = "configs/paper"
 # What two runs may differ in and still be the same experiment: where things are, how they are computed, and which draw.
 _OF_NO_MATTER = {
     "run_dir", "seed", "checkpoint", "log", "deepspeed", "data.root", "data.workers", "model.attention",
-    "text.tokenizer", "text.cache", "train.activation_checkpointing", "train.compile", "train.nonfinite",
+    "text.tokenizer", "text.cache", "train.activation_checkpointing", "train.compile", "train.on_nonfinite",
     "eval.every_epochs", "eval.batch_size",
 }  # fmt: skip
 

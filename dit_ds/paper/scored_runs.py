@@ -9,7 +9,7 @@ from typing import Any
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
-from dit_ds.evaluation.results import _METRICS, _checked, _in_training
+from dit_ds.evaluation.results import METRICS, checked_evaluation, evaluations_in_training
 from dit_ds.files import read_json
 from dit_ds.paper.experiments import settings_of
 from dit_ds.paper.tables import EXPRESSIONS, Column
@@ -61,13 +61,13 @@ def read_run(folder: str | Path) -> list[Scored]:
         raise UserError(f"{folder}/config.yaml: {e}") from None
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((folder / "evaluations").glob("*.json")):
-        e = _checked(read_json(path, "evaluation"), config)
+        e = checked_evaluation(read_json(path, "evaluation"), config)
         if e is None:
             raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
         newest = by_prompt.setdefault(e["prompt"], {})
         if not e.get("shuffle_text") and e["step"] >= newest.get(e["split"], {"step": -1})["step"]:
             newest[e["split"]] = e
-    in_training = _in_training(folder, config)
+    in_training = evaluations_in_training(folder, config)
     if in_training:
         newest = by_prompt.setdefault(in_training[-1]["prompt"], {})
         steps = {e["step"] for e in newest.values()}
@@ -89,7 +89,7 @@ def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict
     scores = {
         Column(dataset, split, metric): round(100 * e[metric], 2)
         for split, e in splits.items()
-        for metric in _METRICS
+        for metric in METRICS
         if e[metric] is not None
     }
     settings = settings_of(config, prompt, trained=max(steps.values()) > 0)

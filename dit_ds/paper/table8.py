@@ -24,7 +24,7 @@ from dit_ds.planning.gpus import GIB, require_peak
 from dit_ds.planning.memory import plan
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.measure import in_process
-from dit_ds.planning.memory.request import Answer, Question
+from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 
 # GPUs of the inferred reading, and the samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}
@@ -38,7 +38,7 @@ _OURS = {
 _RELEASED_LDIT = {
     "model": {"attention": "naive", "mask_padding": False, "word_dropout": 0.1},
     "text": {"layers": 1},
-    "train": {"ema": 0.9997},
+    "train": {"ema_decay": 0.9997},
 }
 _BERT_LAYERS_UNUSED = 77_972_736  # parameters of BERT-base's layers 2 to 12: on the GPU, without gradients
 
@@ -123,7 +123,7 @@ def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str
         memory that the device shows, as the paper's figures; for ours what PyTorch has allocated at most.
     """
     asked = rows(which, folder)
-    questions = [Question(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in asked]
+    questions = [MemoryRequest(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in asked]
     answers = list(tqdm(predict(questions), "predict", len(asked), unit="row", mininterval=1))
     # only then: a GPU's steps are not timed beside predictions that take all cores
     measured = [_measured(row) for row in tqdm(asked, "measure", unit="row", disable=not torch.cuda.is_available())]
@@ -153,7 +153,7 @@ def _measured(row: Row) -> dict[str, Any] | None:
         return {"failed": str(e)}
 
 
-def _released_extras(row: Row, answer: Answer) -> dict[str, int]:
+def _released_extras(row: Row, answer: MemoryEstimate) -> dict[str, int]:
     """Bytes on a GPU that our engine has no need of, and the released codes (DistributedDataParallel) have."""
     profile, trained = answer.profiles[row.batch_per_gpu], 4 * answer.trained
     extras = {"gradients that stay from step to step": trained - profile.at_peak["gradients"]}
@@ -166,7 +166,7 @@ def _released_extras(row: Row, answer: Answer) -> dict[str, int]:
     return extras
 
 
-def _result(row: Row, answer: Answer, measured: dict[str, Any] | None) -> dict[str, Any]:
+def _result(row: Row, answer: MemoryEstimate, measured: dict[str, Any] | None) -> dict[str, Any]:
     measured = measured or {}
     c, profile = row.config, answer.profiles[row.batch_per_gpu]
     extra = _released_extras(row, answer) if row.form == "released" else {}

@@ -29,7 +29,7 @@ _PREFETCH, _REUSE, _LIVE, _PERSISTENT = 50_000_000, 1_000_000_000, 1_000_000_000
 _BUCKET, _STAGE_0_BUCKET = 500_000_000, 500_000_000
 
 
-class Visit(NamedTuple):
+class Event(NamedTuple):
     """A module is entered or left; its own parameters, without its children's."""
 
     module: int
@@ -40,7 +40,7 @@ class Visit(NamedTuple):
 
 
 @dataclass(eq=False)
-class Shape:
+class ModuleTrace:
     """A model as far as communication goes, filled in by `watch` and one training step.
 
     Attributes:
@@ -51,7 +51,7 @@ class Shape:
 
     sizes: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
-    visits: list[Visit] = field(default_factory=list)
+    visits: list[Event] = field(default_factory=list)
 
     def watch(self, model: nn.Module) -> None:
         """Record the parameters now, and the visits of every step from now on."""
@@ -64,7 +64,7 @@ class Shape:
             def record(*_: Any) -> None:
                 nonlocal in_backward
                 in_backward |= backward
-                self.visits.append(Visit(number, enters, in_backward, in_backward and not backward, own))
+                self.visits.append(Event(number, enters, in_backward, in_backward and not backward, own))
 
             return record
 
@@ -109,7 +109,7 @@ class Transfer:
         return self.rounds * (self.ranks - 1) / self.ranks * self.buffer
 
 
-def communication_volume(shape: Shape, ds: dict[str, Any], world_size: int, accumulation: int) -> list[Transfer]:
+def communication_volume(shape: ModuleTrace, ds: dict[str, Any], world_size: int, accumulation: int) -> list[Transfer]:
     """What a rank sends in one optimizer step.
 
     Args:
@@ -157,7 +157,7 @@ def _padded(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 
-def _scattered_gradients(shape: Shape, zero: dict, bytes_: float, world_size: int, accumulation: int) -> Transfer:
+def _scattered_gradients(shape: ModuleTrace, zero: dict, bytes_: float, world_size: int, accumulation: int) -> Transfer:
     """Stage 3's, each parameter's padded to equal parts."""
     sizes = [size for size, t in zip(shape.sizes, shape.trained) if t]
     scattered = zero.get("reduce_scatter", True)
@@ -174,7 +174,9 @@ def _scattered_gradients(shape: Shape, zero: dict, bytes_: float, world_size: in
     )
 
 
-def _gathered_weights(shape: Shape, zero: dict, bytes_: float, world_size: int, accumulation: int) -> list[Transfer]:
+def _gathered_weights(
+    shape: ModuleTrace, zero: dict, bytes_: float, world_size: int, accumulation: int
+) -> list[Transfer]:
     """Stage 3's: persistent ones once a step, the others as modules need them.
 
     With hierarchical partitioning (`zero_hpz_partition_size`) a node keeps a copy of what it gathered: only the first
@@ -210,7 +212,7 @@ def _gathered_weights(shape: Shape, zero: dict, bytes_: float, world_size: int, 
 
 @functools.lru_cache(maxsize=16)  # it is the same on any number of ranks
 def fetched(
-    shape: Shape, threshold: int, prefetch: int, most: int, reuse: int
+    shape: ModuleTrace, threshold: int, prefetch: int, most: int, reuse: int
 ) -> tuple[Counter[tuple[int, str]], Counter[str]]:
     """How often stage 3 gathers each parameter in one micro-batch.
 
@@ -234,7 +236,7 @@ class _Coordinator:
     prefetch has already counted on them.
     """
 
-    def __init__(self, shape: Shape, threshold: int, prefetch: int, most: int, reuse: int):
+    def __init__(self, shape: ModuleTrace, threshold: int, prefetch: int, most: int, reuse: int):
         self.shape, self.prefetch, self.most, self.reuse = shape, prefetch, most, reuse
         self.persistent = {i for i, size in enumerate(shape.sizes) if size <= threshold}
         self.order = [visit.parameters for visit in shape.visits if visit.enters]
@@ -248,7 +250,7 @@ class _Coordinator:
         self.fetches: Counter[tuple[int, str]] = Counter()
         self.calls: Counter[str] = Counter()
 
-    def enter(self, visit: Visit) -> None:
+    def enter(self, visit: Event) -> None:
         under = "backward" if visit.backward else "forward"
         if visit.backward and not visit.again:
             self.again[visit.module] = set()
@@ -263,7 +265,7 @@ class _Coordinator:
         self._gather(self._next_ones(), under)
         self.step += 1
 
-    def leave(self, visit: Visit) -> None:
+    def leave(self, visit: Event) -> None:
         own = set(visit.parameters)
         gone = {p for p in own if self.counted_on[p] <= self.step} - self._needed_soon()
         if visit.backward and not visit.again:

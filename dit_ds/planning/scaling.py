@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.batch_split import divided
+from dit_ds.engine.batch_split import split_batch
 from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
 from dit_ds.errors import UserError
-from dit_ds.planning.communication import Shape, Transfer, communication_volume
+from dit_ds.planning.communication import ModuleTrace, Transfer, communication_volume
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
 from dit_ds.planning.gpus import known_gpu, require_peak
 
@@ -75,7 +75,7 @@ class Work:
 
     model_flops: int
     passes: Passes
-    shape: Shape
+    shape: ModuleTrace
     ds: dict[str, Any]
     dtype: torch.dtype
     batch: int
@@ -89,7 +89,7 @@ def work_of(config: RunConfig) -> Work:
         UserError: a DeepSpeed JSON that is missing or sets what the run owns; a text encoder that isn't there.
     """
     ds = read_deepspeed_json(config)
-    shape = Shape()
+    shape = ModuleTrace()
     passes = hardware_flops(config, shape.watch)
     micro_batch = ds["train_micro_batch_size_per_gpu"]
     return Work(step_flops(config), passes, shape, ds, model_dtype(ds), config.train.batch_size, micro_batch)
@@ -187,8 +187,8 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
 
 
 def _both(work: Work, machine: Machine, nodes: int) -> dict[str, dict[str, Any] | None]:
-    fixed = divided(work.batch, nodes * machine.gpus_per_node, work.micro_batch)
-    grown = divided(work.batch, machine.gpus_per_node, work.micro_batch) or (work.micro_batch, 1)
+    fixed = split_batch(work.batch, nodes * machine.gpus_per_node, work.micro_batch)
+    grown = split_batch(work.batch, machine.gpus_per_node, work.micro_batch) or (work.micro_batch, 1)
     return {
         "fixed": fixed and predict(work, machine, nodes, *fixed),
         "grown": predict(work, machine, nodes, *grown),

@@ -23,7 +23,7 @@ _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything",
 _log = logging.getLogger("dit_ds")
 
 
-class RunRecord:
+class RunLog:
     """The run's folder.
 
     Args:

@@ -19,7 +19,7 @@ def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
         return warm * (t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
     if t.schedule == "poly":
         return t.lr * warm * (1 - done) ** t.poly_power
-    return t.lr * warm * t.decay ** sum(epoch >= m for m in t.milestones)
+    return t.lr * warm * t.lr_decay ** sum(epoch >= m for m in t.milestones)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

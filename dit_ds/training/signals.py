@@ -17,7 +17,7 @@ _log = logging.getLogger("dit_ds")
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM before a time limit, and on preemption; NCCL takes USR1
 
 
-class Agreement(NamedTuple):
+class SyncedFlags(NamedTuple):
     """What holds for all ranks alike."""
 
     stop: bool  # some rank got a signal
@@ -25,7 +25,7 @@ class Agreement(NamedTuple):
     written: bool  # every rank has written its part of the pending checkpoint
 
 
-class Control:
+class StopSignal:
     """Signals set a flag; flags are agreed on at step boundaries, where all ranks can act together.
 
     Use as a context: the handlers before it come back at its end.
@@ -36,7 +36,7 @@ class Control:
         self._group: Any = None
         self._former: dict[int, Any] = {}
 
-    def __enter__(self) -> Control:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._former[number] = signal.signal(number, self._note)
@@ -53,9 +53,9 @@ class Control:
         """Before the first `agree`: on GPUs flags go over gloo, so that no kernel is waited for. Collective."""
         self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
 
-    def agree(self, save_due: bool, written: bool) -> Agreement:
+    def agree(self, save_due: bool, written: bool) -> SyncedFlags:
         """One small all-reduce."""
         flags = torch.tensor([self.signal is not None, save_due, not written], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         stop, save, unwritten = (bool(x) for x in flags.tolist())
-        return Agreement(stop, save, not unwritten)
+        return SyncedFlags(stop, save, not unwritten)

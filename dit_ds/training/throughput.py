@@ -14,7 +14,7 @@ from dit_ds.distributed import World, gather_values
 
 
 @dataclass(frozen=True)
-class Rates:
+class FlopsPerSample:
     """What turns samples a second into others.
 
     Attributes:
@@ -28,13 +28,13 @@ class Rates:
     peak: float | None = None
 
 
-class Window:
+class ThroughputMeter:
     """Averages over some steps.
 
     `close` is the only point that synchronises with the device and between ranks.
     """
 
-    def __init__(self, world: World, rates: Rates):
+    def __init__(self, world: World, rates: FlopsPerSample):
         self.world, self.rates = world, rates
         self.loss: Tensor | float = 0.0
         self.finite: Tensor | float = 0.0

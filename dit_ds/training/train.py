@@ -18,29 +18,29 @@ from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
 from dit_ds.checkpointing.writer import Saver, restore
 from dit_ds.config.schema import RunConfig
-from dit_ds.data.build import dataset_of, train_dataset
+from dit_ds.data.build import build_eval_dataset, build_train_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
-from dit_ds.data.loading.loader import checked, make_loader, worker_failures
-from dit_ds.data.loading.sampler import TrainBatches
+from dit_ds.data.loading.loader import iterate, make_loader, worker_failures
+from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.distributed import World, all_or_none, connect, disconnect, gather_objects, set_environment
 from dit_ds.engine import engine as ds
-from dit_ds.engine.batchnorm import RunningStatistics
+from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.evaluation.evaluate import evaluate
-from dit_ds.evaluation.postprocess import Binarize, model_inputs
+from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.models.attention import require
 from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import text_config
 from dit_ds.planning.flops import step_flops
 from dit_ds.planning.gpus import peak_flops
-from dit_ds.training.run_log import RunRecord
+from dit_ds.training.run_log import RunLog
 from dit_ds.training.schedule import learning_rate, set_learning_rate
-from dit_ds.training.signals import Control
-from dit_ds.training.throughput import Rates, Window
-from dit_ds.training.watchdog import StallWatch
+from dit_ds.training.signals import StopSignal
+from dit_ds.training.throughput import FlopsPerSample, ThroughputMeter
+from dit_ds.training.watchdog import Watchdog
 
 _MOST_SKIPPED = 50  # steps in a row, after which nothing is to be hoped for
 
@@ -71,12 +71,12 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         RankFailed: this rank's loader workers died or stalled.
         Interrupted: on SIGUSR2 or SIGTERM, once a checkpoint is saved.
     """
-    with Control() as control:
+    with StopSignal() as control:
         # what can be refused without the other ranks is refused before any waits for another
         _, world_size, _ = set_environment()
         deepspeed_config(config, world_size)
         text_config(config.text.name, config.text.layers, config.data.tokens)
-        data = _Data(train_dataset(config), dataset_of(config, config.data.val_split))
+        data = _Data(build_train_dataset(config), build_eval_dataset(config, config.data.val_split))
         if not resume and any(Path(config.run_dir).glob("checkpoints/*step_*/manifest.json")):
             raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")
         world = connect()
@@ -102,17 +102,17 @@ class _Data(NamedTuple):
     val: ExpressionDataset
 
 
-def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> Rates:
+def _rates(config: RunConfig, world: World, dtype: torch.dtype) -> FlopsPerSample:
     """For rank 0's report; FLOPs are counted where there is a peak to compare them with."""
     peak = peak_flops(torch.cuda.get_device_name(), dtype) if world.device.type == "cuda" else None
     flops = step_flops(config) if peak and world.main else None
-    return Rates((config.data.image_size // 16) ** 2 + config.data.tokens, flops, peak)
+    return FlopsPerSample((config.data.image_size // 16) ** 2 + config.data.tokens, flops, peak)
 
 
 class _Run:
     """The parts of a run, made once, and the loop over them."""
 
-    def __init__(self, config: RunConfig, data: _Data, world: World, control: Control):
+    def __init__(self, config: RunConfig, data: _Data, world: World, control: StopSignal):
         self.config, self.data, self.world, self.control = config, data, world, control
         ds_config = deepspeed_config(config, world.world_size)
         require(config.model.attention, world.device.type, model_dtype(ds_config))
@@ -133,7 +133,7 @@ class _Run:
             self.progress = Progress(**checkpoint.read_meta(newest)["progress"])
             weights.load_weights(model, newest)
         # the folder is touched only once nothing can be refused any more
-        self.record = RunRecord(config, world, None if newest is None else self.progress.step, self.progress.evaluated)
+        self.record = RunLog(config, world, None if newest is None else self.progress.step, self.progress.evaluated)
         if loaded is not None and newest is None:
             self.record.describe_checkpoint(loaded)
         self.record.describe_parameters(model)
@@ -145,8 +145,8 @@ class _Run:
         if config.train.compile:
             model.compile_blocks()
         self.engine = ds.initialize(model, config, world)
-        self.state = TrainingState(self.engine, config.train.ema)
-        self.statistics = RunningStatistics(self.engine.module)
+        self.state = TrainingState(self.engine, config.train.ema_decay)
+        self.statistics = SyncedBatchNormStats(self.engine.module)
         if newest is not None:
             start = time.perf_counter()
             restore(self.engine, self.state, newest)
@@ -159,14 +159,14 @@ class _Run:
         self.record.log(f"batch of {config.train.batch_size} on {world.world_size} ranks: {shares}")
         d = config.data
         samples = data.train.index.samples(d.unit, d.sample_order)
-        self.batches = TrainBatches(
+        self.batches = TrainBatchSampler(
             samples, config.train.batch_size, micro_batch, world.rank, world.world_size, config.seed
         )
         if newest is not None:
             self.batches.resume(checkpoint.read_meta(newest))
             self.progress.batch = self.batches.first_batch
         self.loader = make_loader(
-            data.train, self.batches, d.workers, pin=world.device.type == "cuda", timeout=d.timeout
+            data.train, self.batches, d.workers, pin=world.device.type == "cuda", timeout=d.worker_timeout
         )
         every_step = config.train.epochs * self.batches.batches_per_epoch
         self.total_steps = min(every_step, config.train.max_steps or every_step)
@@ -196,7 +196,7 @@ class _Run:
             disable=not self.world.main,
             mininterval=2,
         )
-        self.watch = StallWatch(self.world, config.log.stall_seconds)
+        self.watch = Watchdog(self.world, config.log.stall_seconds)
         try:
             while progress.step < self.total_steps:
                 self.train_epoch()
@@ -226,12 +226,12 @@ class _Run:
         self.batches.start_at(progress.epoch, progress.batch)
         engine.train()
         accumulation = engine.gradient_accumulation_steps()
-        window = Window(self.world, self.rates)
+        window = ThroughputMeter(self.world, self.rates)
         taken: list[tuple[Tensor, list[int]]] = []  # this step's micro-batches: loss, real samples
         bad: list[str] = []  # and what was skipped in them
         window.waiting()
         self.watch.at(progress.step, "loading data")
-        for i, batch in enumerate(checked(self.loader)):
+        for i, batch in enumerate(iterate(self.loader)):
             window.got()
             self.watch.at(progress.step, "forward and backward")
             lr = learning_rate(progress.step, self.batches.batches_per_epoch, config.train)
@@ -293,7 +293,7 @@ class _Run:
         what = (
             f"{where} is not finite at step {progress.step} (its samples are in {self.record.folder}/nonfinite.jsonl)"
         )
-        if config.nonfinite == "stop" or hopeless:
+        if config.on_nonfinite == "stop" or hopeless:
             raise RunFailed(f"{what}: lower train.lr, or clip the gradient (train.gradient_clipping)")
         self.record.log(f"warning: {what}: this step is left out")
 
@@ -313,7 +313,7 @@ class _Run:
         if len(skipped) > budget:
             raise UserError(f"more than data.max_bad_samples ({budget}) samples are damaged; the last is {skipped[-1]}")
 
-    def boundary(self, window: Window) -> None:
+    def boundary(self, window: ThroughputMeter) -> None:
         """Between two steps: commit what is written, save what is due, stop if asked to.
 
         Raises:
@@ -336,14 +336,14 @@ class _Run:
             saved = "saved" if last == progress.step else f"last saved at step {last}" if last else "not saved"
             raise Interrupted(f"stopped by {name} at step {progress.step}, {saved}: go on with --resume")
 
-    def report(self, window: Window, lr: float, norm: float) -> Window:
+    def report(self, window: ThroughputMeter, lr: float, norm: float) -> ThroughputMeter:
         """Write the window's averages; return a new one."""
         line = window.close()
         self.progress.seconds += line.pop("seconds")
         line |= {"lr": lr, "grad_norm": norm, "skipped_steps": self.engine.skipped_steps}
         self.metrics("train", line)
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
-        return Window(self.world, self.rates)
+        return ThroughputMeter(self.world, self.rates)
 
     def metrics(self, kind: str, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl, TensorBoard, and DeepSpeed's monitors."""
@@ -361,8 +361,8 @@ class _Run:
             return self.engine(**inputs)
 
         with ds.averaged(self.state):
-            how = (config.eval.batch_size, Binarize.of(config), config.data.workers, self.world)
-            metrics = evaluate(model, self.data.val, *how, timeout=config.data.timeout)
+            how = (config.eval.batch_size, MaskPostprocess.of(config), config.data.workers, self.world)
+            metrics = evaluate(model, self.data.val, *how, timeout=config.data.worker_timeout)
         progress.metrics = metrics = {"split": config.data.val_split} | metrics
         progress.evaluated = progress.step
         self.metrics("eval", metrics)

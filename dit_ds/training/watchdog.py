@@ -17,7 +17,7 @@ from dit_ds.distributed import World, gather_objects
 _log = logging.getLogger("dit_ds")
 
 
-class StallWatch:
+class Watchdog:
     """Names the rank for which the others wait, in the log, once nothing was done for `seconds`.
 
     Each rank's thread posts where its loop is to a store on rank 0, whose thread reads them. The rank that is named is

@@ -14,18 +14,18 @@ from torch import Tensor
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.config.schema import RunConfig
-from dit_ds.data.build import dataset_of
+from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, JSON, SplitIndex
-from dit_ds.data.loading.loader import checked, make_loader
+from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.readers import MemberReader
 from dit_ds.data.masks import decode_rle
 from dit_ds.data.shards.storage import local
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, device, picture_inputs, read_expression, read_picture
 from dit_ds.evaluation.metrics import intersection_and_union
-from dit_ds.evaluation.postprocess import Binarize, model_inputs
+from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize.drawing import AttentionRow, GridRow, draw_attention, picture_format, write_grid
@@ -86,7 +86,7 @@ def grid(
     shown, found, first = [], [], None
     for path in paths:
         model, config, _ = load_model(path)
-        dataset = dataset_of(config, split, data_root)
+        dataset = build_eval_dataset(config, split, data_root)
         first = first or (path, config, dataset)
         _require_same_set(first, (path, config, dataset))
         chosen = _choose(len(dataset), split, rows, samples)
@@ -149,8 +149,8 @@ def _predictions(
     model: Any, config: RunConfig, dataset: ExpressionDataset, chosen: list[int]
 ) -> Iterator[tuple[dict[str, Any], np.ndarray, float]]:
     """The batch of each sample, its (H, W) prediction and IoU."""
-    binarize = Binarize.of(config)
-    for batch in checked(make_loader(dataset, [[(0, s, 1.0)] for s in chosen], workers=0, pin=False)):
+    binarize = MaskPostprocess.of(config)
+    for batch in iterate(make_loader(dataset, [[(0, s, 1.0)] for s in chosen], workers=0, pin=False)):
         truth = batch["original"][0]
         logits = model(**model_inputs(batch, device())).cpu()
         prediction = binarize(logits[0], batch["size"][0], truth.shape, config.data.image_size).numpy()
@@ -242,7 +242,7 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
         raise UserError(f"--text '{text}' has no word for the text encoder: use others")
     chosen = None if layers is None else {i - 1 for i in layers}
     logits, found = attention_of_picture(model, inputs, words.to(device()), chosen)
-    binarize = Binarize.of(config)
+    binarize = MaskPostprocess.of(config)
     prediction = binarize(logits[0].cpu(), size[0], pixels.shape[:2], config.data.image_size).numpy()
     patch = model.image_size / encoder.pos_embed.shape[1]
     place = tuple(patch * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))

@@ -9,7 +9,7 @@ import torch
 
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import _trained, check_kind, device, read_expression, read_picture, segment
+from dit_ds.evaluation.inference import check_kind, device, read_expression, read_picture, segment, trained_prompts
 from dit_ds.files import full_disk_is_user_error
 from dit_ds.visualize.drawing import side_by_side
 
@@ -39,7 +39,7 @@ def predict_image(
         if is_given:
             check_kind(config, kind)
     model.to(device())
-    mask = segment(model, config, pixels, words, points, box, threshold, _trained(config, meta))
+    mask = segment(model, config, pixels, words, points, box, threshold, trained_prompts(config, meta))
     said = {"text": text} if text is not None else {}
     said |= {"points": [list(p) for p in points]} if points else {}
     said |= {"box": list(box)} if box is not None else {}

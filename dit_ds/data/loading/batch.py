@@ -14,7 +14,7 @@ from dit_ds.data.loading.shared_memory import batch_memory
 from dit_ds.errors import UserError
 
 
-class Masks:
+class PackedMasks:
     """(H, W) uint8 masks of 0 and 1 whose sizes differ, `masks[i]`; kept as bits, and of one that several expressions
     share once, so that a worker's queue has little to carry."""
 
@@ -32,7 +32,7 @@ class Masks:
         return np.unpackbits(bits, count=height * width).reshape(width, height).T
 
 
-class Batch:
+class BatchBuilder:
     """Rows of a batch, put in one by one.
 
     Pictures are written pixel by pixel, as decoders give them, and handed out with the channels in front without being
@@ -72,12 +72,12 @@ class Batch:
 
     def collated(self) -> dict[str, Any]:
         """`image` (B, 3, S, S) uint8, channels last in memory, `mask` (B, S, S), `size` (B, 2): h and w before padding,
-        and the values: arrays stacked, (B, ...), `original` as `Masks`, others as lists."""
+        and the values: arrays stacked, (B, ...), `original` as `PackedMasks`, others as lists."""
         batch: dict[str, Any] = {"image": self._image.permute(0, 3, 1, 2), "mask": self._mask}
         for key in self._rows[0]:
             values = [r[key] for r in self._rows]
             if key == "original":
-                batch[key] = Masks(values)
+                batch[key] = PackedMasks(values)
             elif isinstance(values[0], (np.ndarray, np.generic)):
                 batch[key] = torch.from_numpy(np.stack(values))
             else:

@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import Dataset
 
 from dit_ds.data.jpeg import decode_jpeg
-from dit_ds.data.loading.batch import Batch
-from dit_ds.data.loading.decoded_image import Picture
+from dit_ds.data.loading.batch import BatchBuilder
+from dit_ds.data.loading.decoded_image import DecodedImage
 from dit_ds.data.loading.index import JPG, JSON, BadSample, SplitIndex
 from dit_ds.data.loading.prompts import WORDS, Prompts, on_resized
 from dit_ds.data.loading.readers import make_reader
-from dit_ds.data.loading.transforms import Augmentation, Drawn
+from dit_ds.data.loading.transforms import Augmentation, SampledAugmentation
 from dit_ds.errors import UserError
 
 Item = tuple[int, int, float]  # epoch, sample, weight
@@ -78,7 +78,7 @@ class ExpressionDataset(Dataset):
         self.scales = list(scales) if augmentation is not None and scales else [image_size]
         self.skip_bad = skip_bad
         self.reader = make_reader(index, streamed)
-        self._last: tuple[int, Picture] | None = None  # the image that was opened last
+        self._last: tuple[int, DecodedImage] | None = None  # the image that was opened last
 
     def __len__(self) -> int:
         return len(self.index.sentences if self.unit == "sentence" else self.index.refs)
@@ -91,8 +91,8 @@ class ExpressionDataset(Dataset):
         return {k: (v.numpy() if isinstance(v, torch.Tensor) else v)[0] for k, v in batch.items() if k != "bad"}
 
     def __getitems__(self, items: Sequence[Item]) -> dict[str, Any] | UserError:
-        """A batch, see `Batch.collated`. What the user must mend is returned, not raised: see `checked`."""
-        batch = Batch(len(items), self.image_size, torch.float32 if self.mask_rule == "soft" else torch.uint8)
+        """A batch, see `BatchBuilder.collated`. What the user must mend is returned, not raised: see `checked`."""
+        batch = BatchBuilder(len(items), self.image_size, torch.float32 if self.mask_rule == "soft" else torch.uint8)
         places, bad = [self._locate(epoch, sample) for epoch, sample, _ in items], []
         for row in sorted(range(len(items)), key=lambda r: places[r].image):  # an image's rows together
             try:
@@ -108,7 +108,7 @@ class ExpressionDataset(Dataset):
         return batch.collated() | ({"bad": bad} if self.skip_bad else {})
 
     def _sample(self, epoch: int, sample: int, weight: float, at: _Place) -> dict[str, Any]:
-        """What `Batch.put` takes."""
+        """What `BatchBuilder.put` takes."""
         kind, side, of_prompt = self._draw_kind_and_side(epoch, sample)
         picture = self._open(at.image)
         record = picture.meta["refs"][self.index.refs[at.ref, 1]]
@@ -118,7 +118,7 @@ class ExpressionDataset(Dataset):
             raise self._without_mask(at.image, kind)
         mask = picture.mask(record["ann_ids"], side)  # what is learned
         inside = mask if kind == "text" else on_resized(mask, whole)  # what is shown of it
-        drawn = Drawn() if self.augmentation is None else self.augmentation.draw(at.rng)
+        drawn = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(at.rng)
         out = {
             "write_image": functools.partial(drawn.picture, picture.resized(side)),
             "mask": drawn.mask(mask),
@@ -192,12 +192,12 @@ class ExpressionDataset(Dataset):
         image = self._locate(0, sample).image
         return self._decode(self.reader.read(image, JPG), image)
 
-    def _open(self, image: int) -> Picture:
+    def _open(self, image: int) -> DecodedImage:
         if self._last is None or self._last[0] != image:
             self._last = None  # whose memory the next one takes: what stays in the processor's cache is what is quick
             trains = self.augmentation is not None
             pixels = self._decode(self.reader.read(image, JPG), image, fast=trains)
-            self._last = image, Picture(self._meta(image), pixels, self.resize, self.mask_rule, quick=trains)
+            self._last = image, DecodedImage(self._meta(image), pixels, self.resize, self.mask_rule, quick=trains)
         return self._last[1]
 
     def _text_of_another_image(self, at: _Place) -> str:

@@ -11,7 +11,7 @@ from dit_ds.data.loading.transforms import resize_image, resize_mask, resize_mas
 from dit_ds.data.masks import decode_runs
 
 
-class Picture:
+class DecodedImage:
     """A decoded image with what is said of it, resized on demand. What it returns is shared: not to be written to.
 
     Args:

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dit_ds.data.loading.batch import join
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.readers import StreamReader
-from dit_ds.data.loading.sampler import EvalBatches, TrainBatches
-from dit_ds.data.loading.shared_memory import lend
+from dit_ds.data.loading.sampler import EvalBatchSampler, TrainBatchSampler
+from dit_ds.data.loading.shared_memory import share
 from dit_ds.errors import RankFailed, UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -30,7 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 @dataclass(frozen=True)
 class Loader:
-    """What `checked` iterates.
+    """What `iterate` iterates.
 
     Attributes:
         workers: torch's loader.
@@ -43,49 +43,53 @@ class Loader:
     timeout: float
 
 
-class _Shares(IterableDataset):
+class StreamDataset(IterableDataset):
     """What one worker reads of a stream: its share of each micro-batch, or its share of the batches to evaluate."""
 
-    def __init__(self, dataset: ExpressionDataset, batches: TrainBatches | EvalBatches):
+    def __init__(self, dataset: ExpressionDataset, batches: TrainBatchSampler | EvalBatchSampler):
         self.dataset, self.batches = dataset, batches
 
     def __iter__(self) -> Iterator[dict[str, Any] | UserError]:
         worker = get_worker_info()
-        shares = self.batches.shares(worker.id, worker.num_workers) if worker else list(self.batches)
+        slices = self.batches.worker_slices(worker.id, worker.num_workers) if worker else list(self.batches)
         reader = self.dataset.reader
-        reader.plan([self.dataset.images_of(share) for share in shares])
-        for step, share in enumerate(shares):
+        reader.plan([self.dataset.images_of(samples) for samples in slices])
+        for step, samples in enumerate(slices):
             reader.at(step)
-            yield self.dataset.__getitems__(share)
+            yield self.dataset.__getitems__(samples)
 
 
 def make_loader(
-    dataset: ExpressionDataset, batches: TrainBatches | EvalBatches, workers: int, pin: bool, timeout: float = 300
+    dataset: ExpressionDataset,
+    batches: TrainBatchSampler | EvalBatchSampler,
+    workers: int,
+    pin: bool,
+    timeout: float = 300,
 ) -> Loader:
-    """A loader over `batches`; iterate it through `checked`.
+    """A loader over `batches`; iterate it through `iterate`.
 
     Args:
         pin: for fast copies to a GPU.
         timeout: see `Loader`.
     """
-    training = isinstance(batches, TrainBatches)
+    training = isinstance(batches, TrainBatchSampler)
     how: dict[str, Any] = {
-        "collate_fn": lend,  # the dataset makes whole batches
+        "collate_fn": share,  # the dataset makes whole batches
         "pin_memory": pin,
         "prefetch_factor": 4 if workers else None,
-        "worker_init_fn": _quiet_worker,
+        "worker_init_fn": worker_init_fn,
     }
     if isinstance(dataset.reader, StreamReader):
         if training:  # each reads its own places in the micro-batch
             workers = min(workers, batches.micro_batch)
-        loader = DataLoader(_Shares(dataset, batches), batch_size=None, num_workers=workers, **how)
+        loader = DataLoader(StreamDataset(dataset, batches), batch_size=None, num_workers=workers, **how)
         return Loader(loader, max(1, workers) if training else 1, timeout)
     persistent = workers > 0 and training
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=persistent, **how)
     return Loader(loader, 1, timeout)
 
 
-def _quiet_worker(_: int) -> None:
+def worker_init_fn(_: int) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -115,7 +119,7 @@ def _forget_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def checked(loader: Loader) -> Iterator[dict[str, Any]]:
+def iterate(loader: Loader) -> Iterator[dict[str, Any]]:
     """The loader's batches.
 
     Raises:
@@ -192,6 +196,6 @@ def worker_failures(watch: _Watch | None = None) -> Iterator[None]:
         if watch is not None and watch.stalled:
             what = (
                 f"no batch from {len(watch.workers)} loader workers for {watch.seconds:g} s: see whether the file system "
-                "with the shards answers, or raise data.timeout"
+                "with the shards answers, or raise data.worker_timeout"
             )
         raise RankFailed(f"{what}, and go on with --resume") from None

@@ -67,7 +67,7 @@ class Samples:
         return np.concatenate(samples), np.concatenate(times)
 
 
-class TrainBatches:
+class TrainBatchSampler:
     """Batch sampler: this rank's share of each global batch of one epoch, one micro-batch after the other.
 
     Args:
@@ -135,7 +135,7 @@ class TrainBatches:
         micro_steps = self.batch_size // (self.micro_batch * self.world_size)
         return (self.batches_per_epoch - self.first_batch) * micro_steps
 
-    def shares(self, worker: int, workers: int) -> list[list[Item]]:
+    def worker_slices(self, worker: int, workers: int) -> list[list[Item]]:
         """What of each micro-batch one of several readers of a stream takes: always the same places, so that in order
         `shards` it always reads the same few shards."""
         return [micro_batch[worker::workers] for micro_batch in self]
@@ -215,7 +215,7 @@ def _in_bins(items: list[Item], images: np.ndarray, capacity: int) -> list[Item]
     return out
 
 
-class EvalBatches:
+class EvalBatchSampler:
     """Batch sampler: each rank takes its part of the batches, whose make-up is the same on any number of ranks.
 
     All ranks get equally many (ZeRO-3 gathers weights in lockstep): the missing ones repeat the last with weight 0.
@@ -234,7 +234,7 @@ class EvalBatches:
     def __len__(self) -> int:
         return math.ceil(math.ceil(self.n / self.batch_size) / self.world_size)
 
-    def shares(self, worker: int, workers: int) -> list[list[Item]]:
+    def worker_slices(self, worker: int, workers: int) -> list[list[Item]]:
         """The batches that one of several readers of a stream takes: neighbours, which lie in the same shards."""
         batches = list(self)
         return batches[worker * len(batches) // workers : (worker + 1) * len(batches) // workers]

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 _SLOTS = 8  # a worker's: those that wait, see `prefetch_factor`, the one in use, the one being filled, two to spare
 
 
-class Pool:
+class SharedBatchPool:
     """A worker's memory for batches. A slot is taken until the training process has dropped every tensor that views it;
     as long as all are, there is fresh memory, as without a pool."""
 
@@ -38,17 +38,17 @@ class Pool:
             self._by_address[storage.data_ptr()] = slot
         return storage, True
 
-    def lend(self, batch: dict[str, Any]) -> Lent:
+    def share(self, batch: dict[str, Any]) -> SharedBatch:
         """The batch, ready for the queue to the training process."""
-        return Lent(batch, self._taken, self._by_address.get(batch["image"].untyped_storage().data_ptr()))
+        return SharedBatch(batch, self._taken, self._by_address.get(batch["image"].untyped_storage().data_ptr()))
 
 
-_pool: Pool | None = None  # of this process, if it is a worker
+_pool: SharedBatchPool | None = None  # of this process, if it is a worker
 
 
-def _pool_here() -> Pool:
+def _pool_here() -> SharedBatchPool:
     global _pool
-    _pool = _pool or Pool()
+    _pool = _pool or SharedBatchPool()
     return _pool
 
 
@@ -57,12 +57,12 @@ def batch_memory(size: int) -> tuple[torch.UntypedStorage, bool]:
     return (torch.UntypedStorage(size), False) if get_worker_info() is None else _pool_here().take(size)
 
 
-def lend(batch: Any) -> Any:
+def share(batch: Any) -> Any:
     """What a worker made, ready for the queue; without workers, or if it is no batch, as it is."""
-    return batch if get_worker_info() is None or not isinstance(batch, dict) else _pool_here().lend(batch)
+    return batch if get_worker_info() is None or not isinstance(batch, dict) else _pool_here().share(batch)
 
 
-class Lent:
+class SharedBatch:
     """A batch on its way: unpickled it is a dict again, and from then on is watched.
 
     Small tensors go through the pipe: a file descriptor each would cost more.
@@ -77,14 +77,14 @@ class Lent:
 
 
 _lock = threading.Lock()
-_lent: list[tuple[StorageWeakRef, Tensor, int]] = []  # to this process: memory, and where to say that it is dropped
+_shared: list[tuple[StorageWeakRef, Tensor, int]] = []  # to this process: memory, and where to say that it is dropped
 
 
 def _receive(batch: dict[str, Any], taken: Tensor, slot: int | None) -> dict[str, Any]:
     with _lock:  # a thread that pins memory receives, too
-        for entry in [e for e in _lent if e[0].expired()]:
-            _lent.remove(entry)
+        for entry in [e for e in _shared if e[0].expired()]:
+            _shared.remove(entry)
             entry[1][entry[2]] = 0
         if slot is not None:
-            _lent.append((StorageWeakRef(batch["image"].untyped_storage()), taken, slot))
+            _shared.append((StorageWeakRef(batch["image"].untyped_storage()), taken, slot))
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}

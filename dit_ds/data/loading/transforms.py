@@ -33,15 +33,17 @@ class Augmentation:
     blur: float = 0.0
     flip: float = 0.0
 
-    def draw(self, rng: np.random.Generator) -> Drawn:
+    def draw(self, rng: np.random.Generator) -> SampledAugmentation:
         """One sample's. Every draw is made whatever the settings, so that one of them never shifts another."""
         factors = 1 + self.color * rng.uniform(-1, 1, 3)
         blur, radius, flip = rng.random(), rng.uniform(0.1, 1.5), rng.random()
-        return Drawn(factors if self.color > 0 else None, radius if blur < self.blur else None, flip < self.flip)
+        return SampledAugmentation(
+            factors if self.color > 0 else None, radius if blur < self.blur else None, flip < self.flip
+        )
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledAugmentation:
     """What one sample's augmentation is.
 
     Attributes:

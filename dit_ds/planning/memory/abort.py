@@ -19,7 +19,7 @@ _POLL = 0.2  # seconds
 _SPEECH = datetime.timedelta(minutes=10)  # at most, to write a snapshot
 
 
-class Alarm:
+class AbortChannel:
     """A thread of each rank asks a store on rank 0, apart from the process group, whether a rank has given up.
 
     Collective. A rank that hears of it ends at once with its status and says nothing: the one that gave up first speaks.
@@ -38,7 +38,7 @@ class Alarm:
         self._thread.start()
 
     @contextlib.contextmanager
-    def last_words(self, status: int = 1) -> Iterator[bool]:
+    def first_failure(self, status: int = 1) -> Iterator[bool]:
         """This rank can't go on. Inside, whether it is the first, which is to say why.
 
         After that all ranks end with its status, but for one that is alone. None ends before the first has spoken, as

@@ -75,7 +75,7 @@ class CudaAllocator:
 
 
 class Meter:
-    """In the ledger's place: the allocator's peaks in each phase, and no look at any tensor.
+    """In the tracker's place: the allocator's peaks in each phase, and no look at any tensor.
 
     Attributes:
         phase: the one under way.
@@ -104,7 +104,7 @@ class Meter:
         """The step is over."""
         self.enter("")
 
-    def own(self, category: str, tensors: Iterable[Tensor]) -> None:
+    def tag(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Whose they are is not asked, and the tensors aren't looked for."""
 
     def watch(self, model: torch.nn.Module) -> None:

@@ -9,10 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from dit_ds.errors import RunFailed
-from dit_ds.planning.memory.request import Answer, Question
+from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 
 
-def predict(questions: Iterable[Question], processes: int | None = None) -> Iterator[Answer]:
+def predict(questions: Iterable[MemoryRequest], processes: int | None = None) -> Iterator[MemoryEstimate]:
     """Answer each in order.
 
     Args:
@@ -35,7 +35,7 @@ def predict(questions: Iterable[Question], processes: int | None = None) -> Iter
             ) from None
 
 
-def _answer(question: Question) -> Answer:
+def _answer(question: MemoryRequest) -> MemoryEstimate:
     from dit_ds.planning.memory.worker import answer
 
     return answer(question)

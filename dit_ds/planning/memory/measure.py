@@ -1,7 +1,7 @@
 """What a training step really takes: the run's own model, engine and ranks on their GPUs, a few steps of a made-up batch.
 
 The first steps run as in training, and the allocator is asked for its peaks phase by phase. One more step is taken under
-the ledger, which says what the memory consists of; where it doesn't fit, what was measured before is the result.
+the tracker, which says what the memory consists of; where it doesn't fit, what was measured before is the result.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory import timeline
-from dit_ds.planning.memory.abort import Alarm
+from dit_ds.planning.memory.abort import AbortChannel
 from dit_ds.planning.memory.allocator_counters import Allocator, CudaAllocator, Meter
 from dit_ds.planning.memory.profiled_step import Steps
-from dit_ds.planning.memory.tracker import Ledger, Profile
+from dit_ds.planning.memory.tracker import MemoryTracker, Profile
 
 GIB = 2**30
 
@@ -84,7 +84,7 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
 
     A rank that runs out of memory can't gather anything, as the others wait for it in some collective: it reports what
     it knows of itself, and all of several ranks end here with status 1, by the alarm or, where that fails, by the
-    collective's time-out. In the step under the ledger it reports what all have measured, and they end with 0.
+    collective's time-out. In the step under the tracker it reports what all have measured, and they end with 0.
 
     Args:
         allocator: of the world's device.
@@ -92,7 +92,7 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
     """
     # the same made-up words each time would be found in a cache of text features
     config = validate(merge(config.model_dump(), {"text": {"cache": 0}}))
-    result, meter, alarm = _described(config, world), Meter(allocator), Alarm(world)
+    result, meter, alarm = _described(config, world), Meter(allocator), AbortChannel(world)
     if request.snapshot:
         allocator.record()
     try:
@@ -110,7 +110,7 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
             result["breakdown_failed"] = _message(e)
         else:
             result |= _failed(e, world, meter, result["micro_batch"])
-        with alarm.last_words(0 if measured else 1) as first:
+        with alarm.first_failure(0 if measured else 1) as first:
             if first and request.snapshot and not measured:
                 allocator.snapshot(Path(request.snapshot))
             if first:
@@ -187,17 +187,17 @@ def _take(config: RunConfig, world: World, meter: Meter, request: Request,
 
 
 def _breakdown(taken: Steps, micro_batch: int, before: list[Tensor]) -> Profile:
-    """One more step under the ledger, which is told what lies there already.
+    """One more step under the tracker, which is told what lies there already.
 
     Args:
         before: tensors that are not the engine's.
     """
     device, others = taken.world.device.type, {id(x) for x in before}
-    taken.ledger = ledger = Ledger(host=lambda x: x.device.type != device)
+    taken.tracker = tracker = MemoryTracker(host=lambda x: x.device.type != device)
     gradients = (p.grad for p in taken.engine.module.parameters() if p.grad is not None)
-    ledger.adopt(itertools.chain((x for x in _tensors() if id(x) not in others), gradients))
-    with ledger:
-        taken.own()
+    tracker.track_existing(itertools.chain((x for x in _tensors() if id(x) not in others), gradients))
+    with tracker:
+        taken.tag()
         return taken.take(micro_batch)
 
 
@@ -234,7 +234,7 @@ def _peak(mine: dict[str, Any]) -> int:
 def _categories(profile: Profile, peak: int) -> dict[str, Any]:
     """The result's part from this rank's profile and measured peak."""
     return {
-        # what the ledger can't see: workspaces of cuBLAS and cuDNN, memory held for other streams
+        # what the tracker can't see: workspaces of cuBLAS and cuDNN, memory held for other streams
         "categories": _gib(profile.at_peak) | {"unseen": (peak - profile.peak) / GIB},
         "after": _gib(profile.after),
         "modules": _gib(by_block(profile.kept)),

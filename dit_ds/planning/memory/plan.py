@@ -21,7 +21,7 @@ from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
 from dit_ds.planning.gpus import GIB
 from dit_ds.planning.memory.estimate import predict
-from dit_ds.planning.memory.request import Answer, Question
+from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 from dit_ds.planning.memory.timeline import draw, require
 from dit_ds.planning.memory.tracker import Profile
 
@@ -71,7 +71,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
         require(timeline)
     ds_config = deepspeed_config(config, ranks)
     room = allowed(memory, ranks)
-    (answer,) = predict([Question(config, ranks, capacity=room)])
+    (answer,) = predict([MemoryRequest(config, ranks, capacity=room)])
     micro = ds_config["train_micro_batch_size_per_gpu"]
     result = _described(config, ds_config, ranks, micro, answer) | {
         "gpus": gpus,
@@ -93,7 +93,9 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     return result
 
 
-def _described(config: RunConfig, ds_config: dict[str, Any], ranks: int, micro: int, answer: Answer) -> dict[str, Any]:
+def _described(
+    config: RunConfig, ds_config: dict[str, Any], ranks: int, micro: int, answer: MemoryEstimate
+) -> dict[str, Any]:
     profile = answer.profiles[micro]
     categories = {k: _gib(v) for k, v in profile.at_peak.items() if v}
     return {
@@ -166,12 +168,12 @@ def closest(config: RunConfig, ranks: int, room: int) -> dict[str, Any]:
         `changes` in words, `micro_batch`, `needed_gib`; `fits` False where none does, with the most frugal one.
     """
     for words, shape in _frugal(config, ranks):
-        (answer,) = predict([Question(shape, ranks, (1,), capacity=room)])
+        (answer,) = predict([MemoryRequest(shape, ranks, (1,), capacity=room)])
         micro, peak = 1, answer.peak(1)
         if answer.largest:
             micro = _dividing(config.train.batch_size, ranks, answer.largest)
             override = {"deepspeed": {"override": {"train_micro_batch_size_per_gpu": micro}}}
-            (answer,) = predict([Question(validate(merge(shape.model_dump(), override)), ranks)])
+            (answer,) = predict([MemoryRequest(validate(merge(shape.model_dump(), override)), ranks)])
             peak = answer.peak(micro)
         found = {"fits": peak <= room, "changes": words, "micro_batch": micro, "needed_gib": _gib(needed(peak, ranks))}
         if found["fits"]:

@@ -15,7 +15,7 @@ from dit_ds.distributed import World
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.models.build import build_model
-from dit_ds.planning.memory.tracker import Ledger, Profile
+from dit_ds.planning.memory.tracker import MemoryTracker, Profile
 
 
 def fake_batch(
@@ -37,25 +37,25 @@ def fake_batch(
 
 
 class Steps:
-    """A run's model in its engine, and steps whose memory the ledger writes down.
+    """A run's model in its engine, and steps whose memory the tracker writes down.
 
     Args:
         config: the run.
         world: this rank's place.
-        ledger: active already; or what is told the same in its place, as `allocator.Meter`.
+        tracker: active already; or what is told the same in its place, as `allocator.Meter`.
     """
 
-    def __init__(self, config: RunConfig, world: World, ledger: Ledger):
-        self.config, self.world, self.ledger = config, world, ledger
-        ledger.enter("load")
+    def __init__(self, config: RunConfig, world: World, tracker: MemoryTracker):
+        self.config, self.world, self.tracker = config, world, tracker
+        tracker.enter("load")
         model = build_model(config, text_weights=False)
         model.checkpoint_activations(config.train.activation_checkpointing)
         if config.train.compile and world.device.type == "cuda":  # tensors without data can't be compiled for
             model.compile_blocks()
         self.engine = ds.initialize(model, config, world)
         del model
-        self.state = TrainingState(self.engine, config.train.ema)
-        self.own()
+        self.state = TrainingState(self.engine, config.train.ema_decay)
+        self._tag_state()
         self.engine.train()
 
     def warm_up(self) -> None:
@@ -64,7 +64,7 @@ class Steps:
             self.take(1)
         else:
             self.state.make_moments()
-            self.own()
+            self._tag_state()
 
     def take(self, micro_batch: int, micro_batches: int | None = None) -> Profile:
         """One optimizer step; its phases are forward, backward and step.
@@ -73,50 +73,50 @@ class Steps:
             micro_batches: so many. By default of a step of several the last two are taken: what is added up lies there
                 from the second on.
         """
-        ledger, engine = self.ledger, self.engine
-        ledger.restart()
-        ledger.watch(engine.module)
+        tracker, engine = self.tracker, self.engine
+        tracker.restart()
+        tracker.watch(engine.module)
         micro_batches = micro_batches or min(2, engine.gradient_accumulation_steps())
         for i in range(1, micro_batches + 1):
             engine.set_gradient_accumulation_boundary(i == micro_batches)
             self._pass(micro_batch)
-        ledger.enter("step")
+        tracker.enter("step")
         ds.step(engine)
-        self.own()
+        self._tag_state()
         self.state.update_average()
-        ledger.unwatch()
-        return ledger.profile()
+        tracker.unwatch()
+        return tracker.profile()
 
     def _pass(self, micro_batch: int) -> None:
-        d, device, ledger, engine = self.config.data, self.world.device, self.ledger, self.engine
-        ledger.enter("forward")
+        d, device, tracker, engine = self.config.data, self.world.device, self.tracker, self.engine
+        tracker.enter("forward")
         inputs, mask, weight = fake_batch(
-            micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points), d.mask_rule == "soft"
+            micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points), d.train_mask_rule == "soft"
         )
         inputs, mask, weight = {k: x.to(device) for k, x in inputs.items()}, mask.to(device), weight.to(device)
-        ledger.own("inputs", (*inputs.values(), mask, weight))
+        tracker.tag("inputs", (*inputs.values(), mask, weight))
         loss = engine.module.loss(engine(**inputs), mask, weight)
-        ledger.enter("backward")
+        tracker.enter("backward")
         engine.backward(loss)
         del loss, inputs, mask, weight
-        self.own()
+        self._tag_state()
         if not engine.is_gradient_accumulation_boundary():
             ds.step(engine)
 
-    def own(self) -> None:
-        """Tell the ledger whose the tensors are that stay."""
-        module, optimizer, own = self.engine.module, self.engine.optimizer, self.ledger.own
+    def _tag_state(self) -> None:
+        """Tag the tensors that stay: parameters, gradients, optimizer states, moving average."""
+        module, optimizer, tag = self.engine.module, self.engine.optimizer, self.tracker.tag
         # the flat master first: in fp32 at stage 0 it is the parameter itself
-        own("gradients", _tensors(*(getattr(optimizer, name, None) for name in _GRADIENTS)))
-        own("gradients", (p.grad for p in module.parameters() if p.grad is not None))
+        tag("gradients", _tensors(*(getattr(optimizer, name, None) for name in _GRADIENTS)))
+        tag("gradients", (p.grad for p in module.parameters() if p.grad is not None))
         base = self.engine.basic_optimizer
-        own("optimizer", (x for g in base.param_groups for x in g["params"]))
-        own("optimizer", _tensors(dict(base.state)))
-        own("optimizer", (f.flat for f in self.state.fragments))
-        own("average", self.state._average.values())
-        own("parameters", module.buffers())
-        own("parameters", (p for p in module.parameters()))
-        own("parameters", (p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")))
+        tag("optimizer", (x for g in base.param_groups for x in g["params"]))
+        tag("optimizer", _tensors(dict(base.state)))
+        tag("optimizer", (f.flat for f in self.state.fragments))
+        tag("average", self.state._average.values())
+        tag("parameters", module.buffers())
+        tag("parameters", (p for p in module.parameters()))
+        tag("parameters", (p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")))
 
 
 # where DeepSpeed's optimizers keep gradients between the backward pass and the step

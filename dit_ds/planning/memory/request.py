@@ -10,7 +10,7 @@ from dit_ds.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class Question:
+class MemoryRequest:
     """What is asked.
 
     Attributes:
@@ -29,7 +29,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class MemoryEstimate:
     """Profiles by micro-batch; `largest` is 0 where not even one sample fits; None is what was not asked for.
 
     `flops` are those really computed in a sample's step, by this run's kernels and with what it computes again.

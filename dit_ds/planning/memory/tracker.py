@@ -165,7 +165,7 @@ class Profile:
 _POINTS = 2000
 
 
-class Ledger(LiveTensors):
+class MemoryTracker(LiveTensors):
     """Writes down every storage.
 
     Call `enter` at the start of each phase, and `own` whenever tensors can be told by who holds them.
@@ -236,12 +236,12 @@ class Ledger(LiveTensors):
         self.log.clear()
         self._before = [block for _, block in self._alive.values()]
 
-    def adopt(self, tensors: Iterable[Tensor]) -> None:
-        """These were made while the ledger was not active."""
+    def track_existing(self, tensors: Iterable[Tensor]) -> None:
+        """These were made while the tracker was not active."""
         for x in tensors:
             self._add(x)
 
-    def own(self, category: str, tensors: Iterable[Tensor]) -> None:
+    def tag(self, category: str, tensors: Iterable[Tensor]) -> None:
         """These tensors are of a category."""
         for x in tensors:
             _, block = self._alive.get(x.untyped_storage()._cdata, (None, None))

@@ -16,13 +16,13 @@ from dit_ds.models.attention import count_flops
 from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
 from dit_ds.planning.memory.profiled_step import Steps
-from dit_ds.planning.memory.request import Answer, Question, on_gpu
-from dit_ds.planning.memory.tracker import Ledger, Profile
+from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest, on_gpu
+from dit_ds.planning.memory.tracker import MemoryTracker, Profile
 
 _MOST, _TRIES = 4096, 40  # micro-batches, and how many are looked at in a search, which ends long before
 
 
-def answer(question: Question) -> Answer:
+def answer(question: MemoryRequest) -> MemoryEstimate:
     """Build the run on fake tensors and take its steps."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -32,9 +32,9 @@ def answer(question: Question) -> Answer:
     if "nvme" in str(ds_config.get("zero_optimization", {})):
         raise UserError(f"{config.deepspeed.config} offloads to NVMe, which is not predicted: 'device': 'cpu' is")
     share = config.train.batch_size // question.ranks
-    ledger = Ledger(host=lambda x: x.device.type == "cpu")
-    with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(ledger):
-        steps = Steps(config, world, ledger)
+    tracker = MemoryTracker(host=lambda x: x.device.type == "cpu")
+    with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(tracker):
+        steps = Steps(config, world, tracker)
         steps.warm_up()
         profiles = {b: steps.take(b) for b in sizes}
         parameters = list(steps.engine.module.parameters())
@@ -46,7 +46,7 @@ def answer(question: Question) -> Answer:
             with count_flops() as counter:
                 steps.take(1)
             flops = counter.get_total_flops() // min(2, steps.engine.gradient_accumulation_steps())
-    return Answer(profiles, sum(counts), trained, largest, flops)
+    return MemoryEstimate(profiles, sum(counts), trained, largest, flops)
 
 
 def _largest(steps: Steps, profiles: dict[int, Profile], capacity: int, share: int) -> int:

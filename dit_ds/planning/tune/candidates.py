@@ -123,7 +123,7 @@ def _kernels(config: RunConfig, ds: dict[str, Any], gpu: str, policy: str) -> li
     return [k for k in KERNELS if (k != "sdpa_flash" or flash) and (k != "eager" or policy != "selective")]
 
 
-def own(config: RunConfig, ds: dict[str, Any], among: list[Candidate]) -> Candidate | None:
+def configured_candidate(config: RunConfig, ds: dict[str, Any], among: list[Candidate]) -> Candidate | None:
     """The candidate that is what the configuration says now, if one is."""
     zero = ds.get("zero_optimization", {})
     for c in among:

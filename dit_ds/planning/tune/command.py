@@ -17,8 +17,8 @@ from dit_ds.planning.gpus import known_gpu, memory_of, parse_memory
 from dit_ds.planning.tune import output as files
 from dit_ds.planning.tune import trials
 from dit_ds.planning.tune.candidates import Candidate, candidates
-from dit_ds.planning.tune.memory_model import Jobs
-from dit_ds.planning.tune.search import Found, NothingFits, Place, check, closest, search
+from dit_ds.planning.tune.memory_model import ProfilerPool
+from dit_ds.planning.tune.search import Cluster, NothingFits, SearchResult, check, closest, search
 from dit_ds.planning.tune.time_model import Assumptions
 
 
@@ -52,7 +52,7 @@ class Request:
     again: bool = False
 
 
-def tune(request: Request) -> tuple[dict[str, Any], Found]:
+def tune(request: Request) -> tuple[dict[str, Any], SearchResult]:
     """Search, try if asked to, write the files; return the answer as JSON and as it is.
 
     Raises:
@@ -70,12 +70,12 @@ def tune(request: Request) -> tuple[dict[str, Any], Found]:
     machine = replace(request.assumed.machine, gpu=name, gpus_per_node=request.gpus)
     assumed = replace(request.assumed, machine=machine)
     host = request.host_memory and parse_memory(request.host_memory)
-    place = Place(request.nodes, request.gpus, capacity, host or None)
+    place = Cluster(request.nodes, request.gpus, capacity, host or None)
     ds = check(config, place, assumed)
     among = candidates(config, ds, place.ranks, known_gpu(name) or "")
     if request.measure and request.launch is None:
         among = _that_run_here(among, config, ds)
-    with Jobs() as jobs:
+    with ProfilerPool() as jobs:
         try:
             found = search(config, place, assumed, jobs, among)
         except NothingFits as nothing:

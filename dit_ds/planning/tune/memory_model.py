@@ -30,9 +30,9 @@ from dit_ds.engine.deepspeed_json import model_dtype
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.files import write_json
 from dit_ds.planning.flops import hardware_flops, step_flops
-from dit_ds.planning.memory.request import Question
+from dit_ds.planning.memory.request import MemoryRequest
 from dit_ds.planning.tune.candidates import BUCKETS, Candidate
-from dit_ds.planning.tune.time_model import Counted
+from dit_ds.planning.tune.time_model import FlopCounts
 
 _REFERENCE = "zero2"
 _POINT = "block"  # checkpointing of the other stages' profiled points
@@ -72,7 +72,7 @@ class Profiled:
 
     @staticmethod
     def of(profile: Any) -> Profiled:
-        """From `ledger.Profile`."""
+        """From `tracker.Profile`."""
         after = profile.after
         phases = {name: float(profile.phases[name]) for name in ("forward", "backward", "step")}
         return Profiled(
@@ -84,7 +84,7 @@ class Profiled:
         return Footprint(self.peak, self.activations, self.states, self.host, exact=True)
 
 
-class Footprints:
+class MemoryModel:
     """The rule, from the profiles.
 
     Args:
@@ -169,7 +169,7 @@ class Footprints:
 # --- the processes in which it is counted -----------------------------------------------------------------------------
 
 
-class Jobs:
+class ProfilerPool:
     """A pool of processes, in each of which one thing is profiled or counted."""
 
     def __init__(self, processes: int | None = None):
@@ -181,7 +181,7 @@ class Jobs:
             processes or len(os.sched_getaffinity(0)), context, initializer=_quiet, max_tasks_per_child=1
         )
 
-    def __enter__(self) -> Jobs:
+    def __enter__(self) -> ProfilerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -204,7 +204,7 @@ class Jobs:
         return c.applied(config, str(path))
 
     def survey(self, among: list[Candidate], config: RunConfig, ds: dict[str, Any], ranks: int) -> tuple:
-        """What all candidates follow from: (`Footprints`, `Counted`).
+        """What all candidates follow from: (`MemoryModel`, `FlopCounts`).
 
         Raises:
             UserError: a run that can't be built.
@@ -230,12 +230,12 @@ class Jobs:
         counts = {p: self.pool.submit(_count, _with_policy(config, p)) for p in dict.fromkeys(alike.values())}
         model_flops = self.pool.submit(step_flops, config)
         counted = {p: counts[like].result() for p, like in alike.items()}
-        work = Counted(
+        work = FlopCounts(
             model_flops.result(), {p: c[0] for p, c in counted.items()}, {p: c[1] for p, c in counted.items()}
         )
         of_type = model_dtype(ds).itemsize
         profiled = {s: f.result() for s, f in stages.items()}
-        return Footprints(reference.result(), profiled, work.trained, of_type, ranks), work
+        return MemoryModel(reference.result(), profiled, work.trained, of_type, ranks), work
 
 
 def _with_policy(config: RunConfig, policy: str) -> RunConfig:
@@ -253,7 +253,7 @@ def _quiet() -> None:
 def _profile(config: RunConfig, ranks: int, micro_batches: tuple[int, ...] = ()) -> dict[int, Profiled]:
     from dit_ds.planning.memory.worker import answer
 
-    return {m: Profiled.of(p) for m, p in answer(Question(config, ranks, micro_batches)).profiles.items()}
+    return {m: Profiled.of(p) for m, p in answer(MemoryRequest(config, ranks, micro_batches)).profiles.items()}
 
 
 def _one_profile(config: RunConfig, ranks: int) -> Profiled:
@@ -262,9 +262,9 @@ def _one_profile(config: RunConfig, ranks: int) -> Profiled:
 
 
 def _count(config: RunConfig) -> tuple:
-    from dit_ds.planning.communication import Shape
+    from dit_ds.planning.communication import ModuleTrace
 
-    shape = Shape()
+    shape = ModuleTrace()
     passes = hardware_flops(config, shape.watch)
     return passes, shape
 
@@ -276,11 +276,11 @@ def _sweep(config: RunConfig, ranks: int, points: Iterable[Point]) -> dict[Point
     from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
     from dit_ds.planning.memory.profiled_step import Steps
     from dit_ds.planning.memory.request import on_gpu
-    from dit_ds.planning.memory.tracker import Ledger
+    from dit_ds.planning.memory.tracker import MemoryTracker
 
-    ledger, config, found = Ledger(host=lambda x: x.device.type == "cpu"), on_gpu(config), {}
-    with offline_text(config), fake_cluster(ranks) as world, fake_tensors(ledger):
-        steps = Steps(config, world, ledger)
+    tracker, config, found = MemoryTracker(host=lambda x: x.device.type == "cpu"), on_gpu(config), {}
+    with offline_text(config), fake_cluster(ranks) as world, fake_tensors(tracker):
+        steps = Steps(config, world, tracker)
         steps.warm_up()
         model = steps.engine.module
         for policy, kernel, micro_batch in points:

@@ -14,7 +14,7 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
 from dit_ds.planning.memory.plan import GIB
 from dit_ds.planning.tune.candidates import Candidate
-from dit_ds.planning.tune.search import Found, Row
+from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
 
 def write_run(folder: Path, c: Candidate, config_path: str, config: RunConfig, ds: dict[str, Any]) -> Path:
@@ -46,7 +46,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any
     return out
 
 
-def sbatch_line(overrides: Path, found: Found, run_dir: str) -> str:
+def sbatch_line(overrides: Path, found: SearchResult, run_dir: str) -> str:
     """What submits the chosen run."""
     place = found.place
     options = f"--nodes={place.nodes} --gpus-per-node={place.gpus}"
@@ -55,7 +55,7 @@ def sbatch_line(overrides: Path, found: Found, run_dir: str) -> str:
     )
 
 
-def as_dict(row: Row, found: Found) -> dict[str, Any]:
+def as_dict(row: ScoredCandidate, found: SearchResult) -> dict[str, Any]:
     """A candidate for JSON. GiB and seconds."""
     f = row.footprint
     return {
@@ -77,7 +77,7 @@ def as_dict(row: Row, found: Found) -> dict[str, Any]:
     }
 
 
-def summary(found: Found) -> dict[str, Any]:
+def summary(found: SearchResult) -> dict[str, Any]:
     """The whole answer as one JSON object."""
     return {
         "predicted": found.chosen.trial is None,
@@ -93,7 +93,7 @@ def summary(found: Found) -> dict[str, Any]:
     }
 
 
-def write(out: Path, found: Found, config_path: str, config: RunConfig, ds: dict[str, Any]) -> dict[str, str]:
+def write(out: Path, found: SearchResult, config_path: str, config: RunConfig, ds: dict[str, Any]) -> dict[str, str]:
     """Write all files; return their paths by what they are.
 
     Raises:
@@ -109,7 +109,7 @@ def write(out: Path, found: Found, config_path: str, config: RunConfig, ds: dict
     return {name: str(out / name) for name in names} | {"sbatch": line}
 
 
-def plot(path: Path, found: Found) -> None:
+def plot(path: Path, found: SearchResult) -> None:
     """Memory against predicted speed: the front, the chosen one, in grey what does not fit."""
     import matplotlib
 
@@ -118,7 +118,7 @@ def plot(path: Path, found: Found) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
 
-    def points(rows: list[Row]) -> tuple[list[float], list[float]]:
+    def points(rows: list[ScoredCandidate]) -> tuple[list[float], list[float]]:
         return [found.memory(r) / GIB for r in rows], [r.speed for r in rows]
 
     unfit = [r for r in found.rows if not r.fits]
@@ -154,5 +154,5 @@ def plot(path: Path, found: Found) -> None:
     plt.close(figure)
 
 
-def _by_setting(row: Row) -> str:
+def _by_setting(row: ScoredCandidate) -> str:
     return row.candidate.setting

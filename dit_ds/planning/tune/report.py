@@ -6,12 +6,12 @@ from typing import Any
 
 from dit_ds.planning.memory.plan import GIB
 from dit_ds.planning.tune.candidates import BUCKETS
-from dit_ds.planning.tune.search import Found, Row
+from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
 _COLUMNS = f"{'candidate':<44} {'a GPU':>7} {'GiB':>6} {'samples/s':>10} {'measured':>9}"
 
 
-def lines(found: Found, result: dict[str, Any], explain: bool) -> list[str]:
+def lines(found: SearchResult, result: dict[str, Any], explain: bool) -> list[str]:
     """What was assumed, the front with the chosen one, and where the files are."""
     a, place = found.assumed.as_dict(), found.place
     fitting, measured = sum(r.fits for r in found.rows), sum(_measured(r) for r in found.rows)
@@ -40,7 +40,7 @@ def lines(found: Found, result: dict[str, Any], explain: bool) -> list[str]:
     return out
 
 
-def _line(found: Found, row: Row) -> str:
+def _line(found: SearchResult, row: ScoredCandidate) -> str:
     c = row.candidate
     marks = [word for word, is_it in (("chosen", row is found.chosen), ("as configured", row is found.own)) if is_it]
     marks += ["does not fit"] * (not row.fits)
@@ -52,7 +52,7 @@ def _line(found: Found, row: Row) -> str:
     return f"{c.name:<44} {each:>7} {memory:>6} {row.speed:>10.0f} {measured:>9}  {', '.join(marks)}".rstrip()
 
 
-def _measured(row: Row) -> bool:
+def _measured(row: ScoredCandidate) -> bool:
     return row.trial is not None and row.trial["status"] == 0
 
 
@@ -65,7 +65,7 @@ _DIMENSIONS = {
 }
 
 
-def explained(found: Found) -> list[str]:
+def explained(found: SearchResult) -> list[str]:
     """For every other value of every dimension: the chosen candidate with that one alone changed, and why it lost."""
     rows = {tuple(r.candidate.choices().values()): r for r in found.rows}
     chosen = found.chosen.candidate.choices()

@@ -15,15 +15,15 @@ from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.planning.gpus import MEMORY_GIB, known_gpu, peak_flops, require_peak
 from dit_ds.planning.memory.plan import GIB, needed
-from dit_ds.planning.tune.candidates import Candidate, candidates, own
-from dit_ds.planning.tune.memory_model import Footprint, Jobs
+from dit_ds.planning.tune.candidates import Candidate, candidates, configured_candidate
+from dit_ds.planning.tune.memory_model import Footprint, ProfilerPool
 from dit_ds.planning.tune.time_model import Assumptions, Predictor
 
 _VERIFIED = 4  # of the front at most get exact profiles, seconds each; the chosen one always does
 
 
 @dataclass(frozen=True)
-class Place:
+class Cluster:
     """The GPUs to tune for.
 
     Attributes:
@@ -44,7 +44,7 @@ class Place:
 
 
 @dataclass
-class Row:
+class ScoredCandidate:
     """A candidate with what is known of it.
 
     Attributes:
@@ -69,23 +69,23 @@ class Row:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """The answer: every candidate, the fastest first."""
 
-    place: Place
-    rows: list[Row]
-    chosen: Row
-    front: list[Row]
-    own: Row | None
+    place: Cluster
+    rows: list[ScoredCandidate]
+    chosen: ScoredCandidate
+    front: list[ScoredCandidate]
+    own: ScoredCandidate | None
     assumed: Assumptions
     notes: list[str] = field(default_factory=list)
 
-    def memory(self, row: Row) -> float:
+    def memory(self, row: ScoredCandidate) -> float:
         """Bytes that a GPU must have for it."""
         return needed(row.footprint.peak, self.place.ranks)
 
 
-def check(config: RunConfig, place: Place, assumed: Assumptions) -> dict[str, Any]:
+def check(config: RunConfig, place: Cluster, assumed: Assumptions) -> dict[str, Any]:
     """Refuse what can't be; return the run's DeepSpeed JSON.
 
     Raises:
@@ -112,8 +112,8 @@ def check(config: RunConfig, place: Place, assumed: Assumptions) -> dict[str, An
 
 
 def search(
-    config: RunConfig, place: Place, assumed: Assumptions, jobs: Jobs, among: list[Candidate] | None = None
-) -> Found:
+    config: RunConfig, place: Cluster, assumed: Assumptions, jobs: ProfilerPool, among: list[Candidate] | None = None
+) -> SearchResult:
     """Predict all candidates and choose.
 
     Raises:
@@ -125,20 +125,20 @@ def search(
     among = candidates(config, ds, place.ranks, gpu) if among is None else among
     footprints, counted = jobs.survey(among, config, ds, place.ranks)
     predictor = Predictor(config, ds, model_dtype(ds), counted, assumed)
-    rows = [Row(c, footprints.of(c), predictor.step(c, place.ranks)) for c in among]
+    rows = [ScoredCandidate(c, footprints.of(c), predictor.step(c, place.ranks)) for c in among]
 
-    def exact(some: list[Row]) -> None:
+    def exact(some: list[ScoredCandidate]) -> None:
         profiles = jobs.profiles([r.candidate for r in some], config, ds, place.ranks)
         for row, profile in zip(some, profiles):
             row.footprint = profile.footprint()
 
-    mine = own(config, ds, among)
+    mine = configured_candidate(config, ds, among)
     for row in rows:
         row.own = row.candidate == mine
     return choose(rows, place, assumed, exact)
 
 
-def choose(rows: list[Row], place: Place, assumed: Assumptions, exact: Any) -> Found:
+def choose(rows: list[ScoredCandidate], place: Cluster, assumed: Assumptions, exact: Any) -> SearchResult:
     """Prune, rank, verify.
 
     Args:
@@ -166,41 +166,41 @@ def choose(rows: list[Row], place: Place, assumed: Assumptions, exact: Any) -> F
         row.why = why(row, chosen, place)
     rows.sort(key=lambda r: (not r.fits, *_order(r)))
     mine = next((r for r in rows if r.own), None)
-    return Found(place, rows, chosen, front, mine, assumed)
+    return SearchResult(place, rows, chosen, front, mine, assumed)
 
 
 class NothingFits(RunFailed):
     """No candidate does; `row` is the smallest."""
 
-    def __init__(self, row: Row, place: Place):
+    def __init__(self, row: ScoredCandidate, place: Cluster):
         self.row = row
         super().__init__(f"no setting fits: {too_large(row, place)}")
 
 
-def _order(row: Row) -> tuple:
+def _order(row: ScoredCandidate) -> tuple:
     """The fastest first; of equals the smallest, then the one that was configured, then the simplest."""
     return (round(row.step["step_seconds"], 9), row.footprint.peak // 2**22, not row.own, row.candidate.stage)
 
 
-def _judge(rows: list[Row], place: Place) -> None:
+def _judge(rows: list[ScoredCandidate], place: Cluster) -> None:
     for row in rows:
         row.fits = needed(row.footprint.peak, place.ranks) <= place.capacity and _host_fits(row, place)
 
 
-def _host_fits(row: Row, place: Place) -> bool:
+def _host_fits(row: ScoredCandidate, place: Cluster) -> bool:
     return place.host is None or row.footprint.host * place.gpus <= place.host
 
 
-def pareto(rows: list[Row]) -> list[Row]:
+def pareto(rows: list[ScoredCandidate]) -> list[ScoredCandidate]:
     """Those than which none is smaller and as fast, by memory."""
-    front: list[Row] = []
+    front: list[ScoredCandidate] = []
     for row in sorted(rows, key=lambda r: (r.footprint.peak, *_order(r))):
         if not front or row.speed > front[-1].speed * (1 + 1e-9):
             front.append(row)
     return front
 
 
-def too_large(row: Row, place: Place) -> str:
+def too_large(row: ScoredCandidate, place: Cluster) -> str:
     """What a candidate needs, against what there is."""
     f = row.footprint
     if needed(f.peak, place.ranks) > place.capacity:
@@ -223,7 +223,7 @@ _IN_WORDS = {
 }
 
 
-def why(row: Row, chosen: Row, place: Place) -> str:
+def why(row: ScoredCandidate, chosen: ScoredCandidate, place: Cluster) -> str:
     """Why a candidate was not chosen, with numbers."""
     if row is chosen:
         return "chosen"
@@ -240,7 +240,7 @@ def why(row: Row, chosen: Row, place: Place) -> str:
     return f"{step / best - 1:.0%} slower ({(step - best) * 1e3:.2g} ms a step): {reasons}; {of_memory}"
 
 
-def closest(config: RunConfig, place: Place, assumed: Assumptions, nothing: NothingFits, jobs: Jobs) -> str:
+def closest(config: RunConfig, place: Cluster, assumed: Assumptions, nothing: NothingFits, jobs: ProfilerPool) -> str:
     """What the smallest candidate would fit on, computed: other GPUs, more nodes, smaller images."""
     ds, c = read_deepspeed_json(config), nothing.row.candidate
     dtype = model_dtype(ds)
@@ -265,7 +265,7 @@ def closest(config: RunConfig, place: Place, assumed: Assumptions, nothing: Noth
     kinds = set()
     for (what, _, cand, there), future in zip(asked, futures):
         kind = what.startswith("--")
-        row = Row(cand, future.result().footprint(), {})
+        row = ScoredCandidate(cand, future.result().footprint(), {})
         _judge([row], there)
         if row.fits and kind not in kinds:
             kinds.add(kind)

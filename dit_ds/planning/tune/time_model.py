@@ -14,7 +14,7 @@ from typing import Any
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 from dit_ds.models.sam import SIZES
-from dit_ds.planning.communication import Shape, fetched
+from dit_ds.planning.communication import ModuleTrace, fetched
 from dit_ds.planning.flops import Passes
 from dit_ds.planning.gpus import BANDWIDTH, known_gpu, require_peak
 from dit_ds.planning.scaling import Machine, Work
@@ -73,7 +73,7 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Counted:
+class FlopCounts:
     """What the run asks of a GPU, by activation checkpointing.
 
     Attributes:
@@ -84,7 +84,7 @@ class Counted:
 
     model_flops: int
     passes: dict[str, Passes]
-    shapes: dict[str, Shape]
+    shapes: dict[str, ModuleTrace]
 
     @property
     def trained(self) -> int:
@@ -128,7 +128,7 @@ class Predictor:
         UserError: an impossible assumption, an unknown GPU, or one that doesn't compute in the run's type.
     """
 
-    def __init__(self, config: RunConfig, ds: dict[str, Any], dtype: Any, counted: Counted, assumed: Assumptions):
+    def __init__(self, config: RunConfig, ds: dict[str, Any], dtype: Any, counted: FlopCounts, assumed: Assumptions):
         assumed.check()
         self.config, self.ds, self.dtype, self.counted, self.assumed = config, ds, dtype, counted, assumed
         self.rate = require_peak(assumed.machine.gpu, dtype) * assumed.machine.mfu

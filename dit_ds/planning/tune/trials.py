@@ -28,7 +28,7 @@ from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.files import read_json, write_json
 from dit_ds.planning.tune.candidates import Candidate
 from dit_ds.planning.tune.output import write_run
-from dit_ds.planning.tune.search import Found, Row
+from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
 _log = logging.getLogger("dit_ds")
 _TRY_AGAIN = 75  # a training that a signal stopped
@@ -69,7 +69,7 @@ def launcher(launch: str | None, nodes: int, gpus: int) -> tuple[str, ...]:
     return (sys.executable, *(torchrun if gpus > 1 else ()), "-m")
 
 
-def promising(rows: list[Row], count: int) -> list[Row]:
+def promising(rows: list[ScoredCandidate], count: int) -> list[ScoredCandidate]:
     """The fastest that fit; those that differ in their buckets alone only once."""
     seen, found = set(), []
     for row in rows:
@@ -80,7 +80,7 @@ def promising(rows: list[Row], count: int) -> list[Row]:
     return found[:count]
 
 
-def measure(found: Found, trials: Trials, config_path: str, config: RunConfig, ds: dict[str, Any]) -> None:
+def measure(found: SearchResult, trials: Trials, config_path: str, config: RunConfig, ds: dict[str, Any]) -> None:
     """Try the most promising ones; the fastest of them becomes the chosen one.
 
     Raises:
@@ -98,10 +98,10 @@ def measure(found: Found, trials: Trials, config_path: str, config: RunConfig, d
     rank(found)
 
 
-def rank(found: Found) -> None:
+def rank(found: SearchResult) -> None:
     """Order by what was measured, then by what was predicted; what failed comes after what fits."""
 
-    def order(row: Row) -> tuple:
+    def order(row: ScoredCandidate) -> tuple:
         if row.trial and row.trial["status"] == 0:
             return (0, -row.trial["samples_per_second"])
         return (1 if row.fits and not row.trial else 2 if row.trial else 3, 0)
