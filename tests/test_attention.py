@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.config.load import ModelConfig
+from dit_ds.config.schema import ModelConfig
 from dit_ds.errors import UserError
 from dit_ds.models import attention, attention_kernels
 from dit_ds.models.attention import BACKENDS, relative_position_attention

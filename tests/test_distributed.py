@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dit_ds.config.load import TrainConfig
+from dit_ds.config.schema import TrainConfig
 from dit_ds.distributed import set_environment
 from dit_ds.errors import UserError
 from dit_ds.training.schedule import learning_rate

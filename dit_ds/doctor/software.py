@@ -17,7 +17,8 @@ import torch
 from dit_ds.distributed import pick_device
 from dit_ds.doctor.check import GIB, Check, Context
 from dit_ds.engine import engine
-from dit_ds.models.attention import KERNELS, best_backend, relative_position_attention, why_not
+from dit_ds.models.attention import KERNELS, best_backend, relative_position_attention
+from dit_ds.models.attention_kernels import why_not
 
 _DEEPSPEED = (0, 19, 3)  # older ones fail on activation checkpointing with frozen parts under ZeRO-3
 

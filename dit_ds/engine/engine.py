@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dit_ds.config.load import TrainConfig
-from dit_ds.config.schema import RunConfig
+from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.distributed import World
 from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype

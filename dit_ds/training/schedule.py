@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dit_ds.config.load import TrainConfig
+from dit_ds.config.schema import TrainConfig
 
 
 def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:

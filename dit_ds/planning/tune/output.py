@@ -12,7 +12,7 @@ import yaml
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
-from dit_ds.planning.memory.plan import GIB
+from dit_ds.planning.gpus import GIB
 from dit_ds.planning.tune.candidates import Candidate
 from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
