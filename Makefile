@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lock clean
+.PHONY: setup demo lint test lock clean
 
 setup: $(VENV)/.installed
 
@@ -21,9 +21,14 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: setup
 	@$(PY) benchmarks/demo.py
 
-test: setup
+# style, types, and imports that run downwards only
+lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+test: lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
 lock:
