@@ -32,7 +32,7 @@ GOLDEN = ROOT / "tests/assets/losses.json"
 TOLERANCE = 1e-5  # relative, where processor or torch differ
 STEPS = 20
 _LIMIT = 300  # seconds for one run
-_PINNED = {
+PINNED = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2",
     "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
@@ -207,7 +207,7 @@ def _processor() -> str:
 def record(tree: Path) -> dict[str, Any]:
     """What `record_tree` finds in a tree, in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="golden_") as scratch:
-        environment = os.environ | _PINNED | {"PYTHONPATH": str(tree), "GOLDEN_FOLDER": scratch}
+        environment = os.environ | PINNED | {"PYTHONPATH": str(tree), "GOLDEN_FOLDER": scratch}
         subprocess.run([sys.executable, __file__], cwd=tree, env=environment, check=True)
         return json.loads((Path(scratch) / "golden.json").read_text())
 
