@@ -179,3 +179,15 @@ def test_former_modules_are_gone():
     imported = "|".join(re.escape(m) for m in FORMER_MODULES)
     pattern = re.compile(rf"\bdit_ds[./]({imported})\b")
     assert [str(f) for f in EVERY if f.exists() and f != Path(__file__) and pattern.search(f.read_text())] == []
+
+
+def test_former_configuration_keys_are_gone():
+    from dit_ds.config.load import RENAMED_KEYS
+
+    pattern = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, RENAMED_KEYS))})(?![\w(])")
+    kinds = (".py", ".yaml", ".md", ".sh", ".sbatch", ".env")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    says = ("dit_ds/config/load.py", "tests/test_validation.py", "tests/test_house.py")
+    found = [f for f in files if f.endswith(kinds) and f not in says and (ROOT / f).exists()
+             and pattern.search((ROOT / f).read_text())]  # fmt: skip
+    assert found == []
