@@ -18,7 +18,6 @@ import torch
 from dit_ds.planning.memory.tracker import LiveTensors
 
 RESULTS = Path(__file__).parent / "results"
-GIB = 2**30
 
 
 def synchronize(device: str) -> None:
@@ -111,13 +110,11 @@ def table(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str
 
 def plot(path: Path, rows: list[dict], label: Callable[[dict], str], title: str) -> None:
     """Speed-up and memory ratio of each row over the naive formulation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
     names = [label(r) for r in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.8 + 0.38 * len(rows)), sharey=True)
+    figure = Figure(figsize=(11, 0.8 + 0.38 * len(rows)))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, key, text in zip(
         axes, ("speedup", "memory_ratio"), ("times faster", "share of the memory kept for backward")
     ):

@@ -22,11 +22,11 @@ import common  # noqa: E402
 
 from dit_ds.config.load import load_config, merge, validate  # noqa: E402
 from dit_ds.config.schema import RunConfig  # noqa: E402
+from dit_ds.files import GIB  # noqa: E402
 from dit_ds.planning.memory import measure  # noqa: E402
 from dit_ds.planning.memory.estimate import predict  # noqa: E402
 from dit_ds.planning.memory.request import MemoryRequest  # noqa: E402
 
-GIB = 2**30
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 STAYS = ("parameters", "gradients", "optimizer", "average", "buffers")
 # (size, frozen encoders, checkpointing, batch on one GPU)

@@ -27,6 +27,7 @@ from dit_ds.config.load import validate  # noqa: E402
 from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.distributed import connect, disconnect  # noqa: E402
 from dit_ds.engine import engine as ds  # noqa: E402
+from dit_ds.files import GIB  # noqa: E402
 from dit_ds.models.build import build_model  # noqa: E402
 from dit_ds.models.losses import segmentation_loss  # noqa: E402
 from dit_ds.models.sam import SIZES  # noqa: E402
@@ -172,13 +173,13 @@ TIMED = {
     "naive": lambda r: f"{r['naive_seconds']:.2f}",
     "faster": lambda r: f"{r['speedup']:.2f}x",
     "MFU": lambda r: f"{r['mfu']:.0%}",
-    "kept GiB": lambda r: f"{r['saved_bytes'] / common.GIB:.2f}",
-    "naive kept": lambda r: f"{r['naive_saved_bytes'] / common.GIB:.2f}",
+    "kept GiB": lambda r: f"{r['saved_bytes'] / GIB:.2f}",
+    "naive kept": lambda r: f"{r['naive_saved_bytes'] / GIB:.2f}",
     "ratio": lambda r: f"{r['memory_ratio']:.2f}",
-    "peak GiB": lambda r: f"{r['peak_bytes'] / common.GIB:.2f}",
-    "naive peak": lambda r: f"{r['naive_peak_bytes'] / common.GIB:.2f}",
+    "peak GiB": lambda r: f"{r['peak_bytes'] / GIB:.2f}",
+    "naive peak": lambda r: f"{r['naive_peak_bytes'] / GIB:.2f}",
     "variants: time, kept": lambda r: ", ".join(
-        f"{n} {v['relative_seconds']:.2f}x" + (f", {v['saved_bytes'] / common.GIB:.2f} GiB" if v["saved_bytes"] else "")
+        f"{n} {v['relative_seconds']:.2f}x" + (f", {v['saved_bytes'] / GIB:.2f} GiB" if v["saved_bytes"] else "")
         for n, v in r["variants"].items()
     ),
 }

@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
 from dit_ds.config.load import load_config  # noqa: E402
 from dit_ds.engine.deepspeed_json import read_deepspeed_json  # noqa: E402
-from dit_ds.planning.memory.plan import GIB, needed  # noqa: E402
+from dit_ds.files import GIB  # noqa: E402
+from dit_ds.planning.memory.plan import needed  # noqa: E402
 from dit_ds.planning.tune import command, report  # noqa: E402
 from dit_ds.planning.tune.candidates import candidates  # noqa: E402
 from dit_ds.planning.tune.memory_model import ProfilerPool  # noqa: E402

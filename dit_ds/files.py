@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from dit_ds.errors import UserError
 
+GIB = 2**30  # bytes
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:

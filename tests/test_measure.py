@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, dit_ds, environment, refused
 from memory_worker import CountingAllocator, configuration
 
+from dit_ds.files import GIB
 from dit_ds.planning.memory import measure
 
-GIB = 2**30
 WORKER = ROOT / "tests/memory_worker.py"
 
 

@@ -13,8 +13,9 @@ from dit_ds.cli.entry import main
 from dit_ds.config.load import merge, validate
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
+from dit_ds.files import GIB
 from dit_ds.paper import table8, table8_report
-from dit_ds.planning.gpus import GIB, parse_memory
+from dit_ds.planning.gpus import parse_memory
 from dit_ds.planning.memory import plan, worker
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest

@@ -19,10 +19,11 @@ from dit_ds.config.load import load_config
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import RunFailed
+from dit_ds.files import GIB
 from dit_ds.planning import flops
 from dit_ds.planning.communication import ModuleTrace
 from dit_ds.planning.gpus import BANDWIDTH, MEMORY_GIB, PEAKS, memory_gib
-from dit_ds.planning.memory.plan import GIB, needed
+from dit_ds.planning.memory.plan import needed
 from dit_ds.planning.scaling import Machine
 from dit_ds.planning.tune import candidates as space
 from dit_ds.planning.tune import command, report, search, trials
@@ -210,7 +211,7 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
     ds = read_deepspeed_json(config)
     found = chosen(search.Cluster(2, 4, 60 * GIB))
     found.own = found.rows[2]
-    written = files.write(tmp_path / "tune", found, str(base), config, ds)
+    written = files.write(tmp_path / "tune", found, str(base), config, ds, started=0)["files"]
     assert (tmp_path / "tune/pareto.png").read_bytes()[:4] == b"\x89PNG"
     line = shlex.split((tmp_path / "tune/sbatch.txt").read_text())
     assert line[:4] == ["sbatch", "--nodes=2", "--gpus-per-node=4", "slurm/train.sbatch"]

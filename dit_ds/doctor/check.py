@@ -22,7 +22,6 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
 from dit_ds.errors import UserError
 
-GIB = 2**30
 THREAD = "dit-ds check"  # the name of the threads that checks run in
 CHECK_SECONDS = 60  # that one check may take: the first import on a cold network file system is slow
 

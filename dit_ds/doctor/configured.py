@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit_ds.doctor.check import GIB, Check, Context
+from dit_ds.doctor.check import Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
 from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error
+from dit_ds.files import GIB, full_disk_is_user_error
 
 
 def configuration(c: Context) -> Iterator[Check]:

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dit_ds.doctor.check import GIB, Check, Context
-from dit_ds.files import full_disk_is_user_error, usable_cores
+from dit_ds.doctor.check import Check, Context
+from dit_ds.files import GIB, full_disk_is_user_error, usable_cores
 
 _COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++"}
 _LOCK_IS_OLD = 600  # seconds; building one of DeepSpeed's operators takes about one minute

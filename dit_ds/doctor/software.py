@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from dit_ds.distributed import pick_device
-from dit_ds.doctor.check import GIB, Check, Context
+from dit_ds.doctor.check import Check, Context
 from dit_ds.engine import engine
+from dit_ds.files import GIB
 from dit_ds.models.attention import KERNELS, best_backend, relative_position_attention
 from dit_ds.models.attention_kernels import why_not
 

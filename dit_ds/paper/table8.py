@@ -19,8 +19,9 @@ from tqdm import tqdm
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import RunFailed, UserError
+from dit_ds.files import GIB
 from dit_ds.paper.tables import TABLE_8, MemoryRow
-from dit_ds.planning.gpus import GIB, require_peak
+from dit_ds.planning.gpus import require_peak
 from dit_ds.planning.memory import plan
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.measure import in_process

@@ -81,10 +81,7 @@ def write(result: dict[str, Any], folder: str | Path) -> list[str]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The paper's figure of each row beside the predicted ones, and the measured where there are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
     rows = [r for r in result["rows"] if r["paper_gb"]]
     of_paper = {(r["method"], r["visual"], r["text"]): r["paper_gb"] for r in rows}
@@ -99,7 +96,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             }
             label = "share of 4 or 8 GPUs" if reading == "inferred" else "whole batch on one GPU"
             bars[f"{form}, {label}"] = (color, [of.get(key, 0.0) for key in of_paper])
-    figure, axis = plt.subplots(figsize=(11, 5))
+    figure = Figure(figsize=(11, 5))
+    axis = figure.subplots()
     width = 0.8 / len(bars)
     for i, (label, (color, values)) in enumerate(bars.items()):
         places = [k + (i - (len(bars) - 1) / 2) * width for k in range(len(names))]
@@ -113,7 +111,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -7,8 +7,7 @@ import re
 import torch
 
 from dit_ds.errors import UserError
-
-GIB = 2**30
+from dit_ds.files import GIB
 
 # Dense TFLOP/s from the vendors' data sheets (where those give sparse ones, half of them): bf16, fp16, tf32, fp32.
 # On GeForce, 16-bit products are summed in fp32, as PyTorch does. A plain name is the SXM module where there is one.
@@ -80,7 +79,7 @@ def memory_of(device_name: str) -> float:
         raise UserError(
             f"GPU '{device_name}' is not known: choose one of {', '.join(PEAKS)}, or say --gpu-memory 80GiB"
         )
-    return found * 2**30
+    return found * GIB
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

@@ -29,14 +29,13 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision
 from dit_ds.errors import RunFailed, UserError
+from dit_ds.files import GIB
 from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory import timeline
 from dit_ds.planning.memory.abort import AbortChannel
 from dit_ds.planning.memory.allocator_counters import Allocator, CudaAllocator, Meter
 from dit_ds.planning.memory.profiled_step import Steps
 from dit_ds.planning.memory.tracker import MemoryTracker, Profile
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dit_ds.engine.batch_split import _dividing
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
-from dit_ds.planning.gpus import GIB
+from dit_ds.files import GIB
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 from dit_ds.planning.memory.timeline import draw, require

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write
+from dit_ds.files import GIB, atomic_write
 from dit_ds.planning.memory.tracker import CATEGORIES, Profile
 
-GIB = 2**30
 # Okabe and Ito's colours, which people who see red and green alike can tell apart; from the bottom: what stays, first
 _COLOURS = {
     "parameters": "#0072B2",

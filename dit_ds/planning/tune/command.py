@@ -12,7 +12,6 @@ from typing import Any
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import RunFailed, UserError
-from dit_ds.files import write_json
 from dit_ds.planning.gpus import known_gpu, memory_of, parse_memory
 from dit_ds.planning.tune import output as files
 from dit_ds.planning.tune import trials
@@ -83,9 +82,7 @@ def tune(request: Request) -> tuple[dict[str, Any], SearchResult]:
     if request.measure:
         how = trials.Trials(out / "trials", request.count, request.steps, launch, request.again)
         trials.measure(found, how, request.config_path, config, ds)
-    written = files.write(out, found, request.config_path, config, ds)
-    result = files.summary(found) | {"files": written, "seconds": round(time.monotonic() - start, 1)}
-    write_json(out / "candidates.json", result)
+    result = files.write(out, found, request.config_path, config, ds, started=start)
     return result, found
 
 
@@ -112,7 +109,7 @@ def _of_this_machine() -> tuple[str, float | None]:
 def _that_run_here(among: list[Candidate], config: RunConfig, ds: dict[str, Any]) -> list[Candidate]:
     """Without those whose attention kernel this machine hasn't."""
     code = (
-        "import sys, torch; import dit_ds.models.dit_sam; from dit_ds.engine import dtype; "
+        "import sys, torch; "
         "from dit_ds.models.attention_kernels import KERNELS, why_not; "
         "device = 'cuda' if torch.cuda.is_available() else 'cpu'; of = getattr(torch, sys.argv[1]); "
         "print(*(k for k in sys.argv[2:] if k in KERNELS and why_not(k, device, of)))"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import yaml
 
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
-from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
-from dit_ds.planning.gpus import GIB
+from dit_ds.files import GIB, atomic_write, full_disk_is_user_error, write_json
 from dit_ds.planning.tune.candidates import Candidate
 from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
@@ -93,9 +93,15 @@ def summary(found: SearchResult) -> dict[str, Any]:
     }
 
 
-def write(out: Path, found: SearchResult, config_path: str, config: RunConfig, ds: dict[str, Any]) -> dict[str, str]:
-    """Write all files; return their paths by what they are.
+def write(
+    out: Path, found: SearchResult, config_path: str, config: RunConfig, ds: dict[str, Any], *, started: float
+) -> dict[str, Any]:
+    """Write all files.
 
+    Args:
+        started: `time.monotonic()` at the start of the search.
+    Returns:
+        `summary` with `files` (paths by name, and the sbatch line) and `seconds`, as candidates.json has it.
     Raises:
         UserError: the folder can't be written.
     """
@@ -103,20 +109,20 @@ def write(out: Path, found: SearchResult, config_path: str, config: RunConfig, d
         overrides = write_run(out, found.chosen.candidate, config_path, config, ds)
         line = sbatch_line(overrides, found, config.run_dir)
         (out / "sbatch.txt").write_text(line + "\n")
-        write_json(out / "candidates.json", summary(found))
         plot(out / "pareto.png", found)
-    names = ("deepspeed.json", "overrides.yaml", "sbatch.txt", "candidates.json", "pareto.png")
-    return {name: str(out / name) for name in names} | {"sbatch": line}
+        names = ("deepspeed.json", "overrides.yaml", "sbatch.txt", "candidates.json", "pareto.png")
+        files = {name: str(out / name) for name in names} | {"sbatch": line}
+        result = summary(found) | {"files": files, "seconds": round(time.monotonic() - started, 1)}
+        write_json(out / "candidates.json", result)
+    return result
 
 
 def plot(path: Path, found: SearchResult) -> None:
     """Memory against predicted speed: the front, the chosen one, in grey what does not fit."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
 
     def points(rows: list[ScoredCandidate]) -> tuple[list[float], list[float]]:
         return [found.memory(r) / GIB for r in rows], [r.speed for r in rows]
@@ -151,7 +157,6 @@ def plot(path: Path, found: SearchResult) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with atomic_write(path) as f:
         figure.savefig(f, dpi=130, format="png")
-    plt.close(figure)
 
 
 def _by_setting(row: ScoredCandidate) -> str:

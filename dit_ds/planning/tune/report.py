@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_ds.planning.gpus import GIB
+from dit_ds.files import GIB
 from dit_ds.planning.tune.candidates import BUCKETS
 from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 

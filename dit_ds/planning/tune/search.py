@@ -13,8 +13,9 @@ from typing import Any
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
 from dit_ds.errors import RunFailed, UserError
+from dit_ds.files import GIB
 from dit_ds.planning.gpus import MEMORY_GIB, known_gpu, peak_flops, require_peak
-from dit_ds.planning.memory.plan import GIB, needed
+from dit_ds.planning.memory.plan import needed
 from dit_ds.planning.tune.candidates import Candidate, candidates, configured_candidate
 from dit_ds.planning.tune.memory_model import Footprint, ProfilerPool
 from dit_ds.planning.tune.time_model import Assumptions, Predictor

@@ -8,7 +8,7 @@ kernels, the optimizer's update, and what offload moves over PCIe and through ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dit_ds.config.schema import RunConfig
@@ -202,8 +202,3 @@ class Predictor:
         keys = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
         fetches, _ = fetched(shape, *(zero[f"stage3_{key}"] for key in keys))
         return sum(shape.sizes[p] * times for (p, _), times in fetches.items())
-
-
-def with_gpus(machine: Machine, gpus: int) -> Machine:
-    """The machine with so many GPUs a node."""
-    return replace(machine, gpus_per_node=gpus)
