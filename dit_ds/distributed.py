@@ -127,9 +127,17 @@ def gather_values(values: list[float], device: torch.device) -> torch.Tensor:
     return torch.stack(rows).cpu()
 
 
-def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """The mean of each value over the ranks."""
-    return gather_values(values, device).mean(0).tolist()
+def connect_store(world: World) -> dist.TCPStore:
+    """A key-value store served by rank 0 on a free port, for threads that must not use the process group. Collective.
+
+    A request waits at most 60 s for its answer, then raises `torch.distributed.DistStoreError`.
+    """
+    address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=60)
+    server = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False) if world.main else None
+    port = gather_objects(server.port if server else None)[0]
+    store = server or dist.TCPStore(address, port, None, False, timeout)
+    gather_objects(None)  # rank 0 may end soon: its store has to stay until all ranks are connected
+    return store
 
 
 def all_or_none(error: Exception | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from conftest import MINILM, ROOT
 
 from dit_ds.config.load import validate
-from dit_ds.distributed import connect, disconnect, mean_over_ranks
+from dit_ds.distributed import connect, disconnect, gather_values
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.models import attention
@@ -128,7 +128,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
     }
     if plain:
         want_losses, want, want_average = plain_adamw(build_model(config), config, steps, nan_at)
-        mean_losses = mean_over_ranks(losses, world.device)
+        mean_losses = gather_values(losses, world.device).mean(0).tolist()
         result["loss_error"] = max(abs(a - b) / b for a, b in zip(mean_losses, want_losses) if b == b)
         result["weight_error"] = max((state[n] - want[n]).abs().max().item() for n in want)
     if plain and config.train.ema_decay:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
-import os
 import socket
 import threading
 import time
 
 import torch.distributed as dist
 
-from dit_ds.distributed import World, gather_objects
+from dit_ds.distributed import World, connect_store
 
 _log = logging.getLogger("dit_ds")
 
@@ -32,11 +30,7 @@ class Watchdog:
         self.world, self.seconds = world, seconds
         self._passed, self._step, self._what, self._since = 0, 0, "starting", time.time()
         self._over = threading.Event()
-        address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=60)
-        store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False) if world.main else None
-        port = gather_objects(store.port if store else None)[0]
-        self._store = store or dist.TCPStore(address, port, None, False, timeout)
-        gather_objects(None)  # rank 0 may have nothing to do: its store stays until all have come
+        self._store = connect_store(world)
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
         self._thread.start()
 

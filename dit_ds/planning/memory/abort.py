@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-import torch.distributed as dist
-
-from dit_ds.distributed import World, gather_objects
+from dit_ds.distributed import World, connect_store
 
 _POLL = 0.2  # seconds
 _SPEECH = datetime.timedelta(minutes=10)  # at most, to write a snapshot
@@ -29,11 +27,7 @@ class AbortChannel:
         self.world, self._over = world, threading.Event()
         if world.world_size == 1:
             return
-        address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=60)
-        store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False) if world.main else None
-        port = gather_objects(store.port if store else None)[0]
-        self._store = store or dist.TCPStore(address, port, None, False, timeout)
-        gather_objects(None)  # rank 0's store stays until all have come
+        self._store = connect_store(world)
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
         self._thread.start()
 
