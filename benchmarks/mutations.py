@@ -49,7 +49,9 @@ def make_set(folder: Path, images: int, seed: int) -> Path:
     for ref in refs:
         del ref["sentences"][1 + ref["ref_id"] % 4 :]
     refs_file.write_bytes(pickle.dumps(refs, protocol=2))
-    shard_refer(folder / "refer", folder / "refer/images/train2014", "refcoco", "unc", folder, {"train": 4}, 1)
+    shard_refer(
+        folder / "refer", folder / "refer/images/train2014", "refcoco", "unc", folder, shards={"train": 4}, processes=1
+    )
     return folder / "refcoco/unc"
 
 

@@ -26,18 +26,24 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a device, not a file: choose another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with full_disk_is_user_error(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_on_success(path) as temporary, open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def replace_on_success(path: Path) -> Iterator[Path]:
+    """The name of a temporary file beside `path`, renamed to `path` on success and removed on failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""Copy the shards that a training reads to this node's own disk; what is there already, and the same, is kept."""
+"""Copy the shards that a training run reads to this node's local disk, but for those that are there already."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import socket
 import sys
@@ -12,28 +11,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
+from dit_ds.files import replace_on_success
 
 
 def stage(source: Path, target: Path) -> tuple[int, int]:
-    """Make `target` hold what `source` holds; return how many files were copied, and of how many.
+    """Copy the files of `source` to `target`; return how many were copied, and how many there are.
 
-    Each file appears whole or not at all, and the manifest last, so that an interrupted copy is not taken for a set.
+    Each file appears complete or not at all, the manifest last, so that an interrupted copy is not taken for a set.
     """
     files = sorted(source.iterdir(), key=lambda f: f.name == "manifest.json")
     copied = 0
     for file in files:
         there = target / file.name
-        if there.exists() and _stamp(there) == _stamp(file):
+        if there.exists() and _size_and_time(there) == _size_and_time(file):
             continue
         target.mkdir(parents=True, exist_ok=True)
-        part = target / f".{file.name}.{os.getpid()}"
-        shutil.copy2(file, part)
-        os.replace(part, there)
+        with replace_on_success(there) as temporary:
+            shutil.copy2(file, temporary)
         copied += 1
     return copied, len(files)
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _size_and_time(file: Path) -> tuple[int, int]:
+    """Bytes, and seconds of the last change."""
     stat = file.stat()
     return stat.st_size, int(stat.st_mtime)
 

@@ -89,7 +89,7 @@ def test_an_image_has_the_refs_of_all_sets_and_each_mask_once(root):
 
 def test_bytes_do_not_depend_on_the_number_of_processes(root):
     for n in (1, 3):
-        shard_refer(root / "refer", root / "images", SETS, None, root / f"out{n}", {"train": 2}, processes=n)
+        shard_refer(root / "refer", root / "images", SETS, None, root / f"out{n}", shards={"train": 2}, processes=n)
     a, b = (root / f"out{n}" / SETS / "unc,unc,umd" for n in (1, 3))
     assert len(list(a.iterdir())) == 3
     assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}

@@ -21,7 +21,7 @@ from dit_ds.data.annotations.combine import load_source
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.data.loading.prompts import Prompts
-from dit_ds.data.masks import annotation_rle, decode_rle
+from dit_ds.data.masks import annotation_rle
 from dit_ds.data.shards.verify import verify_shards
 from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError
@@ -201,7 +201,7 @@ def masks_of(folder: Path, refer: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     for r in (r for r in grefs if r["split"] == "val"):
         height, width = images[r["image_id"]]["height"], images[r["image_id"]]["width"]
         rles = [annotation_rle(annotations[a], height, width) for a in r["ann_id"] if a != -1]
-        mask = decode_rle(coco.merge(rles)) > 0 if rles else np.zeros((height, width), bool)
+        mask = coco.decode(coco.merge(rles)) > 0 if rles else np.zeros((height, width), bool)
         truths.setdefault(r["image_id"], []).extend([mask] * len(r["sentences"]))
     pairs = []
     for image_id, of_image in truths.items():

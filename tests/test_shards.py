@@ -203,7 +203,7 @@ def test_a_shard_of_which_nothing_is_left(refer_tree, tmp_path):
         (tree / f"images/train2014/COCO_train2014_{i:012d}.jpg").write_bytes(b"gone")
     counts = {"val": sum(s == "val" for s in images.values())}
     folder = tmp_path / "refcoco/unc"
-    shard_refer(tree, tree / "images/train2014", "refcoco", "unc", tmp_path, counts, processes=1, skip_bad=True)
+    shard_refer(tree, tree / "images/train2014", "refcoco", "unc", tmp_path, shards=counts, processes=1, skip_bad=True)
     assert verify_shards(folder)["errors"] == []
     index = SplitIndex.load(folder, "val")
     assert len(index.images) == len(index.shards) - 1 == counts["val"] - 1

@@ -14,15 +14,16 @@ from pycocotools import mask as coco
 from dit_ds.cli.entry import main
 from dit_ds.data.stats import split_stats
 from dit_ds.errors import UserError
+from dit_ds.visualize.figures import draw_sheet
 
 
-def test_statistics_are_those_of_the_samples(shards, tmp_path):
+def test_statistics_are_those_of_the_samples(shards):
     folder = shards / "refcoco/unc"
     metas = [m for p in sorted(folder.glob("train-*.tar")) for _, m in read_samples(p).values()]
     refs = [(m, r) for m in metas for r in m["refs"]]
     texts = [s["sent"] for _, r in refs for s in r["sentences"]]
     areas = [int(coco.area(m["anns"][str(r["ann_ids"][0])]["rle"])) for m, r in refs]
-    found = split_stats(folder, "train", 1, tmp_path / "sheet.png")
+    found = split_stats(folder, "train", 1)
     lengths = [len(t.split()) for t in texts]
     words = found["words_per_expression"]
     assert (found["images"], found["refs"], found["expressions"]) == (len(metas), len(refs), len(texts))
@@ -40,13 +41,15 @@ def test_statistics_are_those_of_the_samples(shards, tmp_path):
     assert found["left_right_share"] == pytest.approx(len(sided) / len(texts)) and sided
     assert sum(s["images"] for s in found["image_sizes"]) == len(metas)
     assert found == split_stats(folder, "train", 3)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG" and min(sheet.size) > 600
-    before = (tmp_path / "sheet.png").read_bytes()
-    split_stats(folder, "train", 1, tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").read_bytes() == before
-    split_stats(folder, "train", 1, tmp_path / "sheet.png", seed=1)
-    assert (tmp_path / "sheet.png").read_bytes() != before
+
+
+def test_a_sheet_is_drawn_by_its_seed(folder, tmp_path):
+    sheets = [tmp_path / f"{n}.png" for n in range(3)]
+    for sheet, seed in zip(sheets, (0, 0, 1)):
+        draw_sheet(folder, "train", sheet, seed)
+    with Image.open(sheets[0]) as image:
+        assert image.format == "PNG" and min(image.size) > 600
+    assert sheets[0].read_bytes() == sheets[1].read_bytes() != sheets[2].read_bytes()
 
 
 def test_statistics_of_what_cannot_be_read(folder, capsys, refusal):

@@ -22,7 +22,7 @@ from dit_ds.data.loading.transforms import (
     resize_quickly,
     resized_shape,
 )
-from dit_ds.data.masks import decode_runs
+from dit_ds.data.masks import decode_rle
 from dit_ds.models.text_encoder import load_tokenizer
 
 
@@ -85,11 +85,11 @@ def test_evaluation_resizes_as_segment_anything(shape):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_runs_decode_as_pycocotools_decodes(seed):
+def test_rle_decodes_as_by_pycocotools(seed):
     rng = np.random.default_rng(seed)
     for mask in (blobs(seed, *rng.integers(1, 200, 2)), (rng.random(rng.integers(1, 40, 2)) < 0.5).astype(np.uint8)):
         rle = coco.encode(np.asfortranarray(mask))
-        np.testing.assert_array_equal(decode_runs(rle | {"counts": rle["counts"].decode()}), mask)
+        np.testing.assert_array_equal(decode_rle(rle | {"counts": rle["counts"].decode()}), mask)
 
 
 def painted(image: np.ndarray, drawn: SampledAugmentation) -> np.ndarray:

@@ -182,10 +182,10 @@ def test_splits_that_share_an_image(folder):
 
 
 def test_googles_splits_share_images_by_design():
-    assert official.sharing_is("refcocog", "google", ("train", "val")) == "design"
-    assert official.sharing_is("refcocog", "umd", ("train", "val")) == "error"
-    assert official.sharing_is("refclef", "unc", ("train", "testA")) == "error"
-    assert official.sharing_is("refclef", "unc", ("testA", "testC")) == "warning"
+    assert official.shared_images_severity("refcocog", "google", ("train", "val")) == "design"
+    assert official.shared_images_severity("refcocog", "umd", ("train", "val")) == "error"
+    assert official.shared_images_severity("refclef", "unc", ("train", "testA")) == "error"
+    assert official.shared_images_severity("refclef", "unc", ("testA", "testC")) == "warning"
 
 
 def rewrite_tar(path: Path, members: list[tuple[str, bytes]]) -> None:

@@ -99,13 +99,13 @@ def _data_shard(args: argparse.Namespace) -> int:
         args.dataset,
         args.split_by,
         args.out,
-        args.shards,
-        args.processes,
-        args.skip_bad,
-        args.overwrite,
-        args.legacy_overlap,
-        args.coco,
-        args.parquet,
+        shards=args.shards,
+        processes=args.processes,
+        skip_bad=args.skip_bad,
+        overwrite=args.overwrite,
+        legacy_overlap=args.legacy_overlap,
+        coco=args.coco,
+        parquet=args.parquet,
     )
     report(args, _totals(manifest))
     return 0
@@ -115,7 +115,7 @@ def _data_verify(args: argparse.Namespace) -> int:
     from dit_ds.data.shards import verify
 
     found = verify.verify_shards(args.folder, args.processes)
-    report(args, found, lambda: verify.lines(found))
+    report(args, found, lambda: verify.format_report(found))
     return 0 if found["ok"] else 1
 
 
@@ -130,5 +130,5 @@ def _data_stats(args: argparse.Namespace) -> int:
     found = stats.split_stats(args.folder, args.split, args.processes)
     if args.sheet:
         draw_sheet(args.folder, args.split, args.sheet, args.seed)
-    report(args, found, lambda: stats.lines(found))
+    report(args, found, lambda: stats.format_report(found))
     return 0

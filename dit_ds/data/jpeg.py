@@ -1,47 +1,54 @@
-"""JPEG files: decoded, and measured by their headers."""
+"""JPEG decoding and JPEG headers: simplejpeg, with Pillow for the files that simplejpeg refuses."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 
 def decode_jpeg(data: bytes, fast: bool = False) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, bit-equal whichever decoder does it. EXIF rotation is not applied.
+    """(H, W, 3) uint8 RGB, bit-equal with either decoder. EXIF rotation is not applied.
 
     Args:
-        fast: with libjpeg's quicker inverse DCT and chroma upsampling: off by a few levels, not for evaluation.
+        data: a JPEG file.
+        fast: use libjpeg's fast inverse DCT and chroma upsampling, off by a few levels: for training only.
     Raises:
-        ValueError: the bytes are no whole JPEG.
+        ValueError: the bytes are no complete JPEG.
     """
     import simplejpeg
 
     try:
         if simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
-            raise ValueError("CMYK")  # of which simplejpeg makes an RGB one level off, or none
+            raise ValueError("CMYK")  # simplejpeg converts it one level off, or not at all
         return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=fast, fastupsample=fast)
-    except ValueError as first:
-        try:  # rarities that simplejpeg leaves to others
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except OSError:
-            raise ValueError(str(first)) from None
+    except ValueError as refusal:
+        with _opened_by_pillow(data, refusal) as image:
+            return np.asarray(image.convert("RGB"))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width by the header.
+    """Height and width in pixels, from the header alone.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no JPEG header.
     """
     import simplejpeg
 
     try:
         return simplejpeg.decode_jpeg_header(data)[:2]
-    except ValueError as first:
-        try:  # what `decode_jpeg` leaves to Pillow
-            width, height = Image.open(io.BytesIO(data)).size
-        except (OSError, SyntaxError, Image.DecompressionBombError):
-            raise ValueError(str(first)) from None
-        return height, width
+    except ValueError as refusal:
+        with _opened_by_pillow(data, refusal) as image:
+            return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened_by_pillow(data: bytes, refusal: ValueError) -> Iterator[Image.Image]:
+    """The image as Pillow opens it; whatever Pillow raises becomes simplejpeg's `refusal`, which names the cause."""
+    try:
+        yield Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(str(refusal)) from None

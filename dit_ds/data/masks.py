@@ -1,4 +1,4 @@
-"""Compressed COCO RLE without its pixels: run lengths, and from them whether it is whole and how large the mask is."""
+"""Masks as compressed COCO RLE: from annotations to RLE, from RLE to run lengths and to pixels."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import numpy as np
 
 from dit_ds.errors import UserError
 
+_MAX_CORNER_DISTANCE = 10  # of a polygon's corner from the origin, in multiples of the image's longer side
+
 
 def run_lengths(rle: dict[str, Any]) -> np.ndarray:
-    """(runs,) int64: lengths of the runs down the columns, of zeros and of ones in turn; ones are at [1::2].
+    """(runs,) int64: lengths of the runs in column-major order, zeros and ones in turn; the runs of ones are [1::2].
 
-    Source: pycocotools' `rleFrString`. Five bits a character from the lowest on, bit 5 says that more follow, the sign
-    is in the last one's bit 4; from the fourth run on it is the difference to the run before the last.
+    Source: pycocotools' `rleFrString`. A run is written as characters of six bits, lowest bits first: bits 0 to 4 are
+    data, bit 5 says that another character follows, and bit 4 of the last one is the sign. From the fourth run on the
+    value is the difference to the run two before it.
 
+    Args:
+        rle: `{"size": [H, W], "counts": str}`.
     Raises:
-        ValueError: it is no compressed RLE, or its runs don't fill its size; pycocotools would read or write past its
-            end.
+        ValueError: it is no compressed RLE, or its runs don't add up to H x W pixels; pycocotools would read or write
+            out of bounds.
     """
     height, width = rle["size"]
     if not isinstance(rle["counts"], str) or not rle["counts"].isascii():
@@ -27,11 +32,11 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     if not len(last) or last[-1] != len(digits) - 1 or digits.min() < 0 or digits.max() > 63:
         raise ValueError("its mask is no compressed RLE")
     first = np.concatenate([[0], last[:-1] + 1])
-    place = np.arange(len(digits)) - np.repeat(first, last - first + 1)
-    if place.max() > 7:  # more bits than any image has pixels
+    position = np.arange(len(digits)) - np.repeat(first, last - first + 1)  # of a digit in its number
+    if position.max() > 7:  # more bits than any image has pixels
         raise ValueError("its mask is no compressed RLE")
-    runs = np.add.reduceat((digits & 31) << (5 * place), first)
-    runs -= np.where(digits[last] & 16, np.int64(1) << (5 * (place[last] + 1)), 0)
+    runs = np.add.reduceat((digits & 31) << (5 * position), first)
+    runs -= np.where(digits[last] & 16, np.int64(1) << (5 * (position[last] + 1)), 0)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     if (runs < 0).any() or runs.sum() != height * width:
@@ -39,16 +44,19 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     return runs
 
 
-def decode_runs(rle: dict[str, Any]) -> np.ndarray:
-    """(H, W) uint8 of 0 and 1, column by column in memory, as pycocotools decodes it."""
+def decode_rle(rle: dict[str, Any]) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1 in column-major memory, as pycocotools decodes it.
+
+    Args:
+        rle: `{"size": [H, W], "counts": str}`.
+    Raises:
+        ValueError: as of `run_lengths`.
+    """
     height, width = rle["size"]
-    flat, ends = np.zeros(height * width, np.uint8), np.cumsum(run_lengths(rle)).tolist()
+    pixels, ends = np.zeros(height * width, np.uint8), np.cumsum(run_lengths(rle)).tolist()
     for start, end in zip(ends[::2], ends[1::2]):
-        flat[start:end] = 1
-    return flat.reshape(width, height).T
-
-
-_FARTHEST = 10  # times the picture's longer side, a corner may lie from its origin
+        pixels[start:end] = 1
+    return pixels.reshape(width, height).T
 
 
 class UnusableRecord(UserError):
@@ -57,22 +65,24 @@ class UnusableRecord(UserError):
 
 def annotation_rle(annotation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, the union of its parts."""
-    return unite(annotation, height, width)[0]
+    return merge_parts(annotation, height, width)[0]
 
 
-def unite(
+def merge_parts(
     annotation: dict[str, Any], height: int, width: int, legacy_overlap: bool = False
 ) -> tuple[dict[str, Any], bool]:
     """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, and whether its parts overlap.
 
-    Takes the three encodings found in the wild: polygons, a list of RLE dicts (refclef), one dict (crowd). Parts are
-    united: where polygons overlap the pixel counts once.
+    Reads the three encodings of COCO and REFER: polygons, a list of RLE dicts (refclef), one RLE dict (crowd). The mask
+    is the union of its parts: where polygons overlap the pixel counts once.
 
     Args:
-        legacy_overlap: pixels that several parts cover become background, as for LAVT and LISA, which sum the parts'
-            masks and take the ones.
+        annotation: COCO's.
+        height, width: of its image, in pixels.
+        legacy_overlap: pixels that several parts cover become background, as in LAVT's and LISA's code, which sums the
+            parts' masks and selects the value 1.
     Raises:
-        UnusableRecord: there is no polygon or run in it that encloses anything.
+        UnusableRecord: its mask is empty, of another size than the image, or can't be read.
     """
     from pycocotools import mask as coco
 
@@ -94,16 +104,20 @@ def unite(
 
 
 def _parts(annotation: dict[str, Any], height: int, width: int) -> list[dict[str, Any]]:
-    """Each part of an annotation's mask as compressed RLE."""
+    """Each part of an annotation's mask as compressed RLE.
+
+    Raises:
+        UnusableRecord: pycocotools can't read it.
+    """
     from pycocotools import mask as coco
 
     segmentation = annotation.get("segmentation")
     parts: list[Any] = segmentation if isinstance(segmentation, list) else [segmentation]
-    # fewer than three corners enclose nothing, and pycocotools takes four numbers for a box
+    # fewer than three corners enclose no area, and pycocotools reads four numbers as a box
     parts = [p for p in parts if isinstance(p, dict) or (isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0)]
     try:
         rles = [_compressed(p, height, width) for p in parts]
-        coco.area(rles)  # reads each
+        coco.area(rles)  # raises where pycocotools can't read one
         return rles
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as e:
         raise UnusableRecord(f"annotation {annotation.get('id')}: its segmentation can't be read ({e})") from None
@@ -113,23 +127,16 @@ def _compressed(part: list[float] | dict[str, Any], height: int, width: int) -> 
     """One polygon or RLE as compressed RLE.
 
     Raises:
-        ValueError: what pycocotools would die of, or give a mask for that fills no picture.
+        ValueError: pycocotools would crash on it, or give a mask that is not height x width.
     """
     from pycocotools import mask as coco
 
     if isinstance(part, list):
-        # it walks along the whole outline
-        if not (np.abs(np.array(part, float)) <= _FARTHEST * max(height, width)).all():
+        # pycocotools takes time and memory in proportion to the outline's length
+        if not (np.abs(np.array(part, float)) <= _MAX_CORNER_DISTANCE * max(height, width)).all():
             raise ValueError("a corner is far outside the picture")
         return coco.frPyObjects([part], height, width)[0]
     rle = coco.frPyObjects([part], height, width)[0] if isinstance(part["counts"], list) else part
     counts = rle["counts"]
     run_lengths({"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts})
     return rle
-
-
-def decode_rle(rle: dict[str, Any]) -> np.ndarray:
-    """(H, W) uint8 of 0 and 1 from compressed COCO RLE."""
-    from pycocotools import mask as coco
-
-    return coco.decode(rle)

@@ -1,4 +1,4 @@
-"""One function over many things in forked processes."""
+"""Map a function over a sequence in forked worker processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from dit_ds.errors import RunFailed
 from dit_ds.files import usable_cores
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
-_call: Callable[[Any], Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_call: Callable[[Any], Any]  # in a worker process: set by `_init_worker`
 _items: Sequence[Any]
 
 
@@ -25,34 +26,41 @@ def forked_map(
     items: Sequence[Item],
     processes: int | None,
     label: str,
+    *,
     size: Callable[[Result], int] = lambda _: 1,
     total: int | None = None,
     unit: str = "shard",
+    chunksize: int = 1,
 ) -> Iterator[Result]:
-    """The results in the items' order, with a progress bar.
+    """Yield `call(item)` for each item, in the items' order, with a progress bar.
 
     Args:
-        call, items: inherited by the processes, so they may hold much and are never pickled.
-        processes: one a core by default; with 1 all is done in this process.
-        size: what a result adds to the bar.
-        total: what the bar counts to; by default the items.
-        unit: of the bar.
+        call, items: inherited through the fork and never pickled, so they may be large.
+        processes: number of workers, by default one a core; with 1 everything runs in this process.
+        label: shown before the progress bar.
+        size: by how much a result advances the bar.
+        total: the bar's total; by default the number of items.
+        unit: the bar's unit.
+        chunksize: items that a worker takes at once.
     Raises:
-        RunFailed: a process was ended from outside.
+        RunFailed: a worker process was killed.
     """
     workers = min(processes or usable_cores(), len(items))
+    results = map(call, items) if workers <= 1 else _map_in_workers(call, items, workers, chunksize)
     with tqdm(desc=label, total=len(items) if total is None else total, unit=unit, mininterval=1) as bar:
-        for result in map(call, items) if workers <= 1 else _in_processes(call, items, workers):
+        for result in results:
             bar.update(size(result))
             yield result
 
 
-def _in_processes(call: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def _map_in_workers(
+    call: Callable[[Item], Result], items: Sequence[Item], workers: int, chunksize: int
+) -> Iterator[Result]:
     gc.collect()
-    gc.freeze()  # the processes' collectors would write to, and so copy, every page of what they inherit
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (call, items))
+    gc.freeze()  # else garbage collection in the workers would write to, and so copy, every inherited page
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _init_worker, (call, items))
     try:
-        yield from pool.map(_run, range(len(items)))
+        yield from pool.map(_call_item, range(len(items)), chunksize=chunksize)
     except BrokenProcessPool:
         raise RunFailed(
             "a worker process was ended, for want of memory perhaps: run it again, with fewer --processes"
@@ -62,12 +70,12 @@ def _in_processes(call: Callable[[Item], Result], items: Sequence[Item], workers
         gc.unfreeze()
 
 
-def _start(call: Callable[[Any], Any], items: Sequence[Any]) -> None:
+def _init_worker(call: Callable[[Any], Any], items: Sequence[Any]) -> None:
     global _call, _items
     _call, _items = call, items
-    # Ctrl-C reaches the parent, which lets what is begun be finished
+    # Ctrl-C is handled by the parent, which waits for the items that are being worked on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _run(k: int) -> Any:
-    return _call(_items[k])
+def _call_item(i: int) -> Any:
+    return _call(_items[i])

@@ -1,4 +1,4 @@
-"""What is in a split: words, refs, masks and pictures in figures."""
+"""Statistics of a split: expressions, refs, masks and image sizes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,36 @@ from dit_ds.data.loading.transforms import swap_sides
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.shards.storage import local
 
-_SMALL, _LARGE = 32**2, 96**2  # pixels: COCO's small masks are below the first, its large ones from the second on
+_SMALL, _LARGE = (
+    32**2,
+    96**2,
+)  # pixels: COCO's small masks have fewer than the first, its large ones at least the second
 _QUANTILES = (5, 25, 50, 75, 95)
-_WORDS = 30
+_WORDS = 30  # frequent words to report
 
 
 @dataclass
-class _Seen:
-    """What one shard's JSON members say; each list has an entry an expression, a ref or an image."""
+class _ShardCounts:
+    """Counts from one shard's JSON members.
 
-    words: list[int] = field(default_factory=list)  # of each expression
-    expressions: list[int] = field(default_factory=list)  # of each ref
-    refs: list[int] = field(default_factory=list)  # of each image
-    areas: list[tuple[int, int]] = field(default_factory=list)  # of each ref that has a target: its pixels, all pixels
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # of each image: width, height
-    common: collections.Counter[str] = field(default_factory=collections.Counter)
-    sided: int = 0  # expressions with a word for left or right
+    Attributes:
+        words: of each expression.
+        expressions: of each ref.
+        refs: of each image.
+        areas: of each ref with a target: pixels of its mask, pixels of the image.
+        sizes: of each image: width, height.
+        frequencies: of each word.
+        sided: expressions that mention left or right.
+        no_target: refs without target.
+    """
+
+    words: list[int] = field(default_factory=list)
+    expressions: list[int] = field(default_factory=list)
+    refs: list[int] = field(default_factory=list)
+    areas: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    frequencies: collections.Counter[str] = field(default_factory=collections.Counter)
+    sided: int = 0
     no_target: int = 0
 
 
@@ -40,65 +54,66 @@ def split_stats(
     split: str = "train",
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Figures of one split, from its JSON members; no picture is read.
+    """Statistics of one split, from its JSON members; no image is read.
 
     Args:
-        processes: to read shards in, by default one a core.
+        folder: as data_shards/refcoco/unc.
+        processes: that read shards, by default one a core.
     Returns:
         `split, images, refs, expressions, no_target`; `words_per_expression`, `expressions_per_ref`, `refs_per_image`
-        (mean, median, p95, max, histogram); `mask_share` (quantiles of a mask's share of its picture), `mask_sizes`
+        (mean, median, p95, max, histogram); `mask_share` (quantiles of a mask's share of its image), `mask_sizes`
         (shares of COCO's small, medium and large); `image_sizes`, `frequent_words`, `left_right_share`.
     Raises:
-        UserError: no such set or split, or a damaged sample.
+        UserError: no such dataset or split, or a damaged sample.
     """
     index = SplitIndex.load(local(folder), split)
     shards = list(range(len(index.shards)))
-    seen = list(forked_map(functools.partial(_read_shard, index), shards, processes, "stats"))
-
-    def every(name: str) -> list[Any]:
-        return [x for s in seen for x in getattr(s, name)]
-
-    areas = np.array(every("areas"), np.int64).reshape(-1, 2)
+    counts = list(forked_map(functools.partial(_count_shard, index), shards, processes, "stats"))
+    areas = np.array([x for c in counts for x in c.areas], np.int64).reshape(-1, 2)
     expressions = len(index.sentences)
-    common = sum((s.common for s in seen), collections.Counter())
-    sizes = [list(x) for x in sorted(collections.Counter(every("sizes")).items(), key=lambda x: (-x[1], x[0]))]
-    out = {
+    frequencies: collections.Counter[str] = sum((c.frequencies for c in counts), collections.Counter())
+    sizes = collections.Counter(x for c in counts for x in c.sizes)
+    return {
         "split": split, "images": len(index.images), "refs": len(index.refs), "expressions": expressions,
-        "no_target": sum(s.no_target for s in seen),
-        "words_per_expression": _distribution(every("words")),
-        "expressions_per_ref": _distribution(every("expressions")),
-        "refs_per_image": _distribution(every("refs")),
+        "no_target": sum(c.no_target for c in counts),
+        "words_per_expression": _distribution([n for c in counts for n in c.words]),
+        "expressions_per_ref": _distribution([n for c in counts for n in c.expressions]),
+        "refs_per_image": _distribution([n for c in counts for n in c.refs]),
         "mask_share": _quantiles(areas[:, 0] / areas[:, 1]),
-        "mask_sizes": _shares(areas[:, 0]),
-        "image_sizes": [{"width": w, "height": h, "images": n} for (w, h), n in sizes[:10]],
-        "frequent_words": sorted(common.items(), key=lambda x: (-x[1], x[0]))[:_WORDS],
-        "left_right_share": sum(s.sided for s in seen) / max(1, expressions),
+        "mask_sizes": _size_shares(areas[:, 0]),
+        "image_sizes": [{"width": w, "height": h, "images": n} for (w, h), n in _by_frequency(sizes)[:10]],
+        "frequent_words": _by_frequency(frequencies)[:_WORDS],
+        "left_right_share": sum(c.sided for c in counts) / max(1, expressions),
     }  # fmt: skip
-    return out
 
 
-def _read_shard(index: SplitIndex, shard: int) -> _Seen:
-    reader, seen = MemberReader(index), _Seen()
+def _by_frequency(counter: collections.Counter[Any]) -> list[tuple[Any, int]]:
+    """Items and counts, the most frequent first, then in the items' order."""
+    return sorted(counter.items(), key=lambda x: (-x[1], x[0]))
+
+
+def _count_shard(index: SplitIndex, shard: int) -> _ShardCounts:
+    reader, counts = MemberReader(index), _ShardCounts()
     for image in np.flatnonzero(index.images[:, 0] == shard).tolist():
         meta = index.parse(image, reader.read(image, JSON))
-        seen.sizes.append((meta["width"], meta["height"]))
-        seen.refs.append(len(meta["refs"]))
+        counts.sizes.append((meta["width"], meta["height"]))
+        counts.refs.append(len(meta["refs"]))
         for ref in meta["refs"]:
-            seen.expressions.append(len(ref["sentences"]))
+            counts.expressions.append(len(ref["sentences"]))
             if ref["ann_ids"]:
-                seen.areas.append((_area(meta, ref), meta["width"] * meta["height"]))
+                counts.areas.append((_area(meta, ref), meta["width"] * meta["height"]))
             else:
-                seen.no_target += 1
+                counts.no_target += 1
             for sentence in ref["sentences"]:
                 words = sentence["sent"].split()
-                seen.words.append(len(words))
-                seen.common.update(words)
-                seen.sided += swap_sides(sentence["sent"]) != sentence["sent"]
-    return seen
+                counts.words.append(len(words))
+                counts.frequencies.update(words)
+                counts.sided += swap_sides(sentence["sent"]) != sentence["sent"]
+    return counts
 
 
 def _area(meta: dict[str, Any], ref: dict[str, Any]) -> int:
-    """Pixels of the union of what a ref means."""
+    """Pixels of the union of a ref's masks."""
     from pycocotools import mask as coco
 
     return int(coco.area(coco.merge([meta["anns"][str(a)]["rle"] for a in ref["ann_ids"]])))
@@ -117,14 +132,14 @@ def _quantiles(shares: np.ndarray) -> dict[str, float]:
     return {f"p{q}": float(x) for q, x in zip(_QUANTILES, np.percentile(shares, _QUANTILES))}
 
 
-def _shares(areas: np.ndarray) -> dict[str, float]:
+def _size_shares(areas: np.ndarray) -> dict[str, float]:
     small, large = (areas < _SMALL).sum(), (areas >= _LARGE).sum()
     counts = {"small": small, "medium": len(areas) - small - large, "large": large}
     return {k: float(n / max(1, len(areas))) for k, n in counts.items()}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The figures for people."""
+def format_report(found: dict[str, Any]) -> list[str]:
+    """The result of `split_stats` as text lines."""
     words, sizes, share = found["words_per_expression"], found["mask_sizes"], found["mask_share"]
     spread = ", ".join(f"{100 * x:.1f}% at {k}" for k, x in share.items())
     pictures = ", ".join(f"{s['width']}x{s['height']} ({s['images']})" for s in found["image_sizes"][:5])
@@ -147,7 +162,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _bars(histogram: dict[str, int]) -> list[str]:
-    """A line for each number of words, as far as 20."""
+    """A bar chart of the number of words, up to 20."""
     most = max(histogram.values(), default=1)
     few = [(int(k), n) for k, n in histogram.items() if int(k) <= 20]
     return [f"  {k:3d} words {'#' * round(40 * n / most):40} {n}" for k, n in few]

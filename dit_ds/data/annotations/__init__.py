@@ -1,1 +1,1 @@
-"""Annotations as they are published: REFER, COCO, parquet; and combined."""
+"""Readers of published annotation files (REFER, gREFER, COCO, parquet), and the combination of several datasets."""

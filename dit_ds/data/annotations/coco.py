@@ -1,9 +1,9 @@
-"""A set of one's own: a COCO file with expressions in it.
+"""A user's own dataset: a COCO file with expressions in it.
 
 Beside COCO's `images` and `annotations` it has
 `"expressions": [{"image_id": 1, "annotation_ids": [5], "text": "the left dog", "split": "train"}, ...]`, where `text`
-may be a list of several that mean the same, several `annotation_ids` are meant together, and none, `[]`, says that
-nothing in the image fits.
+may be a list of several expressions of one target, several `annotation_ids` are one target together, and `[]` says that
+the expression has no target in the image.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from dit_ds.files import read_json, sha256_of
 
 
 def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
-    """Load it; an expression is a ref, its position the ref_id.
+    """Load the file; each entry of `expressions` becomes a ref, with its position as ref_id.
 
+    Args:
+        path: the JSON file.
+        dataset, split_by: the names to give it.
     Raises:
-        UserError: no such file, one without expressions, or an expression that lacks something.
+        UserError: no such file, no expressions in it, ids or file names of a wrong type, or an incomplete expression.
     """
     path = Path(path)
     file = read_json(path, "annotation file")
@@ -45,14 +48,19 @@ def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
                      "no_target": not ids, "sentences": sentences})  # fmt: skip
     splits = join(refs, images, annotations, path, "mend the expression or add what it names")
     description = describe(file)
-    return ReferTree(dataset, split_by, splits, {path.name: sha256_of(path)}, description, dataset)
+    sources = {path.name: sha256_of(path)}
+    return ReferTree(dataset, split_by, splits, sources, description=description, image_set=dataset)
 
 
 def _texts(path: Path, n: int, expression: Any) -> list[str]:
-    """The texts of expression `n`, after a look whether it has all that it must."""
-    kinds = {"image_id": int, "annotation_ids": list, "text": (str, list), "split": str}
-    for key, kind in kinds.items():
-        if not isinstance(expression, dict) or not isinstance(expression.get(key), kind):
+    """The texts of expression `n`.
+
+    Raises:
+        UserError: a key of it is missing or of a wrong type.
+    """
+    types: dict[str, Any] = {"image_id": int, "annotation_ids": list, "text": (str, list), "split": str}
+    for key, expected in types.items():
+        if not isinstance(expression, dict) or not isinstance(expression.get(key), expected):
             raise UserError(
                 f"{path}: expression {n} has no '{key}' as it should be: write {{image_id, annotation_ids, text, split}}"
             )

@@ -1,8 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as parquet files, without the REFER files: two forms that are about.
+"""RefCOCO, RefCOCO+ and RefCOCOg from parquet files instead of the REFER files, in two schemas.
 
-`jxu124/refcoco`, `refcocoplus`, `refcocog`: a row is a ref, with the annotation and the image's entry as JSON text.
-`jxu124/refcoco-benchmark`: a row is an image, with the picture and a list of refs; no train split. Pictures are joined
-by the image entry's file_name.
+`jxu124/refcoco`, `refcocoplus`, `refcocog`: a row is a ref, with its annotation and image entry as JSON text.
+`jxu124/refcoco-benchmark`: a row is an image, with its pixels and a list of refs; no train split. The pixels are not
+read: image files are found by the image entry's file_name.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dit_ds.data.annotations.refer import IMAGE_KEYS, IMAGE_SETS, ReferTree, joi
 from dit_ds.errors import UserError
 from dit_ds.files import sha256_of
 
-_PUBLISHED = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # how the files with a row a ref are split
-_ROWS = 512  # at once
+_PUBLISHED = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # splitBy of the files with one row a ref
+_ROWS = 512  # in memory at once
 _BY_REF = ["ref_id", "ann_id", "image_id", "split", "sentences", "raw_anns", "raw_image_info"]
 _BY_IMAGE = ["image_info", "ref_list"]
 _LMMS_LAB = {"question_id", "question", "answer", "segmentation"}
 
 
 def load_parquet(folder: str | Path, dataset: str, split_by: str) -> ReferTree:
-    """Load one dataset of a folder of parquet files, or of its subfolder `refcoco`, `refcocoplus` or `refcocog`.
+    """Load one dataset from a folder of parquet files, or from its subfolder `refcoco`, `refcocoplus` or `refcocog`.
 
     Raises:
-        UserError: pyarrow is missing; no such files; files that are damaged, of another form, or lmms-lab's.
+        UserError: pyarrow is missing, or the files are missing, damaged, of an unknown schema, or lmms-lab's.
     """
     folder = Path(folder)
     files = _files(folder, dataset)
@@ -36,35 +36,36 @@ def load_parquet(folder: str | Path, dataset: str, split_by: str) -> ReferTree:
     annotations: dict[int, dict[str, Any]] = {}
     sources = {}
     for file in files:
-        form = _form(file)
-        if form is _BY_IMAGE and not file.name.startswith(f"{dataset.replace('+', '_plus')}_{split_by}_"):
+        schema = _schema(file)
+        if schema is _BY_IMAGE and not file.name.startswith(f"{dataset.replace('+', '_plus')}_{split_by}_"):
             continue
-        if form is _BY_REF and _PUBLISHED.get(dataset, split_by) != split_by:
+        if schema is _BY_REF and _PUBLISHED.get(dataset, split_by) != split_by:
             raise UserError(f"{file} has the splits of {_PUBLISHED[dataset]}, not {split_by}: leave out --split-by")
         sources[file.name] = sha256_of(file)
-        for ref, annotation, image in _refs(file, form):
-            refs.append(ref | {"split": _split(ref["split"], split_by)})
+        for ref, annotation, image in _refs(file, schema):
+            refs.append(ref | {"split": _refer_split(ref["split"], split_by)})
             images[image["id"]] = image
             annotations[annotation["id"]] = annotation
     if not refs:
         raise UserError(f"no file {dataset.replace('+', '_plus')}_{split_by}_SPLIT-*.parquet in {files[0].parent}")
     splits = join(refs, images, annotations, files[0].parent, "fetch the files again")
-    return ReferTree(dataset, split_by, splits, sources, "parquet", IMAGE_SETS.get(dataset, dataset))
+    image_set = IMAGE_SETS.get(dataset, dataset)
+    return ReferTree(dataset, split_by, splits, sources, description="parquet", image_set=image_set)
 
 
 def _files(folder: Path, dataset: str) -> list[Path]:
-    own = folder / dataset.replace("+", "plus")
-    for place in (own, own / "data", folder, folder / "data"):
-        if files := sorted(place.glob("*.parquet")):
+    subfolder = folder / dataset.replace("+", "plus")
+    for candidate in (subfolder, subfolder / "data", folder, folder / "data"):
+        if files := sorted(candidate.glob("*.parquet")):
             return files
-    raise UserError(f"no parquet files in {folder} or {own}: --parquet must hold them, or data/ with them")
+    raise UserError(f"no parquet files in {folder} or {subfolder}: --parquet must hold them, or data/ with them")
 
 
-def _form(file: Path) -> list[str]:
-    """Which columns to read.
+def _schema(file: Path) -> list[str]:
+    """The columns to read, which tell the two schemas apart.
 
     Raises:
-        UserError: none of the known forms.
+        UserError: the file has neither.
     """
     columns = set(_open(file).schema_arrow.names)
     if columns.issuperset(_BY_REF):
@@ -79,12 +80,12 @@ def _form(file: Path) -> list[str]:
     raise UserError(f"{file} has no columns {', '.join(_BY_REF)}: use the REFER files or jxu124's parquet")
 
 
-def _refs(file: Path, form: list[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Each ref of a file, normalised, its annotation and its image; a few rows in memory at once, and no pictures."""
+def _refs(file: Path, schema: list[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Each ref of a file, normalised, with its annotation and image entry; `_ROWS` rows in memory at once."""
     try:
-        for batch in _open(file).iter_batches(_ROWS, columns=form):
+        for batch in _open(file).iter_batches(_ROWS, columns=schema):
             for row in batch.to_pylist():
-                for ref, annotation, image in _of_row(row, form):
+                for ref, annotation, image in _refs_of_row(row, schema):
                     if annotation["id"] != ref["ann_id"]:
                         raise ValueError(f"ref {ref['ref_id']} comes with annotation {annotation['id']}")
                     yield normalised_ref(ref), annotation, {k: image[k] for k in IMAGE_KEYS}
@@ -92,8 +93,8 @@ def _refs(file: Path, form: list[str]) -> Iterator[tuple[dict[str, Any], dict[st
         raise UserError(f"{file} is damaged ({type(e).__name__}: {str(e)[:100]}): fetch it again") from None
 
 
-def _of_row(row: dict[str, Any], form: list[str]) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    if form is _BY_REF:
+def _refs_of_row(row: dict[str, Any], schema: list[str]) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    if schema is _BY_REF:
         return [(row, json.loads(row["raw_anns"]), json.loads(row["raw_image_info"]))]
     return [(ref["ref_info"], ref["ann_info"], row["image_info"]) for ref in row["ref_list"]]
 
@@ -109,8 +110,8 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file} is no parquet file ({str(e)[:100]}): fetch it again") from None
 
 
-def _split(name: str, split_by: str) -> str:
-    """REFER's name of a split; the Hugging Face hub has others. By unc there are several tests, and no `test`."""
+def _refer_split(name: str, split_by: str) -> str:
+    """REFER's name for a split of the Hugging Face hub; unc has testA and testB, and no `test`."""
     if name == "validation":
         return "val"
     return "testA" if name == "test" and split_by == "unc" else name

@@ -1,7 +1,8 @@
-"""REFER and gREFER files to records: a restricted pickle, COCO annotations, and the joins between them.
+"""REFER and gREFER files to records: refs from a restricted pickle or JSON, joined with COCO annotations.
 
 The layout is `ROOT/{refcoco,refcoco+,refcocog,refclef}/{refs(SPLITBY).p,instances.json}`, and for gRefCOCO
-`ROOT/grefcoco/{grefs(SPLITBY).json or .p,instances.json}`. Readers of other files give the same records.
+`ROOT/grefcoco/{grefs(SPLITBY).json or .p,instances.json}`. The readers of other files return the same
+records.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ IMAGE_SETS = dict.fromkeys(["refcoco", "refcoco+", "refcocog", "grefcoco"], "coc
 IMAGE_SETS["refclef"] = "saiapr_tc-12"
 IMAGE_KEYS = ("id", "file_name", "height", "width")
 _REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
-_NO_TARGET = -1  # gRefCOCO's ann_id of an expression that nothing in the image fits
+_NO_TARGET = -1  # gRefCOCO's ann_id of an expression without a target in the image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of one split with what is said of it.
+    """One image of one split, with its refs and their annotations.
 
     Attributes:
-        image: of COCO's image entry `id`, `file_name`, `height`, `width`.
-        refs: the split's refs of this image, by ref_id: `ref_id`, `ann_ids` (those whose masks together are meant),
-            `no_target` (none is), `sentences` of `sent_id`, `raw` and `sent`; in a combined set `dataset`, too.
-        annotations: COCO's annotations that those refs point at, by ann_id.
+        image: COCO's image entry, reduced to `id`, `file_name`, `height`, `width`.
+        refs: the split's refs of this image in order of ref_id, each with `ref_id`, `ann_ids` (the target is the union
+            of their masks), `no_target` (there is none), `sentences` with `sent_id`, `raw` and `sent`, and in a combined
+            dataset `dataset`.
+        annotations: COCO's annotations that the refs name, by ann_id.
     """
 
     image: dict[str, Any]
@@ -45,15 +47,16 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ReferTree:
-    """A loaded set, whatever its files were.
+    """A loaded dataset, independent of the format of its files.
 
     Attributes:
+        dataset, split_by: REFER's names, as refcoco and unc.
         splits: records by split.
-        sources: SHA-256 of the files they came from.
-        description: what the annotation file says of itself.
-        image_set: whose ids the image ids are; sets of one image set may share images.
-        leakage: of a combined set, the images, refs and sentences of each dataset that were left out of training
-            because a val or test split of any of them has the image.
+        sources: SHA-256 of each file that was read, by name.
+        description: `info.description` of the annotation file.
+        image_set: the image collection that the image ids belong to; datasets of one collection may share images.
+        leakage: in a combined dataset, the numbers of images, refs and sentences of each dataset that were left out
+            because a val or test split of one of them has the image.
     """
 
     dataset: str
@@ -66,14 +69,18 @@ class ReferTree:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Loads plain containers, numbers and strings. A pickle is code otherwise."""
+    """Loads containers, numbers and strings only: anything else in a pickle would run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks to load {module}.{name}")
 
 
 def load_refs(path: Path) -> list[dict[str, Any]]:
-    """Read a refs file: JSON, or a pickle written by Python 2 (hence latin1), without executing anything in it."""
+    """Read a refs file: JSON, or a pickle written by Python 2 (hence latin1), without running code from it.
+
+    Raises:
+        UserError: it is damaged, asks to run code, or a ref lacks a key.
+    """
     try:
         if path.suffix == ".json":
             refs = read_json(path, "refs file")
@@ -108,12 +115,16 @@ def _refs_file(folder: Path, split_by: str) -> Path:
 
 
 def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
-    """Load one dataset of a REFER or gREFER tree and join its refs to images and annotations on their ids.
+    """Load one dataset of a REFER or gREFER tree and join its refs with images and annotations on their ids.
 
-    Of the annotations, which cover every object of the images, only those that are referred to are kept.
+    The annotation file covers every object of the images; only annotations that a ref names are loaded.
+
+    Args:
+        root: folder that holds a folder for each dataset.
+        dataset, split_by: REFER's names, as refcoco and unc.
 
     Raises:
-        UserError: a missing or damaged file, or a ref whose image or annotation isn't there.
+        UserError: a missing or damaged file, or a ref whose image or annotation is missing.
     """
     folder = Path(root) / dataset
     if not folder.is_dir():
@@ -128,15 +139,16 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
     instances = read_json(instances_file, "annotation file", object_hook=without_other_annotations(wanted))
     images, annotations = coco_tables(instances, instances_file)
     if generalized:
-        _leave_out_crowds(refs, annotations)
+        _drop_crowds(refs, annotations)
     splits = join(refs, images, annotations, instances_file, "fetch both again")
     sources = {f.name: sha256_of(f) for f in (refs_file, instances_file)}
     description = describe(instances)
-    return ReferTree(dataset, split_by, splits, sources, description, IMAGE_SETS.get(dataset, dataset))
+    image_set = IMAGE_SETS.get(dataset, dataset)
+    return ReferTree(dataset, split_by, splits, sources, description=description, image_set=image_set)
 
 
 def normalised_ref(ref: dict[str, Any], generalized: bool = False) -> dict[str, Any]:
-    """A ref of REFER, or `generalized` of gREFER, as `ImageRecord` has it, still with its `image_id` and `split`."""
+    """A ref of REFER, or with `generalized` of gREFER, in the form of `ImageRecord.refs`, plus `image_id` and `split`."""
     ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     if generalized:
         ann_ids = [a for a in ann_ids if a != _NO_TARGET]
@@ -145,15 +157,17 @@ def normalised_ref(ref: dict[str, Any], generalized: bool = False) -> dict[str, 
     return common | {"ann_ids": ann_ids, "no_target": not ann_ids, "sentences": sentences}
 
 
-def _leave_out_crowds(refs: list[dict[str, Any]], annotations: dict[int, dict[str, Any]]) -> None:
-    """As gRefCOCO's own code: what is meant are the objects. A ref of crowds alone is left without any, unusable."""
+def _drop_crowds(refs: list[dict[str, Any]], annotations: dict[int, dict[str, Any]]) -> None:
+    """Remove crowds from the refs' annotations, as gRefCOCO's code does. A ref of crowds only becomes unusable."""
     for ref in refs:
         ref["ann_ids"] = [a for a in ref["ann_ids"] if not annotations.get(a, {}).get("iscrowd")]
 
 
 def without_other_annotations(wanted: Container[Any]) -> Callable[[dict[str, Any]], Any]:
-    """A hook for the JSON parser that drops each annotation nobody refers to as soon as it is parsed: of RefCOCO's
-    197 thousand one in four is left, and they would take a gigabyte."""
+    """An `object_hook` for `json.load` that turns each annotation that isn't `wanted` into None as soon as it is parsed.
+
+    It keeps a quarter of RefCOCO's 197 thousand annotations, which would take a gigabyte together.
+    """
 
     def hook(value: dict[str, Any]) -> Any:
         return None if "image_id" in value and "id" in value and value["id"] not in wanted else value
@@ -181,10 +195,16 @@ def join(
     path: Path,
     remedy: str,
 ) -> dict[str, list[ImageRecord]]:
-    """Records by split, of refs as `normalised_ref` gives them. On image_id: a ref's own file_name is not the image's.
+    """Join refs with images and annotations into records by split.
 
+    The key is image_id: a ref's `file_name` is not that of its image.
+
+    Args:
+        refs: as returned by `normalised_ref`.
+        images, annotations: by id.
+        path, remedy: for the error: the file that lacks an image or annotation, and what to do about it.
     Raises:
-        UserError: an image or annotation is not there; of which file, and what to do, `path` and `remedy` say.
+        UserError: an image or annotation is missing, or a split's name can't be part of a file's name.
     """
     grouped: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for ref in sorted(refs, key=lambda r: r["ref_id"]):
@@ -195,22 +215,21 @@ def join(
                 raise UserError(f"ref {ref['ref_id']}: annotation {a} is not in {path}: {remedy}")
         if not re.fullmatch(r"\w[\w.+-]*", ref["split"]):
             raise UserError(f"ref {ref['ref_id']}: its split '{ref['split']}' can't name files: call it train or val")
-        of_image = grouped.setdefault(ref.pop("split"), {}).setdefault(ref.pop("image_id"), [])
-        of_image.append(ref)
+        grouped.setdefault(ref.pop("split"), {}).setdefault(ref.pop("image_id"), []).append(ref)
     return {
         split: [
-            ImageRecord(images[i], of_image, {a: annotations[a] for r in of_image for a in r["ann_ids"]})
-            for i, of_image in sorted(by_image.items())
+            ImageRecord(images[i], image_refs, {a: annotations[a] for r in image_refs for a in r["ann_ids"]})
+            for i, image_refs in sorted(by_image.items())
         ]
         for split, by_image in grouped.items()
     }
 
 
 def clean_sentence(sentence: dict[str, Any]) -> str:
-    """The expression as models read it: REFER's `sent`, or, where that is empty, `raw` cleaned as REFER cleans it.
+    """The expression's text: REFER's `sent`, or, where that is empty, `raw` cleaned as REFER cleans it.
 
     Raises:
-        UnusableRecord: there are no words in either.
+        UnusableRecord: both are empty.
     """
     text = sentence.get("sent", "").strip()
     if not text:
@@ -223,6 +242,6 @@ def clean_sentence(sentence: dict[str, Any]) -> str:
 
 
 def describe(file: dict[str, Any]) -> str:
-    """What a COCO file says of itself; nothing, if nothing."""
+    """A COCO file's `info.description`, or an empty string."""
     info = file.get("info")
     return str(info.get("description", "")) if isinstance(info, dict) else ""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_ds.data.loading.transforms import resize_image, resize_mask, resize_mask_quickly, resize_quickly
-from dit_ds.data.masks import decode_runs
+from dit_ds.data.masks import decode_rle
 
 
 class DecodedImage:
@@ -47,7 +47,7 @@ class DecodedImage:
     def _union(self, ann_ids: Sequence[int]) -> np.ndarray:
         if not ann_ids:
             return np.zeros((self.meta["height"], self.meta["width"]), np.uint8, order="F")
-        masks = [decode_runs(self.meta["anns"][str(a)]["rle"]) for a in ann_ids]
+        masks = [decode_rle(self.meta["anns"][str(a)]["rle"]) for a in ann_ids]
         return masks[0] if len(masks) == 1 else np.maximum.reduce(masks)
 
     def _once(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:

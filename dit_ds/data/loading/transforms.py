@@ -116,7 +116,7 @@ def resize_quickly(image: np.ndarray, image_size: int, resize: str = "pad") -> n
 
 def resize_mask_quickly(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
     """(H, W) uint8 of 0 and 1 to (h, w), by the rule half: where the picture that `resize_quickly` makes of it is.
-    Quickest column by column, as `decode_runs` has it."""
+    Quickest column by column, as `decode_rle` has it."""
     covered = resize_quickly(mask.T * np.uint8(255), image_size, resize)
     return cv2.threshold(cv2.transpose(covered), 127, 1, cv2.THRESH_BINARY)[1]
 
@@ -125,7 +125,7 @@ def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: st
     """(H, W) uint8 of 0 and 1 to (h, w); only where the mask is, is there anything to compute.
 
     Args:
-        mask: quickest column by column, as `decode_runs` has it.
+        mask: quickest column by column, as `decode_rle` has it.
         rule: half, uint8 of 0 and 1, a pixel is in where at least half of what it covers was; any, the same where any
             was; soft, float32, the share that was.
     """

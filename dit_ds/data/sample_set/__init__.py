@@ -1,1 +1,1 @@
-"""The embedded sample set: scenes, their words, and the REFER tree."""
+"""The embedded sample set: drawn scenes, their referring expressions, and the REFER tree."""

@@ -1,4 +1,4 @@
-"""Referring expressions for a scene: English that is true of exactly one thing, with a margin against doubt."""
+"""Referring expressions for a scene: English that is true of exactly one thing, by a margin that excludes doubt."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from dit_ds.data.sample_set.scenes import Scene, Thing
 
-_MARGIN = 22.0  # pixels between two things before one is called left of or above the other
-_BIGGER = 1.35  # ratio of radii before one is called bigger than the other
+_MARGIN = 22.0  # least distance in pixels at which one thing is called left of or above another
+_BIGGER = 1.35  # least ratio of radii at which one thing is called bigger than another
 _ORDINALS = ["first", "second", "third", "fourth"]
 _SIDES: dict[str, tuple[Callable[[Thing], float], str, list[str]]] = {
-    # side: (the smaller the farther on that side, word for an extreme of many, ways to say it of one of two)
+    # side: (sort key, least at that side; adjective for the extreme of three or more; phrases for one of two)
     "left": (lambda t: t.x, "leftmost", ["left {n}", "{n} on the left"]),
     "right": (lambda t: -t.x, "rightmost", ["right {n}", "{n} on the right"]),
     "top": (lambda t: t.y, "topmost", ["top {n}", "{n} at the top"]),
@@ -21,7 +21,7 @@ _SIDES: dict[str, tuple[Callable[[Thing], float], str, list[str]]] = {
 
 
 class NounPhrase:
-    """Adjectives and a noun, and the things of the scene that they are true of."""
+    """Adjectives and a noun; `text` and `members`: the things of the scene that it describes."""
 
     def __init__(self, scene: Scene, size: str = "", fill: str = "", colour: str = "", shape: str = ""):
         self.members = [
@@ -36,10 +36,11 @@ class NounPhrase:
         self.text = noun.format("".join(w + " " for w in adjectives))
 
     def unique(self) -> bool:
+        """Whether it describes exactly one thing."""
         return len(self.members) == 1
 
 
-# how people name an object: by its colour first of all
+# how often people name which properties: colour above all
 _NAMES = {
     "colour shape": 5.0, "colour": 2.0, "size colour shape": 2.0, "fill colour shape": 1.5, "shape": 0.7, "size shape": 0.4,
     "fill shape": 0.4, "fill colour": 0.5, "size fill colour shape": 0.5,
@@ -47,7 +48,7 @@ _NAMES = {
 
 
 def _phrases(scene: Scene, thing: Thing, rng: np.random.Generator) -> list[NounPhrase]:
-    """Noun phrases true of `thing`, in a seeded order that has the commoner ways to name it earlier."""
+    """Noun phrases true of `thing`, in a seeded order in which common ones tend to come first."""
     if thing.shape == "dots":
         return [NounPhrase(scene, shape="dots"), NounPhrase(scene, shape="dots", colour=thing.colour)]
     weights = np.array(list(_NAMES.values()))
@@ -56,28 +57,29 @@ def _phrases(scene: Scene, thing: Thing, rng: np.random.Generator) -> list[NounP
 
 
 def _attributes(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
+    """By appearance alone: "the striped red star"."""
     for phrase in _phrases(scene, thing, rng):
         if phrase.unique():
             yield phrase.text
 
 
 def _ranked(members: list[Thing], key: Callable[[Thing], float]) -> list[Thing] | None:
-    """The members in order of `key`, or None where two neighbours are too close to call."""
+    """The members in order of `key`, or None where two neighbours are closer than `_MARGIN`."""
     ranked = sorted(members, key=key)
     apart = all(key(b) - key(a) >= _MARGIN for a, b in zip(ranked, ranked[1:]))
     return ranked if apart else None
 
 
-def _places(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """An extreme among look-alikes: "the left star", "the lowest thing", "the star in the top left corner"."""
+def _positions(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
+    """By an extreme position: "the left star", "the lowest thing", "the star in the top left corner"."""
     for phrase in _phrases(scene, thing, rng):
         for side in rng.permutation(list(_SIDES)):
-            key, extreme, of_two = _SIDES[str(side)]
+            key, extreme, one_of_two = _SIDES[str(side)]
             others = [key(t) for t in phrase.members if t is not thing]
             if not others or min(others) - key(thing) < _MARGIN:
                 continue
             if len(phrase.members) == 2:
-                yield str(rng.choice(of_two)).format(n=phrase.text)
+                yield str(rng.choice(one_of_two)).format(n=phrase.text)
             else:
                 yield f"{extreme} {phrase.text}"
         corner = _corner(scene, thing)
@@ -86,6 +88,7 @@ def _places(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[st
 
 
 def _corner(scene: Scene, thing: Thing) -> str | None:
+    """The corner that `thing` is in, as "top left", or None."""
     u, v = thing.x / scene.width, thing.y / scene.height
     if min(u, 1 - u) > 0.35 or min(v, 1 - v) > 0.35:
         return None
@@ -93,13 +96,13 @@ def _corner(scene: Scene, thing: Thing) -> str | None:
 
 
 def _near_corner(scene: Scene, thing: Thing, corner: str) -> bool:
-    """Whether somebody might say that `thing` is in that corner, too: the whole quarter and a bit more."""
+    """Whether `thing` might also be said to be in that corner: the whole quarter of the image and a bit more."""
     u, v = thing.x / scene.width, thing.y / scene.height
     return (u < 0.58 if "left" in corner else u > 0.42) and (v < 0.58 if "top" in corner else v > 0.42)
 
 
 def _ordinals(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """Among at least three: "the second star from the left"."""
+    """By rank among at least three: "the second star from the left"."""
     for phrase in _phrases(scene, thing, rng):
         for side in rng.permutation(["left", "right", "top", "bottom"]):
             ranked = _ranked(phrase.members, _SIDES[str(side)][0]) if len(phrase.members) >= 3 else None
@@ -108,11 +111,11 @@ def _ordinals(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[
 
 
 def _comparatives(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """Sizes within one shape: "the bigger star" of two, "the smallest star" of more."""
+    """By size within one shape: "the bigger star" of two, "the smallest star" of more."""
     for phrase in _phrases(scene, thing, rng):
         others = [t for t in phrase.members if t is not thing]
         if thing.shape == "dots" or not others or len({t.shape for t in phrase.members}) > 1:
-            continue  # sizes are compared within one shape only
+            continue  # people don't compare sizes across shapes
         for word, ratios in (("bigg", [thing.radius / t.radius for t in others]),
                              ("small", [t.radius / thing.radius for t in others])):  # fmt: skip
             if min(ratios) >= _BIGGER:
@@ -120,7 +123,7 @@ def _comparatives(scene: Scene, thing: Thing, rng: np.random.Generator) -> Itera
 
 
 def _relation(name: str, t: Thing, o: Thing) -> bool | None:
-    """Whether `t` stands so to `o`: True, False, or None where people could disagree."""
+    """Whether `t` is, say, left of `o`: True, False, or None where people could disagree."""
     dx, dy = t.x - o.x, t.y - o.y
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[name]
     if along >= _MARGIN and abs(across) <= 0.6 * along:
@@ -129,7 +132,7 @@ def _relation(name: str, t: Thing, o: Thing) -> bool | None:
 
 
 def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator[str]:
-    """Beside another thing, named so that only one can be meant: "the small ring above the blue square"."""
+    """By relation to another thing with a unique phrase: "the small ring above the blue square"."""
     anchors = [(o, p) for o in scene.things if o is not thing for p in _phrases(scene, o, rng)[:3] if p.unique()]
     for i in rng.permutation(len(anchors)):
         anchor, anchor_phrase = anchors[i]
@@ -143,10 +146,10 @@ def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator
                     yield f"{phrase.text} {link} the {anchor_phrase.text}"
 
 
-# how often each kind is drawn: people name looks and places first
+# generators and how often each is drawn: people name appearance and position first
 KINDS = {
     "attribute": (_attributes, 0.6),
-    "place": (_places, 0.17),
+    "place": (_positions, 0.17),
     "relation": (_relations, 0.13),
     "ordinal": (_ordinals, 0.04),
     "comparative": (_comparatives, 0.06),
@@ -154,7 +157,7 @@ KINDS = {
 
 
 def expressions(scene: Scene, i: int, rng: np.random.Generator, count: int = 4) -> list[str]:
-    """Up to `count` different expressions of thing `i`, each true of that thing and of no other in the scene."""
+    """Up to `count` different expressions of thing `i`, each true of no other thing in the scene."""
     sources = {kind: make(scene, scene.things[i], rng) for kind, (make, _) in KINDS.items()}
     found: list[str] = []
     while sources and len(found) < count:

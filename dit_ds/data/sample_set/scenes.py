@@ -1,4 +1,4 @@
-"""Scenes of the embedded sample set: what stands where, how it looks, and which pixels of it can be seen."""
+"""Scenes of the embedded sample set: objects, their appearance, their visible pixels, and the rendered JPEG."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ COLOURS = {
 }  # fmt: skip
 FILLS = ["solid", "striped", "spotted"]
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "bar"]
-RADII = {"small": (26, 32), "big": (45, 56)}  # pixels of the picture; no third size lies between
+RADII = {"small": (26, 32), "big": (45, 56)}  # in pixels, far enough apart to tell the sizes
 CATEGORIES = {name: i for i, name in enumerate([*SHAPES, "dots"], start=1)}
-_SUPERSAMPLE = 2  # drawn at twice the size and averaged down, so edges are smooth
-_MIN_VISIBLE = 0.55  # a thing must show at least this share of itself
+_SUPERSAMPLE = 2  # drawn at twice the size and averaged, for smooth edges
+_MIN_VISIBLE = 0.55  # least visible share of a thing
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its looks, its outline in pixels and how much of it shows. `dots` is a group, annotated as a crowd."""
+    """One object.
+
+    Attributes:
+        shape: of `SHAPES`, or `dots`: a group that is annotated as a crowd.
+        colour, fill, size: of `COLOURS`, `FILLS` and `RADII`.
+        radius, x, y: in pixels.
+        outlines: each (points, 2), x and y in pixels; the thing is their union.
+        hole: (points, 2), cut out of the outlines.
+    """
 
     shape: str
     colour: str
@@ -32,21 +40,27 @@ class Thing:
     radius: float
     x: float
     y: float
-    outlines: tuple[np.ndarray, ...]  # each (points, 2), x and y in pixels; filled together
-    hole: np.ndarray | None = None  # (points, 2): cut out of the outlines
+    outlines: tuple[np.ndarray, ...]
+    hole: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content. Later things are painted over earlier ones; `ids` says which thing each pixel shows."""
+    """An image's content.
+
+    Attributes:
+        width, height: in pixels.
+        things: later ones are painted over earlier ones.
+        ids: (H, W) uint8, what each pixel shows: 0 the background, i+1 thing i.
+    """
 
     width: int
     height: int
     things: tuple[Thing, ...]
-    ids: np.ndarray  # (H, W) uint8: 0 background, i+1 thing i
+    ids: np.ndarray
 
     def mask(self, i: int) -> np.ndarray:
-        """(H, W) bool: the pixels at which thing `i` can be seen."""
+        """(H, W) bool: the visible pixels of thing `i`."""
         return self.ids == i + 1
 
     def occluded(self, i: int) -> bool:
@@ -79,7 +93,8 @@ def _unit_outline(shape: str) -> np.ndarray:
     return np.array(corners[shape], float)
 
 
-def _turned(points: np.ndarray, angle: float, radius: float, x: float, y: float) -> np.ndarray:
+def _transformed(points: np.ndarray, angle: float, radius: float, x: float, y: float) -> np.ndarray:
+    """(points, 2): rotated by `angle` radians, scaled by `radius`, moved to (x, y)."""
     c, s = np.cos(angle), np.sin(angle)
     return points @ np.array([[c, s], [-s, c]]) * radius + (x, y)
 
@@ -87,8 +102,8 @@ def _turned(points: np.ndarray, angle: float, radius: float, x: float, y: float)
 def _paint(things: list[Thing], width: int, height: int) -> np.ndarray:
     """(H, W) uint8: i+1 where thing i is the topmost.
 
-    PIL fills the pixels that an outline touches, too: painting at three times the size and reading the middle of each
-    three by three keeps that error to a sixth of a pixel.
+    Pillow also fills the pixels that an outline touches. Painting at three times the size and reading the centre of each
+    3x3 block limits that error to a sixth of a pixel.
     """
     canvas = Image.new("L", (3 * width, 3 * height))
     draw = ImageDraw.Draw(canvas)
@@ -96,7 +111,7 @@ def _paint(things: list[Thing], width: int, height: int) -> np.ndarray:
         if thing.hole is None:
             for outline in thing.outlines:
                 draw.polygon([tuple(p) for p in 3 * outline - 0.5], fill=i)
-        else:  # a ring shows what lies below through its hole
+        else:  # what lies below shows through a hole
             stencil = Image.new("1", canvas.size)
             ring = ImageDraw.Draw(stencil)
             ring.polygon([tuple(p) for p in 3 * thing.outlines[0] - 0.5], fill=1)
@@ -105,32 +120,34 @@ def _paint(things: list[Thing], width: int, height: int) -> np.ndarray:
     return np.asarray(canvas)[1::3, 1::3]
 
 
-def _make_thing(rng: np.random.Generator, shape: str, colour: str, x: float, y: float, size: str) -> Thing:
+def _make_thing(rng: np.random.Generator, shape: str, colour: str, size: str, centre: tuple[float, float]) -> Thing:
+    """One thing of random radius, fill and angle."""
     radius = float(rng.uniform(*RADII[size]))
     fill = str(rng.choice(FILLS, p=[0.6, 0.25, 0.15]))
     angle = rng.uniform(0, np.pi) if shape == "bar" else rng.uniform(-0.25, 0.25)
-    outline = _turned(_unit_outline(shape), angle, radius, x, y)
-    hole = _turned(_unit_outline(shape), angle, radius * 0.5, x, y) if shape == "ring" else None
-    return Thing(shape, colour, fill, size, radius, x, y, (outline,), hole)
+    outline = _transformed(_unit_outline(shape), angle, radius, *centre)
+    hole = _transformed(_unit_outline(shape), angle, radius * 0.5, *centre) if shape == "ring" else None
+    x, y = centre
+    return Thing(shape, colour, fill, size, radius=radius, x=x, y=y, outlines=(outline,), hole=hole)
 
 
 def _make_dots(rng: np.random.Generator, colour: str, x: float, y: float, radius: float) -> Thing:
-    """A loose group of small discs that belong together."""
+    """A loose group of nine small discs."""
     golden = np.pi * (3 - np.sqrt(5))
     k = np.arange(9)
     r = radius * 0.85 * np.sqrt((k + 0.5) / 9)
     centres = np.stack([x + r * np.cos(k * golden), y + r * np.sin(k * golden)], 1)
     unit = _unit_outline("circle")[::4]
-    discs = tuple(_turned(unit, 0.0, float(rng.uniform(4.0, 5.0)), cx, cy) for cx, cy in centres)
-    return Thing("dots", colour, "solid", "group", radius, x, y, discs)
+    discs = tuple(_transformed(unit, 0.0, float(rng.uniform(4.0, 5.0)), cx, cy) for cx, cy in centres)
+    return Thing("dots", colour, "solid", "group", radius=radius, x=x, y=y, outlines=discs)
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene: 4 to 9 things from a few shapes and colours, so that most have a look-alike."""
+    """Draw one scene: 4 to 9 things from a few shapes and colours, so that most share one with another thing."""
     while True:
         width, height = SIZES[rng.integers(len(SIZES))]
         shapes = rng.choice(SHAPES, size=rng.integers(3, 7), replace=False)
-        colours = list(rng.permutation(list(COLOURS)))  # most things take one of their own, some share
+        colours = list(rng.permutation(list(COLOURS)))  # most things get a colour that no other has
         things: list[Thing] = []
         wanted = int(rng.integers(4, 10))
         may_overlap = int(rng.integers(0, 3))
@@ -146,25 +163,25 @@ def make_scene(rng: np.random.Generator) -> Scene:
             x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
             gaps = [np.hypot(x - t.x, y - t.y) / (reach + t.radius) for t in things]
             close = [g for g in gaps if g < 1.0]
-            hides = len(close) == 1 and close[0] > 0.6 and may_overlap > 0
-            if close and not hides:
+            overlaps = len(close) == 1 and close[0] > 0.6 and may_overlap > 0
+            if close and not overlaps:
                 continue
-            may_overlap -= hides
-            own = colours and rng.random() < 0.75
-            colour = str(colours.pop()) if own else str(rng.choice(list(COLOURS)))
-            things.append(_make_thing(rng, str(rng.choice(shapes)), colour, x, y, size))
+            may_overlap -= overlaps
+            unique = colours and rng.random() < 0.75
+            colour = str(colours.pop()) if unique else str(rng.choice(list(COLOURS)))
+            things.append(_make_thing(rng, str(rng.choice(shapes)), colour, size, (x, y)))
         ids = _paint(things, width, height)
-        whole = [int(_paint([t], width, height).astype(bool).sum()) for t in things]
-        shown = [int((ids == i + 1).sum()) for i in range(len(things))]
-        if len(things) >= 4 and all(s >= _MIN_VISIBLE * w for s, w in zip(shown, whole)):
+        areas = [int(_paint([t], width, height).astype(bool).sum()) for t in things]
+        visible = [int((ids == i + 1).sum()) for i in range(len(things))]
+        if len(things) >= 4 and all(v >= _MIN_VISIBLE * a for v, a in zip(visible, areas)):
             return Scene(width, height, tuple(things), ids)
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """(H, W, 3) float: a soft texture of blotches, bands and grain in muted tones."""
     tone = rng.uniform(95, 175) + rng.uniform(-14, 14, 3)
-    blotches = Image.fromarray(rng.integers(0, 256, (rng.integers(3, 9), rng.integers(3, 9)), np.uint8))
-    blotches = np.asarray(blotches.resize((width, height), Image.Resampling.BICUBIC), float) / 255 - 0.5
+    coarse = Image.fromarray(rng.integers(0, 256, (rng.integers(3, 9), rng.integers(3, 9)), np.uint8))
+    blotches = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float) / 255 - 0.5
     u = np.add.outer(np.arange(height) * rng.uniform(-1, 1), np.arange(width) * rng.uniform(-1, 1))
     bands = np.sin(u * rng.uniform(0.05, 0.4))
     grain = rng.integers(-9, 10, (height, width, 1))

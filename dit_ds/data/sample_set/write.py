@@ -1,24 +1,23 @@
-"""The embedded sample set: seeded scenes written exactly as REFER's files are."""
+"""The embedded sample set: seeded scenes, written in REFER's file formats."""
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from dit_ds.data.parallel import forked_map
 from dit_ds.data.sample_set.language import expressions
 from dit_ds.data.sample_set.scenes import CATEGORIES, Scene, make_scene, render_jpeg
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, usable_cores, write_json
+from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, write_json
 
 DESCRIPTION = "dit-ds sample set"
 _MAX_IMAGES = 500_000
-_ANNS_PER_IMAGE = 10  # ids are dealt in blocks, so that an image's ids don't depend on the others'
+_ANNS_PER_IMAGE = 10  # ids are assigned in blocks, so that an image's ids don't depend on other images
 
 
 def write_sample_set(
@@ -26,17 +25,23 @@ def write_sample_set(
 ) -> dict[str, int]:
     """Write `OUT/refcoco/{refs(unc).p,instances.json}` and `OUT/images/train2014/*.jpg`.
 
-    The files depend on `images` and `seed` alone. The two annotation files come last, so a tree that was
-    interrupted has none.
+    The files depend on `images` and `seed` alone. The two annotation files are written last, so that an interrupted
+    tree has none.
 
+    Args:
+        out: the folder.
+        images: how many.
+        seed: of scenes, images and expressions.
+        processes: that draw images, by default one a core.
     Returns:
         Counts: images, refs, sentences, annotations.
     Raises:
-        UserError: an impossible count, a full disk, or a foreign dataset already there.
+        UserError: a count out of range, a full disk, or another dataset in the folder.
+        RunFailed: a worker process was killed.
     """
     if not 20 <= images <= _MAX_IMAGES:
         raise UserError(f"--images {images}: choose from 20 (one for each split at least) to {_MAX_IMAGES}")
-    tree, picture_dir = Path(out) / "refcoco", Path(out) / "images" / "train2014"
+    tree, image_folder = Path(out) / "refcoco", Path(out) / "images" / "train2014"
     refs_file, instances_file = tree / "refs(unc).p", tree / "instances.json"
     if instances_file.exists():
         info = read_json(instances_file, "annotation file").get("info", {})
@@ -44,16 +49,25 @@ def write_sample_set(
             raise UserError(f"{tree} holds another dataset: choose another folder than {out}")
     refs_file.unlink(missing_ok=True)
     instances_file.unlink(missing_ok=True)
-    with full_disk_is_user_error(picture_dir):
-        picture_dir.mkdir(parents=True, exist_ok=True)
+    with full_disk_is_user_error(image_folder):
+        image_folder.mkdir(parents=True, exist_ok=True)
 
     image_ids = np.random.default_rng(seed).choice(_MAX_IMAGES, images, replace=False) + 1
     jobs = list(enumerate(int(i) for i in image_ids))
-    make = functools.partial(_make_image, seed=seed, folder=str(picture_dir))
-    with multiprocessing.get_context("fork").Pool(processes or usable_cores()) as pool:
-        records = list(tqdm(pool.imap(make, jobs, chunksize=16), "images", images, unit="img", mininterval=1))
+    make = functools.partial(_make_image, seed=seed, folder=image_folder)
+    records = list(forked_map(make, jobs, processes, "images", unit="img", chunksize=16))
 
     refs = [ref for r in records for ref in r["refs"]]
+    sentences = _number(refs)
+    instances = _instances(records)
+    write_json(instances_file, instances, indent=None)
+    with atomic_write(refs_file) as f:
+        pickle.dump(refs, f, protocol=2)
+    return {"images": images, "refs": len(refs), "sentences": sentences, "annotations": len(instances["annotations"])}
+
+
+def _number(refs: list[dict[str, Any]]) -> int:
+    """Set ref_ids and sent_ids in the refs' order; return the number of sentences."""
     sent_id = 0
     for ref_id, ref in enumerate(refs):
         ref["ref_id"] = ref_id
@@ -61,7 +75,12 @@ def write_sample_set(
             sentence["sent_id"] = sent_id
             sent_id += 1
         ref["sent_ids"] = [s["sent_id"] for s in ref["sentences"]]
-    instances = {
+    return sent_id
+
+
+def _instances(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's annotation file."""
+    return {
         "info": {"description": DESCRIPTION, "version": "1.0", "year": 2014, "contributor": "dit-ds", "url": "",
                  "date_created": "2014-01-01"},
         "licenses": [{"id": 1, "name": "CC0", "url": ""}],
@@ -69,63 +88,62 @@ def write_sample_set(
         "images": [r["image"] for r in records],
         "annotations": [a for r in records for a in r["annotations"]],
     }  # fmt: skip
-    write_json(instances_file, instances, indent=None)
-    with atomic_write(refs_file) as f:
-        pickle.dump(refs, f, protocol=2)
-    return {"images": images, "refs": len(refs), "sentences": sent_id, "annotations": len(instances["annotations"])}
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Scene `index` of the set with this seed, and the generator that its picture and words draw from next."""
+    """Scene `index` of the set with this seed, and the generator that its image and expressions draw from next."""
     rng = np.random.default_rng([seed, index])
     return make_scene(rng), rng
 
 
-def _make_image(job: tuple[int, int], seed: int, folder: str) -> dict[str, Any]:
+def _make_image(job: tuple[int, int], seed: int, folder: Path) -> dict[str, Any]:
+    """Write one image; return its `image` entry, `annotations` and `refs`."""
     index, image_id = job
     scene, rng = scene_of(seed, index)
     name = f"COCO_train2014_{image_id:012d}.jpg"
-    with atomic_write(Path(folder) / name) as f:
+    with atomic_write(folder / name) as f:
         f.write(render_jpeg(scene, rng))
     ann_ids = [index * _ANNS_PER_IMAGE + i + 1 for i in range(len(scene.things))]
     annotations = [annotation(scene, i, ann_ids[i], image_id) for i in range(len(scene.things))]
-    refs = []
+    refs: list[dict[str, Any]] = []
     for i in rng.permutation(len(scene.things)):
         texts = expressions(scene, int(i), rng)
         if len(texts) >= 3 and len(refs) < 3:
-            refs.append(_ref(scene, int(i), ann_ids[i], image_id, split_of(index), texts))
-    picture = {"id": image_id, "file_name": name, "width": scene.width, "height": scene.height, "license": 1,
+            refs.append(_ref(annotations[i], split_of(index), texts))
+    image = {"id": image_id, "file_name": name, "width": scene.width, "height": scene.height, "license": 1,
                "coco_url": "", "flickr_url": "", "date_captured": "2014-01-01 00:00:00"}  # fmt: skip
-    return {"image": picture, "annotations": annotations, "refs": refs}
+    return {"image": image, "annotations": annotations, "refs": refs}
 
 
 def split_of(index: int) -> str:
-    """Of 20 images 16 are train, 2 val, 1 testA, 1 testB."""
+    """The split of an image: of 20 images 16 are train, 2 val, 1 testA, 1 testB."""
     return (["train"] * 16 + ["val"] * 2 + ["testA", "testB"])[index % 20]
 
 
-def _ref(scene: Scene, i: int, ann_id: int, image_id: int, split: str, texts: list[str]) -> dict[str, Any]:
+def _ref(target: dict[str, Any], split: str, texts: list[str]) -> dict[str, Any]:
+    """REFER's ref of an annotation, its ids still to be set by `_number`."""
+    ann_id, image_id = target["id"], target["image_id"]
     sentences = [{"raw": t[0].upper() + t[1:] + ".", "sent": t, "sent_id": -1, "tokens": t.split()} for t in texts]
     return {
-        "ref_id": -1, "ann_id": ann_id, "image_id": image_id, "category_id": CATEGORIES[scene.things[i].shape],
+        "ref_id": -1, "ann_id": ann_id, "image_id": image_id, "category_id": target["category_id"],
         "split": split, "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg", "sent_ids": [],
         "sentences": sentences,
     }  # fmt: skip
 
 
 def annotation(scene: Scene, i: int, ann_id: int, image_id: int) -> dict[str, Any]:
-    """COCO's annotation of thing `i`: polygons where they can say it, RLE where there is a hole or a crowd."""
+    """COCO's annotation of thing `i`: polygons, or RLE for a mask with a hole and for a crowd."""
     from pycocotools import mask as coco
 
     thing, mask = scene.things[i], scene.mask(i)
     crowd = thing.shape == "dots"
-    if crowd:  # one dict, counts as a list of run lengths, as COCO writes its crowds
+    if crowd:  # as COCO writes crowds: one dict with uncompressed run lengths
         segmentation: Any = {"size": list(mask.shape), "counts": _run_lengths(mask)}
     elif not scene.occluded(i) and thing.hole is None:
         segmentation = [np.round(thing.outlines[0], 2).ravel().tolist()]
     else:
         segmentation = _polygons(mask)
-        if segmentation is None:  # a hole: a list of RLE dicts, as refclef writes them
+        if segmentation is None:  # a hole; a list of RLE dicts, as in refclef
             rle = coco.encode(np.asfortranarray(mask, np.uint8))
             segmentation = [{"size": list(mask.shape), "counts": rle["counts"].decode()}]
     ys, xs = np.nonzero(mask)
@@ -135,17 +153,19 @@ def annotation(scene: Scene, i: int, ann_id: int, image_id: int) -> dict[str, An
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: lengths of runs down the columns, the first one of zeros."""
+    """COCO's uncompressed RLE: run lengths in column-major order, the first of zeros."""
     column_major = np.concatenate([[0], mask.T.ravel().astype(np.int8), [2]])
     return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(column_major))])).tolist()
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]] | None:
-    """The mask's outlines as COCO polygons, one a part; None where a part has a hole, which polygons can't say."""
+    """The mask's outlines as COCO polygons, one a part; None where a part has a hole, which polygons can't express."""
     import contourpy
 
     padded = np.pad(mask, 1).astype(float)
-    parts, offsets = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
+    generator = contourpy.contour_generator(z=padded, fill_type="OuterOffset")
+    filled: tuple[list[np.ndarray], list[np.ndarray]] = generator.filled(0.5, 2.0)  # type: ignore[assignment]
+    parts, offsets = filled
     if any(len(o) > 2 for o in offsets):
         return None
     outlines = [np.asarray(p)[:-1] - 0.5 for p in parts]  # -1 for the padding, +0.5 from centres to edges
@@ -153,6 +173,6 @@ def _polygons(mask: np.ndarray) -> list[list[float]] | None:
 
 
 def _corners(outline: np.ndarray) -> np.ndarray:
-    """Which points turn: those on a straight run say nothing."""
+    """(points,) bool: the vertices at which the outline changes direction; the others are redundant."""
     before, after = outline - np.roll(outline, 1, 0), np.roll(outline, -1, 0) - outline
     return np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-9

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a sharded set consists of, to the byte. Schema: `data_shards/README.md`."""
+"""`manifest.json`: every shard and sample of a sharded dataset, with offsets and checksums. Schema: `data_shards/README.md`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write it, atomically, with the SHA-256 of its own text in it."""
+    """Write the manifest atomically, with `checksum`: the SHA-256 of its text in which `checksum` is zeros."""
     text = json.dumps(manifest | {"checksum": _NO_CHECKSUM}, sort_keys=True) + "\n"
     checksum = hashlib.sha256(text.encode()).hexdigest()
     with atomic_write(path) as f:
@@ -33,18 +33,22 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:
-    """Read a set's manifest.
+    """Read a sharded dataset's manifest.
 
     Args:
-        folder: as `storage.locate` gives it.
+        folder: as returned by `storage.locate`.
     Raises:
-        UserError: there is none (the set was never finished), or it is damaged, edited or of another schema.
+        UserError: there is none (sharding was never finished), or it is damaged, edited or of another schema.
     """
     return parse_manifest(manifest_bytes(folder), folder)
 
 
 def manifest_bytes(folder: str | Path) -> bytes:
-    """The manifest as it is."""
+    """The manifest's bytes.
+
+    Raises:
+        UserError: there is no manifest, or it can't be reached.
+    """
     if not is_url(folder) and not (Path(folder) / NAME).exists():
         raise UserError(
             f"no {NAME} in {folder}: shard the dataset there with 'dit-ds data shard' (again, to finish it)"
@@ -53,7 +57,13 @@ def manifest_bytes(folder: str | Path) -> bytes:
 
 
 def parse_manifest(data: bytes, folder: str | Path) -> dict[str, Any]:
-    """The manifest that these bytes are, see `load_manifest`."""
+    """Parse and check a manifest's bytes.
+
+    Args:
+        folder: for error messages.
+    Raises:
+        UserError: as of `load_manifest`.
+    """
     path = file_of(folder, NAME)
     try:
         manifest = json.loads(data)
@@ -73,7 +83,7 @@ def parse_manifest(data: bytes, folder: str | Path) -> dict[str, Any]:
 
 
 def _require_fields(manifest: dict[str, Any]) -> None:
-    """Raise what reading the manifest would raise somewhere later."""
+    """Raise early what reading these fields would raise later."""
     for key in ("dataset", "split_by", "description", "image_set", "digest"):
         _require(isinstance(manifest[key], str), key)
     _require(all(s["shards"] for s in manifest["splits"].values()) and bool(manifest["splits"]), "splits")
@@ -84,7 +94,7 @@ def _require_fields(manifest: dict[str, Any]) -> None:
             _require(all(type(entry[k]) is int for k in ("bytes", *COUNTS)), "counts of a shard")
             _require(all(type(entry[k]) is str for k in ("name", "sha256")), "names of a shard")
             members = np.array([s[:7] for s in entry["samples"]])
-            # --skip-bad may leave a shard without samples
+            # with --skip-bad a shard may have no samples
             _require(not len(members) or (members.shape[1:] == (7,) and members.dtype.kind == "i"), "samples")
             lengths = [n for s in entry["samples"] for n in s[7]]
             _require(all(type(n) is int for n in lengths), "sentences of a sample")
@@ -95,11 +105,11 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(f"its {what} can't be read")
 
 
-def manifest_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Where a manifest contradicts itself: shards' names, sums, ids, and members that don't fill their tar.
+def manifest_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:
+    """Contradictions within a manifest, a line each: shard names, sums, ids, and members that don't fill their tar.
 
-    A tar is its members' headers and bytes one after another, so their sizes alone give every offset and the tar's end:
-    a sample that was lost from the list, or moved in it, leaves a gap.
+    A tar is its members' headers and bytes one after another, so the members' sizes determine every offset and the end
+    of the tar: an entry that was lost or moved leaves a gap.
     """
     errors = []
     for name, split in manifest["splits"].items():
@@ -126,15 +136,18 @@ def manifest_errors(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return errors
 
 
-def _differing(found: dict[str, int], said: dict[str, int], whose: str) -> list[str]:
-    return [f"{whose} have {found[k]} {k}, the manifest says {said[k]}" for k in COUNTS if found[k] != said[k]]
+def _differing(found: dict[str, int], expected: dict[str, int], subject: str) -> list[str]:
+    """A line for each count that is not the manifest's."""
+    return [
+        f"{subject} have {found[k]} {k}, the manifest says {expected[k]}" for k in COUNTS if found[k] != expected[k]
+    ]
 
 
 def _fills_the_tar(entry: dict[str, Any]) -> bool:
-    """Whether members of these sizes, in this order, lie at these offsets, and the tar ends where they do."""
+    """Whether members of these sizes, in this order, have these offsets, and the tar ends behind the last one."""
     rows = np.array([s[:7] for s in entry["samples"]], np.int64).reshape(-1, 7)
     sizes = rows[:, [2, 5]].ravel()
-    ends = np.cumsum(_BLOCK + -(-sizes // _BLOCK) * _BLOCK)  # a header, then the bytes padded to whole blocks
+    ends = np.cumsum(_BLOCK + -(-sizes // _BLOCK) * _BLOCK)  # a header, then the bytes, padded to a multiple of a block
     starts = np.concatenate([[0], ends[:-1]]) + _BLOCK
     end = int(ends[-1]) + 2 * _BLOCK if len(ends) else 2 * _BLOCK
     return bool(
@@ -145,13 +158,17 @@ def _fills_the_tar(entry: dict[str, Any]) -> bool:
 
 
 def read_members(path: Path) -> list[list[Any]]:
-    """Per sample `[image_id, jpg offset, jpg bytes, jpg CRC-32, json offset, json bytes, json CRC-32, [sentences of each
-    ref]]`, as the tar has them."""
+    """The manifest's entry for each sample, in the tar's order.
+
+    Returns:
+        `[image_id, jpg offset, jpg bytes, jpg CRC-32, json offset, json bytes, json CRC-32, [sentences of each ref]]`.
+    """
     samples: dict[str, dict[str, Any]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             key, extension = member.name.split(".", 1)
-            data = tar.extractfile(member).read()
+            file = tar.extractfile(member)
+            data = file.read() if file is not None else b""
             sample = samples.setdefault(key, {})
             sample[extension] = [member.offset_data, member.size, zlib.crc32(data)]
             if extension == "json":
@@ -160,7 +177,7 @@ def read_members(path: Path) -> list[list[Any]]:
 
 
 def size_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:
-    """Local shards that are missing or not of the manifest's size: cheap enough to look at before every run."""
+    """Local shards that are missing or of another size, a line each; cheap enough for every start of a run."""
     errors: list[str] = []
     if is_url(folder):
         return errors

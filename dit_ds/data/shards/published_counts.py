@@ -1,4 +1,4 @@
-"""How large the published datasets are, to compare a sharded set with."""
+"""Counts of the published datasets, and their comparison with a sharded dataset."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from dit_ds.data.shards.manifest import COUNTS
 
-# dataset, splitBy, split, then images, refs and sentences. A figure behind ~ was not read in a source: where a set
-# differs from it, that is worth a look but no error. A - is not known.
+# dataset, splitBy, split, then images, refs and sentences. ~ marks a count that no source confirms: a difference is a
+# warning, not an error. - is unknown.
 _TABLE = """
 refcoco  unc    train 16994  42404  120624
 refcoco  unc    val    1500   3811   10834
@@ -34,13 +34,13 @@ TOTAL = "total"
 
 @dataclass(frozen=True)
 class Figure:
-    """A published count, and whether it was read in a source."""
+    """A published count, and whether a source confirms it."""
 
     value: int
     sure: bool
 
 
-def _read(table: str) -> dict[tuple[str, str], dict[str, dict[str, Figure]]]:
+def _parse(table: str) -> dict[tuple[str, str], dict[str, dict[str, Figure]]]:
     official: dict[tuple[str, str], dict[str, dict[str, Figure]]] = {}
     for line in table.split("\n")[1:-1]:
         dataset, split_by, split, *figures = line.split()
@@ -50,19 +50,23 @@ def _read(table: str) -> dict[tuple[str, str], dict[str, dict[str, Figure]]]:
     return official
 
 
-OFFICIAL = _read(_TABLE)
+OFFICIAL = _parse(_TABLE)
 
 
 def compare(dataset: str, split_by: str, splits: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Errors and warnings: where a set's counts are not the published ones.
+    """Compare a dataset's counts with the published ones.
 
-    What `data shard --skip-bad` left out, as the manifest counts it, explains what is missing and is then a warning.
+    Missing items that `data shard --skip-bad` left out, as counted in the manifest, are a warning only.
 
     Args:
+        dataset, split_by: REFER's names, as refcoco and unc.
         splits: the manifest's, each with `images`, `refs`, `sentences` and `dropped`.
+    Returns:
+        Errors and warnings, a line each.
     """
     official = OFFICIAL.get((dataset, split_by), {})
-    errors, warnings = [], []
+    errors: list[str] = []
+    warnings: list[str] = []
     for name, figures in official.items():
         if name != TOTAL and name not in splits:
             errors.append(f"there is no split {name}, which {dataset} {split_by} has: shard the official files")
@@ -71,35 +75,33 @@ def compare(dataset: str, split_by: str, splits: dict[str, Any]) -> tuple[list[s
         have = {k: sum(p[k] for p in parts) for k in COUNTS}
         dropped = {k: sum(p.get("dropped", {}).get(k, 0) for p in parts) for k in COUNTS}
         for what, figure in figures.items():
-            _compare_one(name, what, have[what], figure, dropped, errors, warnings)
+            if have[what] != figure.value:
+                is_error, line = _describe_difference(name, what, have[what], figure, dropped)
+                (errors if is_error else warnings).append(line)
     if official:
         warnings += [f"split {s} is none of {dataset} {split_by}'s" for s in splits if s not in official]
     return errors, warnings
 
 
-def _compare_one(
-    name: str, what: str, have: int, figure: Figure, dropped: dict[str, int], errors: list[str], warnings: list[str]
-) -> None:
+def _describe_difference(name: str, what: str, have: int, figure: Figure, dropped: dict[str, int]) -> tuple[bool, str]:
+    """Whether a count's difference to the published one is an error, and the line that says so."""
     missing = figure.value - have
-    if missing == 0:
-        return
     line = f"{name} has {have} {what}, published are {figure.value}"
-    # with an image went refs and with a ref sentences that were not counted one by one
+    # refs of a dropped image and sentences of a dropped ref were not counted one by one
     larger = any(dropped[k] for k in COUNTS[: COUNTS.index(what)])
     if missing > 0 and (missing == dropped[what] or (larger and missing > dropped[what])):
         left_out = ", ".join(f"{n} {k}" for k, n in dropped.items() if n)
-        warnings.append(f"{line}: --skip-bad left out {left_out}")
-    elif figure.sure:
-        errors.append(f"{line}: these are not the official files, or not all of them; fetch them and shard again")
-    else:
-        warnings.append(f"{line} (not sure): compare with the files' source")
+        return False, f"{line}: --skip-bad left out {left_out}"
+    if figure.sure:
+        return True, f"{line}: these are not the official files, or not all of them; fetch them and shard again"
+    return False, f"{line} (not sure): compare with the files' source"
 
 
-def sharing_is(dataset: str, split_by: str, splits: tuple[str, str]) -> str:
-    """What it is that two splits share images: `error`, `warning`, or `design`.
+def shared_images_severity(dataset: str, split_by: str, splits: tuple[str, str]) -> str:
+    """What it means that two splits share images: `error`, `warning`, or `design`.
 
-    Google's splits were dealt by object, not by image. Of refclef's three test splits, dealt by the kind of object, no
-    source says that they don't.
+    Google's splits were made by object, not by image. refclef's three test splits were made by the kind of object, and
+    no source says that they are disjoint.
     """
     if split_by == "google":
         return "design"

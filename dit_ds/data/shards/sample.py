@@ -1,4 +1,4 @@
-"""From one record to the two members of its sample: the image file's bytes, and what is said of it."""
+"""From one record to the two members of its WebDataset sample: the JPEG file and the JSON annotations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from dit_ds.data.annotations.refer import ImageRecord, ReferTree, clean_sentence
 from dit_ds.data.jpeg import decode_jpeg
-from dit_ds.data.masks import UnusableRecord, unite
+from dit_ds.data.masks import UnusableRecord, merge_parts
 from dit_ds.data.shards.manifest import SCHEMA
 
-# common code leaves them out by name; the first is a GIF
+# which published code excludes by name; the first is a GIF
 _KNOWN_BAD = {"saiapr_tc-12": ("19579.jpg", "17975.jpg", "19575.jpg")}
 
 
@@ -20,8 +20,8 @@ class Rules:
     """How records become samples.
 
     Attributes:
-        skip_bad: leave out and count what can't be used, instead of refusing it.
-        legacy_overlap: as for `unite`.
+        skip_bad: leave out and count unusable refs and images, instead of raising.
+        legacy_overlap: as for `merge_parts`.
     """
 
     skip_bad: bool = False
@@ -29,17 +29,17 @@ class Rules:
 
     @property
     def mask_policy(self) -> str:
-        """The manifest's word for it."""
+        """The manifest's `mask_policy`."""
         return "legacy_overlap" if self.legacy_overlap else "union"
 
 
 def image_bytes(images: Path, image_set: str, record: ImageRecord) -> bytes:
-    """The image file as it is, after a look whether it decodes to the size that the annotations speak of.
+    """The image file's unchanged bytes, once it was decoded and has the size that its annotation says.
 
-    The whole picture is decoded, which takes a millisecond or two: a file that was cut short has a sound header.
+    All of it is decoded, which takes a millisecond or two, because a truncated file has an intact header.
 
     Raises:
-        UnusableRecord: it doesn't, or there is none.
+        UnusableRecord: the file is missing, damaged, no JPEG or of another size.
     """
     name = record.image["file_name"]
     path = images / name
@@ -65,15 +65,15 @@ def image_bytes(images: Path, image_set: str, record: ImageRecord) -> bytes:
 def sample(
     tree: ReferTree, split: str, record: ImageRecord, rules: Rules, dropped: dict[str, int]
 ) -> tuple[dict[str, Any], int]:
-    """The sample's JSON member, and how many of its refs have polygons that overlap.
+    """The sample's JSON member, and the number of its refs with overlapping polygons.
 
     Args:
-        dropped: counts of `refs` and `sentences` to add to, where bad ones are skipped.
+        dropped: counts of skipped `refs` and `sentences`, added to in place.
     Raises:
-        UnusableRecord: nothing of it can be used, or something can't and is not to be skipped.
+        UnusableRecord: no ref is usable; without `rules.skip_bad`, one is not.
     """
-    height, width = int(record.image["height"]), int(record.image["width"])  # in some files 640.0
-    masks: dict[Any, tuple[dict[str, Any], bool]] = {}  # by ann_id: several refs can mean one object
+    height, width = int(record.image["height"]), int(record.image["width"])  # some files have 640.0
+    masks: dict[Any, tuple[dict[str, Any], bool]] = {}  # by ann_id: several refs can have one target
     refs = []
     for ref in record.refs:
         try:
@@ -91,11 +91,11 @@ def sample(
         refs.append(ref | {"sentences": sentences})
     if not refs:
         raise UnusableRecord(f"image {record.image['id']} has no usable ref")
-    meant = {a for r in refs for a in r["ann_ids"]}
+    targets = {a for r in refs for a in r["ann_ids"]}
     anns = {
         str(a): {k: record.annotations[a].get(k) for k in ("bbox", "category_id", "area", "iscrowd")}
         | {"rle": masks[a][0]}
-        for a in meant
+        for a in targets
     }
     meta = {
         "schema": SCHEMA, "dataset": tree.dataset, "split_by": tree.split_by, "split": split,
@@ -109,11 +109,11 @@ def _mask(record: ImageRecord, ann_id: Any, height: int, width: int, rules: Rule
     annotation = record.annotations[ann_id]
     if annotation.get("image_id", record.image["id"]) != record.image["id"]:
         raise UnusableRecord(f"annotation {ann_id} is of image {annotation['image_id']}, not of {record.image['id']}")
-    return unite(annotation, height, width, rules.legacy_overlap)
+    return merge_parts(annotation, height, width, rules.legacy_overlap)
 
 
 def _sentences(ref: dict[str, Any], skip_bad: bool, dropped: dict[str, int]) -> list[dict[str, Any]]:
-    """The ref's sentences as models read them, at least one."""
+    """The ref's sentences with their text cleaned, at least one."""
     sentences = []
     for s in ref["sentences"]:
         try:

@@ -1,4 +1,4 @@
-"""Where a set's files are: a local folder, an object store, or a command that prints a file."""
+"""Paths and URLs of a sharded dataset: a local folder, an object store, or a command that prints a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dit_ds.files import is_url
 
 
 def local(folder: str | Path) -> Path:
-    """A folder of this machine.
+    """The folder as a local path.
 
     Raises:
         UserError: it is a URL.
@@ -23,8 +23,8 @@ def locate(root: str | Path, *parts: str) -> Path | str:
     """A file or folder under a root.
 
     Args:
-        root: a folder; https://.., s3://.. (read with the aws command), or what else `webdataset.gopen` opens;
-            or `pipe:COMMAND`, where {} in the command stands for the file's path, which else is appended.
+        root: a folder; https://.., s3://.. (read with the aws command), or another URL that `webdataset.gopen` opens;
+            or `pipe:COMMAND`, where {} in the command is replaced by the file's path; without {} it is appended.
     """
     if not is_url(root):
         return Path(root, *parts)
@@ -33,7 +33,7 @@ def locate(root: str | Path, *parts: str) -> Path | str:
 
 
 def file_of(folder: Path | str, name: str) -> Path | str:
-    """A file in a folder that `locate` gave; of what isn't local, as `webdataset.gopen` opens it."""
+    """A file in a folder that `locate` returned: a local path, or a URL for `webdataset.gopen`."""
     if not is_url(folder):
         return Path(folder, name)
     url = str(folder).replace("{}", name) if "{}" in str(folder) else f"{folder}/{name}"
@@ -41,10 +41,10 @@ def file_of(folder: Path | str, name: str) -> Path | str:
 
 
 def read_file(folder: Path | str, name: str) -> bytes:
-    """A whole file.
+    """The bytes of a file in a folder that `locate` returned.
 
     Raises:
-        UserError: it isn't there, or can't be reached.
+        UserError: it is missing or can't be reached.
     """
     import webdataset
 

@@ -1,4 +1,4 @@
-"""The checks of what was written: the manifest, each shard, and what only all shards together show."""
+"""Checks of a sharded dataset: its manifest, each shard, and properties of all shards together."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from dit_ds.data.shards.manifest import COUNTS, load_manifest, manifest_errors, 
 from dit_ds.data.shards.storage import local
 from dit_ds.data.shards.verify_shard import REPLACE, Id, ShardReport, check_shard
 
-_NAMED = 5  # of the worst, in one line
+_MAX_NAMED = 5  # masks that one line names
 
 
 def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str, Any]:
-    """Check a sharded set: see `data_shards/README.md` for what is looked at.
+    """Check a sharded dataset; `data_shards/README.md` lists the checks.
 
     Args:
-        processes: to check shards in, by default one a core.
+        folder: as data_shards/refcoco/unc.
+        processes: that check shards, by default one a core.
     Returns:
-        `ok`, `errors` and `warnings` (a line for each thing that is wrong or worth a look) and `counts` by split.
+        `ok`, `errors` and `warnings` (a line each) and `counts` by split.
     Raises:
-        UserError: the manifest is missing or damaged, so there is nothing to check by.
+        UserError: the manifest is missing or damaged, so that nothing can be checked.
     """
     folder = local(folder)
     manifest = load_manifest(folder)
@@ -35,8 +36,8 @@ def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str,
     errors = [f"{e}: remove its manifest and shard the dataset again" for e in manifest_errors(folder, manifest)]
     wrong_size = size_errors(folder, manifest)
     errors += [f"{e}: {REPLACE}" for e in wrong_size]
-    missized = {e.split(".tar ", 1)[0] for e in wrong_size}
-    jobs = [(s, e) for s in splits for e in splits[s]["shards"] if str(folder / e["name"])[:-4] not in missized]
+    skipped = {e.split(".tar ", 1)[0] for e in wrong_size}
+    jobs = [(s, e) for s in splits for e in splits[s]["shards"] if str(folder / e["name"])[:-4] not in skipped]
     reports = list(forked_map(functools.partial(check_shard, folder, manifest), jobs, processes, "verify"))
     errors += [e for r in reports for e in r.errors]
 
@@ -46,22 +47,23 @@ def verify_shards(folder: str | Path, processes: int | None = None) -> dict[str,
     for split, found in by_split.items():
         errors += _repeated(f"split {split}: ref", (x for r in found for x in r.refs))
         errors += _repeated(f"split {split}: sentence", (x for r in found for x in r.sentences))
-        seen, said = sum(r.counts["no_target"] for r in found), splits[split].get("no_target")
-        if said not in (None, seen) and sum(r.counts["samples"] for r in found) == splits[split]["images"]:
+        seen, expected = sum(r.counts["no_target"] for r in found), splits[split].get("no_target")
+        if expected not in (None, seen) and sum(r.counts["samples"] for r in found) == splits[split]["images"]:
             errors.append(
-                f"split {split} has {seen} refs without target, the manifest says {said}: remove its manifest and shard the dataset again"
+                f"split {split} has {seen} refs without target, the manifest says {expected}: remove its manifest and shard the dataset again"
             )
-        warnings += _areas(split, found, manifest.get("mask_policy", "union"))
+        warnings += _area_warnings(split, found, manifest.get("mask_policy", "union"))
     shared = _shared_images(manifest, errors, warnings)
-    if manifest["description"] != DESCRIPTION:  # the embedded set calls itself refcoco unc, too
-        for known, more in zip((errors, warnings), official.compare(manifest["dataset"], manifest["split_by"], splits)):
-            known += more
+    if manifest["description"] != DESCRIPTION:  # the sample set has refcoco unc's name, not its counts
+        more_errors, more_warnings = official.compare(manifest["dataset"], manifest["split_by"], splits)
+        errors += more_errors
+        warnings += more_warnings
     counts = {s: _counts(splits[s], found) | shared.get(s, {}) for s, found in by_split.items()}
     return {"ok": not errors, "errors": errors, "warnings": warnings, "counts": counts}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The report for people."""
+def format_report(found: dict[str, Any]) -> list[str]:
+    """The result of `verify_shards` as text lines."""
     rows = [f"{s}: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in c.items() if isinstance(n, int) and n)
             for s, c in found["counts"].items()]  # fmt: skip
     problems = [f"{kind}: {line}" for kind in ("warning", "error") for line in found[f"{kind}s"]]
@@ -69,7 +71,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _counts(split: dict[str, Any], reports: list[ShardReport]) -> dict[str, Any]:
-    """What the manifest says of a split, and what its samples do."""
+    """Counts of a split, from the manifest and from its samples."""
     seen = sum((r.counts for r in reports), collections.Counter())
     counts = {k: split[k] for k in COUNTS} | {"shards": len(split["shards"])}
     counts |= {k: seen[k] for k in ("annotations", "no_target", "several_targets")}
@@ -78,7 +80,7 @@ def _counts(split: dict[str, Any], reports: list[ShardReport]) -> dict[str, Any]
 
 
 def _repeated(what: str, ids: Iterable[tuple[Id, str]]) -> list[str]:
-    """A line for each id that was met before."""
+    """A line for each id that is not unique."""
     first: dict[Id, str] = {}
     errors = []
     for (dataset, number), key in ids:
@@ -91,27 +93,30 @@ def _repeated(what: str, ids: Iterable[tuple[Id, str]]) -> list[str]:
     return errors
 
 
-def _areas(split: str, reports: list[ShardReport], mask_policy: str) -> list[str]:
+def _area_warnings(split: str, reports: list[ShardReport], mask_policy: str) -> list[str]:
+    """A line on the masks whose area is not their annotation's, the worst ones named."""
     off = sorted((x for r in reports for x in r.areas), reverse=True)
     if not off:
         return []
-    of = sum(r.counts["annotations"] for r in reports)
+    total = sum(r.counts["annotations"] for r in reports)
     why = "overlapping polygons, or parts that were lost" + (
         "; this set left overlaps out" if mask_policy == "legacy_overlap" else ""
     )
-    worst = ", ".join(line for _, line in off[:_NAMED])
-    return [f"split {split}: {len(off)} of {of} masks differ from `area` by more than their outline ({why}): {worst}"]
+    worst = ", ".join(line for _, line in off[:_MAX_NAMED])
+    return [
+        f"split {split}: {len(off)} of {total} masks differ from `area` by more than their outline ({why}): {worst}"
+    ]
 
 
 def _stray_tars(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Shards that the manifest doesn't have: it lost them, or they are left from another set."""
+    """A line for each tar that the manifest doesn't list."""
     known = {e["name"] for s in manifest["splits"].values() for e in s["shards"]}
     strays = sorted(p.name for p in folder.glob("*-of-*.tar") if p.name not in known)
     return [f"{folder / s} is none of the manifest's shards: remove it, or shard the dataset again" for s in strays]
 
 
 def _shared_images(manifest: dict[str, Any], errors: list[str], warnings: list[str]) -> dict[str, dict[str, Any]]:
-    """By split, how many images it has in common with which other."""
+    """By split, the number of images in common with each other split; adds to `errors` and `warnings`."""
     ids = {name: {x[0] for e in s["shards"] for x in e["samples"]} for name, s in manifest["splits"].items()}
     shared: dict[str, dict[str, Any]] = {}
     for a, b in itertools.combinations(ids, 2):
@@ -123,7 +128,7 @@ def _shared_images(manifest: dict[str, Any], errors: list[str], warnings: list[s
         line = (
             f"splits {a} and {b} share {len(both)} images, as {min(both):012d}: give an image one split and shard again"
         )
-        kind = official.sharing_is(manifest["dataset"], manifest["split_by"], (a, b))
-        if kind != "design":
-            (errors if kind == "error" else warnings).append(line)
+        severity = official.shared_images_severity(manifest["dataset"], manifest["split_by"], (a, b))
+        if severity != "design":
+            (errors if severity == "error" else warnings).append(line)
     return shared

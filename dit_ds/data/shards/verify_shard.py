@@ -1,4 +1,4 @@
-"""The checks of one shard: the tar against the manifest's entry, and each sample against itself."""
+"""Checks of one shard: the tar against the manifest's entry, and each sample's consistency."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from dit_ds.data.jpeg import jpeg_size
 from dit_ds.data.masks import decode_rle, run_lengths
 
 REPLACE = "remove that shard and shard again"
-_NAMED = 5  # keys in one line
-Id = tuple[str, Any]  # dataset and id: in a combined set ids are unique in each dataset only
+_MAX_NAMED = 5  # keys that one line names
+Id = tuple[str, Any]  # dataset and id: in a combined dataset ids are unique within each dataset only
 
 
 @dataclass
 class ShardReport:
-    """What was found in one shard.
+    """The findings of one shard.
 
     Attributes:
+        split: of the shard.
         errors: a line each.
-        refs, sentences: ids and the key of the sample that has them.
+        refs, sentences: each id with the key of its sample.
         counts: `samples`, `annotations`, `no_target`, `several_targets`.
-        areas: masks whose area is not their annotation's: how far off, and what to say of it.
+        areas: of each mask whose area is not its annotation's the relative difference, and a text that names it.
     """
 
     split: str
@@ -43,7 +44,11 @@ class ShardReport:
 
 
 def check_shard(folder: Path, manifest: dict[str, Any], job: tuple[str, dict[str, Any]]) -> ShardReport:
-    """Check one shard; `job` is its split and its entry in the manifest. Nothing that is in it raises."""
+    """Check one shard; errors go in the report, whatever the file contains.
+
+    Args:
+        job: the shard's split and its entry in the manifest.
+    """
     split, entry = job
     report, path = ShardReport(split), folder / entry["name"]
     try:
@@ -57,6 +62,7 @@ def check_shard(folder: Path, manifest: dict[str, Any], job: tuple[str, dict[str
 def _check_tar(
     tar: mmap.mmap, path: Path, manifest: dict[str, Any], entry: dict[str, Any], report: ShardReport
 ) -> None:
+    """Check a mapped tar against its entry in the manifest, then its samples."""
     expected = _expected_members(entry)
     damaged = [name for name, (at, size, crc) in expected.items() if zlib.crc32(tar[at : at + size]) != crc]
     if hashlib.sha256(tar).hexdigest() != entry["sha256"]:
@@ -73,13 +79,14 @@ def _check_tar(
     for sample in entry["samples"]:
         key = f"{sample[0]:012d}"
         (jpg, size, _), (meta, length, _) = expected[f"{key}.jpg"], expected[f"{key}.json"]
-        for what in _check_sample(tar[jpg : jpg + size], tar[meta : meta + length], key, sample, manifest, report):
+        members = tar[jpg : jpg + size], tar[meta : meta + length]
+        for what in _check_sample(members, sample, manifest, report):
             found.setdefault(what, []).append(key)
     report.errors += [f"{path}: {_some(keys)}: {what}" for what, keys in found.items()]
 
 
 def _expected_members(entry: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
-    """Offset, bytes and CRC-32 by the member's name."""
+    """Offset, bytes and CRC-32 of each member by its name, from the manifest's entry."""
     members = {}
     for image_id, *numbers, _ in entry["samples"]:
         members[f"{image_id:012d}.jpg"], members[f"{image_id:012d}.json"] = tuple(numbers[:3]), tuple(numbers[3:])
@@ -87,7 +94,7 @@ def _expected_members(entry: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
 
 
 def _member_errors(tar: mmap.mmap, expected: dict[str, tuple[int, int, int]]) -> Iterator[str]:
-    """Members that lie elsewhere, are missing or too many, and a tar that doesn't end as tars do."""
+    """Members that are missing, unexpected, repeated or at another offset, and a wrong end of the tar."""
     try:
         with tarfile.open(fileobj=tar, mode="r:") as opened:
             members = opened.getmembers()
@@ -114,14 +121,21 @@ def _elsewhere(member: tarfile.TarInfo, expected: dict[str, tuple[int, int, int]
 
 
 def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_sample(
-    jpg: bytes, text: bytes, key: str, sample: list[Any], manifest: dict[str, Any], report: ShardReport
+    members: tuple[bytes, bytes], sample: list[Any], manifest: dict[str, Any], report: ShardReport
 ) -> list[str]:
-    """What is wrong with one sample, whose bytes are those of the manifest; `sample` is its row there."""
+    """Errors of one sample, a line each.
+
+    Args:
+        members: its JPEG and JSON, whose checksums are right.
+        sample: its entry in the manifest.
+        report: gets its ids, counts and areas.
+    """
+    (jpg, text), key = members, f"{sample[0]:012d}"
     try:
         meta = json.loads(text)
         expected = {k: manifest[k] for k in ("schema", "dataset", "split_by")}
@@ -141,7 +155,7 @@ def _check_sample(
 def _image_errors(jpg: bytes, meta: dict[str, Any]) -> Iterator[str]:
     """A JPEG of another size than its JSON says.
 
-    Only the header is read: `data shard` decoded the whole JPEG before it took it in, and its bytes are still the same.
+    Only the header is read: `data shard` decoded the whole JPEG, and the checksum says that its bytes haven't changed.
     """
     try:
         size = jpeg_size(jpg)
@@ -153,6 +167,7 @@ def _image_errors(jpg: bytes, meta: dict[str, Any]) -> Iterator[str]:
 
 
 def _annotation_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator[str]:
+    """Errors of a sample's masks; masks whose area differs go in the report."""
     for ann_id, annotation in meta["anns"].items():
         report.counts["annotations"] += 1
         rle = annotation["rle"]
@@ -164,22 +179,26 @@ def _annotation_errors(meta: dict[str, Any], key: str, report: ShardReport) -> I
         except ValueError as e:
             yield f"annotation {ann_id}: {e}"
             continue
-        area, said = int(runs[1::2].sum()), annotation.get("area")
-        if not area:
+        pixels, area = int(runs[1::2].sum()), annotation.get("area")
+        if not pixels:
             yield f"annotation {ann_id}'s mask is empty"
-        elif isinstance(said, (int, float)) and _area_differs(rle, runs, said):
-            line = f"{key} annotation {ann_id} ({area} pixels, area {said:.0f})"
-            report.areas.append((abs(area - said) / max(area, said), line))
+        elif isinstance(area, (int, float)) and _area_differs(rle, runs, area):
+            line = f"{key} annotation {ann_id} ({pixels} pixels, area {area:.0f})"
+            report.areas.append((abs(pixels - area) / max(pixels, area), line))
 
 
 def _area_differs(rle: dict[str, Any], runs: np.ndarray, area: float) -> bool:
-    """Whether the mask has another area than the annotation says, beyond what drawing it in pixels explains.
+    """Whether the mask's area differs from the annotation's by more than rasterization explains.
 
-    COCO's area is that of its polygons. Drawn, each pixel that the outline passes is in or out as a whole, so the two
-    can differ by as many pixels as lie along the outline, and no more.
+    COCO's area is that of the polygons. In the mask each pixel on the outline is inside or outside as a whole, so the
+    two can differ by the number of pixels along the outline at most.
+
+    Args:
+        runs: `run_lengths(rle)`.
+        area: the annotation's, in pixels.
     """
     off = abs(int(runs[1::2].sum()) - area)
-    if off <= len(runs) // 2:  # each run of ones has a pixel on the outline: no need to look at the picture
+    if off <= len(runs) // 2:  # each run of ones has a pixel on the outline: no need to decode
         return False
     mask = np.pad(decode_rle(rle), 1).astype(bool)
     inner = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
@@ -187,14 +206,15 @@ def _area_differs(rle: dict[str, Any], runs: np.ndarray, area: float) -> bool:
 
 
 def _ref_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator[str]:
+    """Errors of a sample's refs and sentences; their ids and counts go in the report."""
     if not meta["refs"]:
         yield "it has no refs"
     for ref in meta["refs"]:
         dataset, ref_id, ann_ids = ref.get("dataset", meta["dataset"]), ref["ref_id"], ref["ann_ids"]
-        report.refs.append(_id(dataset, ref_id, key))
-        lost = [a for a in ann_ids if str(a) not in meta["anns"]]
-        if lost:
-            yield f"ref {ref_id}'s annotation {lost[0]} is not among its annotations"
+        report.refs.append(_id_and_key(dataset, ref_id, key))
+        missing = [a for a in ann_ids if str(a) not in meta["anns"]]
+        if missing:
+            yield f"ref {ref_id}'s annotation {missing[0]} is not among its annotations"
         if ref["no_target"] and ann_ids:
             yield f"ref {ref_id} has no target, yet annotation {ann_ids[0]}"
         if not ref["no_target"] and not ann_ids:
@@ -204,12 +224,12 @@ def _ref_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator
         if not ref["sentences"]:
             yield f"ref {ref_id} has no sentence"
         for sentence in ref["sentences"]:
-            report.sentences.append(_id(dataset, sentence["sent_id"], key))
+            report.sentences.append(_id_and_key(dataset, sentence["sent_id"], key))
             if not sentence["sent"].strip():
                 yield f"ref {ref_id}: sentence {sentence['sent_id']} is empty"
 
 
-def _id(dataset: str, number: Any, key: str) -> tuple[Id, str]:
+def _id_and_key(dataset: str, number: Any, key: str) -> tuple[Id, str]:
     if not isinstance(number, (int, str)):
         raise TypeError(f"an id is {number!r}")
     return (str(dataset), number), key

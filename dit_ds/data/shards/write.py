@@ -1,7 +1,7 @@
 """Records to WebDataset tars and a manifest, in parallel.
 
-Schema: `data_shards/README.md`. A shard appears whole or not at all, the manifest comes last, and the same input gives
-the same bytes whatever the number of processes.
+Schema: `data_shards/README.md`. A shard appears complete or not at all, the manifest is written last, and the same input
+gives the same bytes for any number of processes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ from dit_ds.data.annotations.combine import load_source
 from dit_ds.data.annotations.refer import ImageRecord, ReferTree
 from dit_ds.data.masks import UnusableRecord
 from dit_ds.data.parallel import forked_map
-from dit_ds.data.shards.manifest import SCHEMA, load_manifest, read_members, size_errors, write_manifest
+from dit_ds.data.shards.manifest import NAME, SCHEMA, load_manifest, read_members, size_errors, write_manifest
 from dit_ds.data.shards.sample import Rules, image_bytes, sample
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, sha256_of, write_json
 
 _DROPPED = ("images", "refs", "sentences")
-_COUNTED = (*_DROPPED, "no_target", "overlapping")  # the latter are refs: that mean nothing; whose polygons overlap
-_IMAGES_A_SHARD = 50  # at least; RefCOCO's train split then has 256 shards of 66 images, 11 MB each
+_COUNTED = (
+    *_DROPPED,
+    "no_target",
+    "overlapping",
+)  # the latter two count refs: without target; with overlapping polygons
+_MIN_IMAGES = 50  # in a shard; RefCOCO's train split then has 256 shards of 66 images, 11 MB each
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to write: its name, its images in order, and a digest of all that decides its bytes."""
+    """One shard to write: its name, its images in order, and a digest of everything that determines its bytes."""
 
     name: str
     split: str
@@ -44,7 +48,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the worker processes need; inherited by the fork, so never pickled."""
+    """The worker processes' input; inherited through the fork, so never pickled."""
 
     folder: Path
     images: Path
@@ -59,6 +63,7 @@ def shard_refer(
     dataset: str,
     split_by: str | None,
     out: str | Path,
+    *,
     shards: dict[str, int] | None = None,
     processes: int | None = None,
     skip_bad: bool = False,
@@ -73,20 +78,21 @@ def shard_refer(
 
     Args:
         refer_root, coco, parquet, dataset, split_by: as for `load_source`.
-        shards: shards a split; by default the largest power of two that leaves 50 images in each.
-        skip_bad: drop refs and images that can't be used, and count them, instead of refusing.
-        overwrite: replace a finished set that was made from other files or with other options.
-        legacy_overlap: as for `unite`.
+        images: folder with the image files.
+        out: folder that holds a folder for each dataset.
+        shards: number of shards by split; by default the largest power of two that leaves 50 images in each.
+        processes: that write shards, by default one a core.
+        skip_bad: leave out and count unusable refs and images, instead of raising.
+        overwrite: replace a finished dataset that was made from other files or with other options.
+        legacy_overlap: as for `merge_parts`.
     Raises:
-        UserError: anything missing, damaged or unusable in the files; a full disk; a different set already there.
-        RunFailed: a worker process was ended from outside.
+        UserError: anything missing, damaged or unusable in the files; a full disk; another dataset in the folder.
+        RunFailed: a worker process was killed.
     """
-    for name in filter(None, (dataset, split_by)):
-        if not re.fullmatch(r"[\w+-][\w+,.-]*", name):
-            raise UserError(f"'{name}' can't be a folder's name: write letters, digits, + - _ and . only")
+    _check_folder_names(dataset, split_by)
     if not Path(images).is_dir():
         raise UserError(f"no image folder at {images}: --images must hold the set's pictures, as COCO's train2014")
-    tree = load_source(dataset, split_by, refer_root, coco, parquet)
+    tree = load_source(dataset, split_by, refer_root=refer_root, coco=coco, parquet=parquet)
     counts = _shard_counts(tree, shards or {})
     folder, rules = Path(out) / tree.dataset / tree.split_by, Rules(skip_bad, legacy_overlap)
     plans = [p for split, records in tree.splits.items() for p in _plan(tree, split, records, counts[split], rules)]
@@ -94,41 +100,47 @@ def shard_refer(
 
     with full_disk_is_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    published = folder / "manifest.json"
-    if published.exists():
+    if (folder / NAME).exists():
         manifest = load_manifest(folder)
         if manifest["digest"] == digest and not size_errors(folder, manifest):
             return manifest
         if manifest["digest"] != digest and not overwrite:
             raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
-        published.unlink()
+        (folder / NAME).unlink()
     try:
         parts = _write_all(_Job(folder, Path(images), tree, plans, rules), processes)
     finally:
-        for half_written in folder.glob(".*.tmp"):  # by a worker that was ended, now or in a run that was killed
-            half_written.unlink()
+        for temporary in folder.glob(".*.tmp"):  # of a worker that was killed, in this run or an earlier one
+            temporary.unlink()
     manifest = _manifest(tree, plans, parts, digest, rules)
-    write_manifest(published, manifest)
+    write_manifest(folder / NAME, manifest)
     _remove_leftovers(folder, {p.name for p in plans})
     return manifest
 
 
-def _shard_counts(tree: ReferTree, asked: dict[str, int]) -> dict[str, int]:
-    unknown = sorted(set(asked) - set(tree.splits))
+def _check_folder_names(*names: str | None) -> None:
+    for name in filter(None, names):
+        if not re.fullmatch(r"[\w+-][\w+,.-]*", name):
+            raise UserError(f"'{name}' can't be a folder's name: write letters, digits, + - _ and . only")
+
+
+def _shard_counts(tree: ReferTree, requested: dict[str, int]) -> dict[str, int]:
+    """The number of shards by split."""
+    unknown = sorted(set(requested) - set(tree.splits))
     if unknown:
         raise UserError(
             f"--shards names no split '{unknown[0]}': {tree.dataset} {tree.split_by} has {', '.join(tree.splits)}"
         )
     counts = {}
     for split, records in tree.splits.items():
-        counts[split] = asked.get(split, 2 ** int(np.log2(max(1, len(records) // _IMAGES_A_SHARD))))
+        counts[split] = requested.get(split, 2 ** int(np.log2(max(1, len(records) // _MIN_IMAGES))))
         if not 1 <= counts[split] <= len(records):
             raise UserError(f"--shards {split}={counts[split]}: choose from 1 to its {len(records)} images")
     return counts
 
 
 def _plan(tree: ReferTree, split: str, records: list[ImageRecord], n: int, rules: Rules) -> list[ShardPlan]:
-    """Deal the images to `n` shards whose sizes differ by one at most, in the order of a hash of the image id."""
+    """Distribute the images over `n` shards of equal size (plus or minus one), in the order of a hash of the image id."""
     ordered = sorted(records, key=lambda r: hashlib.sha256(str(r.image["id"]).encode()).digest())
     bounds = np.linspace(0, len(ordered), n + 1).astype(int)
     common = [SCHEMA, _COUNTED, tree.dataset, tree.split_by, tree.sources, rules.mask_policy, rules.skip_bad]
@@ -144,33 +156,38 @@ def _digest(value: Any) -> str:
 
 
 def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
+    """Write every shard; the results of `_write_shard` by the shard's name."""
     label, total = f"{job.tree.dataset} {job.tree.split_by}", sum(len(p.records) for p in job.plans)
 
     def images(written: tuple[str, dict[str, Any]]) -> int:
         return written[1]["entry"]["images"] + written[1]["dropped"]["images"]
 
     write = functools.partial(_write_shard, job)
-    return dict(forked_map(write, job.plans, processes, label, images, total, unit="img"))
+    return dict(forked_map(write, job.plans, processes, label, size=images, total=total, unit="img"))
 
 
 def _write_shard(job: _Job, plan: ShardPlan) -> tuple[str, dict[str, Any]]:
-    """Write a shard unless an earlier run did, and the note `.NAME.json` that says so."""
-    path, note = job.folder / plan.name, job.folder / f".{plan.name}.json"
-    if note.exists() and path.exists():
-        part = read_json(note, "shard note")
+    """Write a shard unless an earlier run did, and `.NAME.json`, which marks it as finished.
+
+    Returns:
+        The shard's name, and its `digest`, `entry` for the manifest and `dropped` counts.
+    """
+    path, marker = job.folder / plan.name, job.folder / f".{plan.name}.json"
+    if marker.exists() and path.exists():
+        part = read_json(marker, "shard note")
         if part["digest"] == plan.digest and part["entry"]["sha256"] == sha256_of(path):
             return plan.name, part
-    note.unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
     with atomic_write(path) as f:
         entry, dropped = _write_tar(f, job, plan)
     entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": read_members(path)}
     part = {"digest": plan.digest, "entry": entry, "dropped": dropped}
-    write_json(note, part, indent=None)
+    write_json(marker, part, indent=None)
     return plan.name, part
 
 
 def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write the shard's samples; what was written and what was left out."""
+    """Write the shard's samples; return the counts of what was written and of what was left out."""
     counts, dropped = dict.fromkeys(_COUNTED, 0), dict.fromkeys(_DROPPED, 0)
     with TarWriter(f, mtime=0, encoder=False) as tar:
         for record in plan.records:
@@ -195,10 +212,11 @@ def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any],
 def _manifest(
     tree: ReferTree, plans: list[ShardPlan], parts: dict[str, dict[str, Any]], digest: str, rules: Rules
 ) -> dict[str, Any]:
+    """The manifest, without its checksum."""
     splits: dict[str, Any] = {}
     for plan in plans:
-        nothing = dict.fromkeys(_COUNTED, 0) | {"dropped": dict.fromkeys(_DROPPED, 0), "shards": []}
-        split, part = splits.setdefault(plan.split, nothing), parts[plan.name]
+        empty = dict.fromkeys(_COUNTED, 0) | {"dropped": dict.fromkeys(_DROPPED, 0), "shards": []}
+        split, part = splits.setdefault(plan.split, empty), parts[plan.name]
         split["shards"].append(part["entry"])
         for what in _COUNTED:
             split[what] += part["entry"][what]
@@ -212,9 +230,9 @@ def _manifest(
 
 
 def _remove_leftovers(folder: Path, names: set[str]) -> None:
-    """Remove the notes of finished shards, and shards of a set that was replaced."""
-    for note in folder.glob(".*.tar.json"):
-        note.unlink()
+    """Remove the markers of finished shards, and shards of a dataset that was replaced."""
+    for marker in folder.glob(".*.tar.json"):
+        marker.unlink()
     for tar in folder.glob("*-of-*.tar"):
         if tar.name not in names:
             tar.unlink()
