@@ -30,7 +30,6 @@ def forked_map(
     size: Callable[[Result], int] = lambda _: 1,
     total: int | None = None,
     unit: str = "shard",
-    chunksize: int = 1,
 ) -> Iterator[Result]:
     """Yield `call(item)` for each item, in the items' order, with a progress bar.
 
@@ -41,26 +40,23 @@ def forked_map(
         size: by how much a result advances the bar.
         total: the bar's total; by default the number of items.
         unit: the bar's unit.
-        chunksize: items that a worker takes at once.
     Raises:
         RunFailed: a worker process was killed.
     """
     workers = min(processes or usable_cores(), len(items))
-    results = map(call, items) if workers <= 1 else _map_in_workers(call, items, workers, chunksize)
+    results = map(call, items) if workers <= 1 else _map_in_workers(call, items, workers)
     with tqdm(desc=label, total=len(items) if total is None else total, unit=unit, mininterval=1) as bar:
         for result in results:
             bar.update(size(result))
             yield result
 
 
-def _map_in_workers(
-    call: Callable[[Item], Result], items: Sequence[Item], workers: int, chunksize: int
-) -> Iterator[Result]:
+def _map_in_workers(call: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
     gc.collect()
     gc.freeze()  # else garbage collection in the workers would write to, and so copy, every inherited page
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _init_worker, (call, items))
     try:
-        yield from pool.map(_call_item, range(len(items)), chunksize=chunksize)
+        yield from pool.map(_call_item, range(len(items)))
     except BrokenProcessPool:
         raise RunFailed(
             "a worker process was ended, for want of memory perhaps: run it again, with fewer --processes"

@@ -17,6 +17,7 @@ from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, write
 
 DESCRIPTION = "dit-ds sample set"
 _MAX_IMAGES = 500_000
+_GROUP = 16  # images that a worker process draws at once
 _ANNS_PER_IMAGE = 10  # ids are assigned in blocks, so that an image's ids don't depend on other images
 
 
@@ -54,8 +55,12 @@ def write_sample_set(
 
     image_ids = np.random.default_rng(seed).choice(_MAX_IMAGES, images, replace=False) + 1
     jobs = list(enumerate(int(i) for i in image_ids))
-    make = functools.partial(_make_image, seed=seed, folder=image_folder)
-    records = list(forked_map(make, jobs, processes, "images", unit="img", chunksize=16))
+    groups = [jobs[i : i + _GROUP] for i in range(0, images, _GROUP)]
+    make = functools.partial(_make_images, seed=seed, folder=image_folder)
+    records: list[dict[str, Any]] = []
+    for made in forked_map(make, groups, processes, "images", size=len, total=images, unit="img"):
+        # the refs file's bytes depend on which strings are one object: copied so, it is the same for any `processes`
+        records += pickle.loads(pickle.dumps(made))
 
     refs = [ref for r in records for ref in r["refs"]]
     sentences = _number(refs)
@@ -94,6 +99,10 @@ def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
     """Scene `index` of the set with this seed, and the generator that its image and expressions draw from next."""
     rng = np.random.default_rng([seed, index])
     return make_scene(rng), rng
+
+
+def _make_images(jobs: list[tuple[int, int]], seed: int, folder: Path) -> list[dict[str, Any]]:
+    return [_make_image(job, seed, folder) for job in jobs]
 
 
 def _make_image(job: tuple[int, int], seed: int, folder: Path) -> dict[str, Any]:
