@@ -257,7 +257,7 @@ def test_aligned_corners_in_loss_and_evaluation():
               "text": {"name": MINILM, "layers": 1}}  # fmt: skip
     model = build_model(validate(config))
     torch.testing.assert_close(model.loss(logits, mask, torch.ones(2)), want)
-    got = MaskPostprocess.of(validate(config))(logits[0], torch.tensor([64, 64]), (64, 64), 64)
+    got = MaskPostprocess.from_config(validate(config))(logits[0], torch.tensor([64, 64]), (64, 64), 64)
     assert torch.equal(got, up[0].sigmoid() > 0.35)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli.output import command, from_one, from_zero, report
+from dit_ds.cli.arguments import from_one, from_zero, shard_counts
+from dit_ds.cli.output import command, report
 
 
 def add(commands: Any) -> None:
@@ -19,36 +20,7 @@ def add(commands: Any) -> None:
     p.add_argument("--seed", type=from_zero, default=0, help="another seed gives another set (default 0)")
     p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
-    p = command(
-        data_commands, "shard", _data_shard, "annotations to WebDataset tars and a manifest; run again to go on"
-    )
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--refer-root", help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
-    source.add_argument("--coco", help="a COCO file with expressions: a set of your own, see README")
-    source.add_argument("--parquet", help="folder with the parquet files of jxu124/refcoco, refcocoplus or refcocog")
-    p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
-    p.add_argument(
-        "--dataset",
-        default="refcoco",
-        help="refcoco, refcoco+, refcocog, refclef, grefcoco, or a name of yours; several, separated by commas, are "
-        "combined to train on, without the images of any val or test split (default refcoco)",
-    )
-    p.add_argument("--split-by", help="unc, google, umd, ... (default umd for refcocog, own with --coco, else unc)")
-    p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
-    p.add_argument(
-        "--shards", type=_shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
-    )
-    p.add_argument(
-        "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
-    )
-    p.add_argument(
-        "--legacy-overlap",
-        action="store_true",
-        help="pixels where polygons of one annotation overlap become background, as LAVT and LISA read them",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
-    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
-
+    _add_shard(data_commands)
     p = command(
         data_commands,
         "verify",
@@ -66,21 +38,43 @@ def add(commands: Any) -> None:
     p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
 
+def _add_shard(data_commands: Any) -> None:
+    p = command(
+        data_commands, "shard", _data_shard, "annotations to WebDataset tars and a manifest; run again to go on"
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--refer-root", help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
+    source.add_argument("--coco", help="a COCO file with expressions: a set of your own, see README")
+    source.add_argument("--parquet", help="folder with the parquet files of jxu124/refcoco, refcocoplus or refcocog")
+    p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
+    p.add_argument(
+        "--dataset",
+        default="refcoco",
+        help="refcoco, refcoco+, refcocog, refclef, grefcoco, or a name of yours; several, separated by commas, are "
+        "combined to train on, without the images of any val or test split (default refcoco)",
+    )
+    p.add_argument("--split-by", help="unc, google, umd, ... (default umd for refcocog, own with --coco, else unc)")
+    p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
+    p.add_argument(
+        "--shards", type=shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
+    )
+    p.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
+    )
+    p.add_argument(
+        "--legacy-overlap",
+        action="store_true",
+        help="pixels where polygons of one annotation overlap become background, as LAVT and LISA read them",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
+    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+
+
 def _data_sample(args: argparse.Namespace) -> int:
     from dit_ds.data.sample_set.write import write_sample_set
 
     report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
     return 0
-
-
-def _shard_counts(text: str) -> dict[str, int]:
-    counts = {}
-    for part in text.split(","):
-        split, _, number = part.partition("=")
-        if not split or not number.isdigit():
-            raise argparse.ArgumentTypeError(f"'{part}' does not read SPLIT=NUMBER, as in train=256,val=8")
-        counts[split] = int(number)
-    return counts
 
 
 def _totals(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What commands share: how they are declared, and how they say their results."""
+"""What commands share: how they are declared, and how they print their results."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ def report(
     lines: Callable[[], list[str]] | None = None,
     any_rank: bool = False,
 ) -> None:
-    """Print the result, on rank 0 or the one that is told to: one JSON object with --json, else lines for people."""
+    """Print the result: one JSON object with --json, else lines for people.
+
+    Args:
+        lines: makes those lines; by default one for each key.
+        any_rank: print on whichever rank this is; by default rank 0 alone prints.
+    """
     if int(os.environ.get("RANK", 0)) and not any_rank:
         return
     if args.json:
         print(json.dumps(result))
-    else:
-        for line in (
-            lines() if lines else [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]
-        ):
-            print(line)
+        return
+    for line in lines() if lines else _key_lines(result):
+        print(line)
+
+
+def _key_lines(result: dict[str, Any]) -> list[str]:
+    return [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]
 
 
 def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-    """A command that can answer in JSON."""
+    """Declare a command with `--json`.
+
+    Args:
+        parent: what `add_subparsers` returned.
+        run: carries it out and returns the exit status.
+    """
     sub = parent.add_parser(name, help=help, description=help)
     sub.set_defaults(run=run)
     sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return sub
 
 
-def from_one(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    return _from(1, text)
-
-
-def from_zero(text: str) -> int:
-    """A whole number from 0 on, for argparse."""
-    return _from(0, text)
-
-
-def _from(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} on")
-    return int(text)
+def config_options(p: argparse.ArgumentParser) -> None:
+    """Options of a command that reads a run's configuration, with overrides as in train."""
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.set_defaults(takes_overrides=True)

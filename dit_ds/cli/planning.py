@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli.output import command, report
+from dit_ds.cli.arguments import from_one, from_zero, integers
+from dit_ds.cli.output import command, config_options, report
 
 
 def add(commands: Any) -> None:
@@ -15,13 +16,12 @@ def add(commands: Any) -> None:
     memory_commands = memory.add_subparsers(metavar="COMMAND")
 
     p = command(memory_commands, "plan", _memory_plan, "predict a run's memory and what fits; needs no GPU, no weights")
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    config_options(p)
     p.add_argument("--gpus", type=int, default=1, help="of a node, one rank each (default 1)")
     p.add_argument("--nodes", type=int, default=1, help="default 1")
     p.add_argument("--gpu", default="H100", help="whose memory, as A100 or a name that CUDA gives (default H100)")
     p.add_argument("--gpu-memory", help="of a GPU, as 80GiB, instead")
     p.add_argument("--timeline", metavar="PNG", help="draw the step, by category")
-    p.set_defaults(takes_overrides=True)
 
     p = command(
         memory_commands, "table8", _memory_table8, "the paper's Table 8: what it says, predicted, measured, and why"
@@ -36,26 +36,24 @@ def add(commands: Any) -> None:
         _memory_measure,
         "take a few steps on this GPU, or on all ranks under srun or torchrun",
     )
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--steps", type=_from_one, default=5, help="steps to measure (default 5)")
-    p.add_argument("--warmup", type=_count, default=2, help="steps before them (default 2)")
+    config_options(p)
+    p.add_argument("--steps", type=from_one, default=5, help="steps to measure (default 5)")
+    p.add_argument("--warmup", type=from_zero, default=2, help="steps before them (default 2)")
     p.add_argument("--timeline", metavar="PNG", help="draw a step of rank 0, by category")
     p.add_argument(
         "--snapshot",
         metavar="FILE",
         help="write PyTorch's snapshot, as memory.pickle: drop it on pytorch.org/memory_viz",
     )
-    p.set_defaults(takes_overrides=True)
 
     p = command(
         commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"
     )
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
-    p.add_argument("--nodes", type=_node_counts, default=[1, 2, 4, 8, 16, 32, 64], help="default 1,2,4,8,16,32,64")
+    config_options(p)
+    p.add_argument("--nodes", type=integers, default=[1, 2, 4, 8, 16, 32, 64], help="default 1,2,4,8,16,32,64")
     p.add_argument("--gpus-per-node", type=int, default=8, help="and ranks (default 8)")
     p.add_argument("--gpu", default="H100", help="as A100, H100 PCIe, or a name that CUDA gives (default H100)")
     _machine_parser(p)
-    p.set_defaults(takes_overrides=True)
     _tune_parser(command(commands, "tune", _tune, "find the fastest settings that fit: predicted, or tried on GPUs"))
 
 
@@ -69,7 +67,7 @@ def _machine_parser(p: Any) -> None:
 
 
 def _tune_parser(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    config_options(p)
     p.add_argument("--nodes", type=int, default=1, help="nodes of the job (default 1)")
     p.add_argument("--gpus", type=int, default=8, help="GPUs a node, a rank each (default 8)")
     p.add_argument("--gpu", default="", help="as A100, H100 PCIe (default: this machine's with --measure, else H100)")
@@ -90,7 +88,6 @@ def _tune_parser(p: argparse.ArgumentParser) -> None:
                    "of --mfu (default 1024)")  # fmt: skip
     g.add_argument("--pcie", type=float, default=25, help="GB/s between a GPU and its host (default 25)")
     g.add_argument("--host-bandwidth", type=float, default=200, help="GB/s of a node's memory (default 200)")
-    p.set_defaults(takes_overrides=True)
 
 
 def _scaling(args: argparse.Namespace) -> int:
@@ -147,18 +144,6 @@ def _memory_measure(args: argparse.Namespace) -> int:
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
-
-
-def _from_one(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError("at least one is needed")
-    return int(text)
-
-
 def _tune(args: argparse.Namespace) -> int:
     from dit_ds.planning.scaling import Machine
     from dit_ds.planning.tune import command
@@ -174,9 +159,3 @@ def _tune(args: argparse.Namespace) -> int:
     ))  # fmt: skip
     report(args, result, lambda: lines(found, result, args.explain))
     return 0
-
-
-def _node_counts(text: str) -> list[int]:
-    if not all(part.isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,2,4")
-    return [int(part) for part in text.split(",")]

@@ -3,22 +3,98 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-from collections.abc import Callable
+from typing import Any
 
-from dit_ds.cli.output import report
+from dit_ds.cli.arguments import pixels, seconds
+from dit_ds.cli.output import command, report
 from dit_ds.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """Add `train`, `doctor`, `eval`, `predict` and `export` to the parser's commands."""
+    _add_train(commands)
+    p = command(commands, "doctor", _doctor, "check this machine, or all ranks under srun or torchrun, before a run")
+    p.add_argument("--config", help="check what this configuration needs too; --section.key value overrides it")
+    p.add_argument("--timeout", type=seconds, default=60, help="seconds to wait for the other ranks (default 60)")
+    p.set_defaults(takes_overrides=True)
+    _add_eval(commands)
+    _add_predict(commands)
+    p = command(commands, "export", _export, "write a checkpoint's model as one safetensors file")
+    p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument("--out", required=True, help="file to write, as model.safetensors")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
+
+
+class _TrainHelp(argparse.Action):
+    """Prints the configuration's keys too, which take a moment to load."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from dit_ds.config.load import help_text
+
+        parser.print_help()
+        print("\n" + help_text())
+        parser.exit()
+
+
+def _add_train(commands: Any) -> None:
+    p = commands.add_parser("train", help="train; one process, or each rank under torchrun or srun", add_help=False,
+                            usage="dit-ds train --config C [--resume] [--json] [--section.key value ...]")  # fmt: skip
+    p.add_argument("-h", "--help", action=_TrainHelp, nargs=0, help="show every option and configuration key")
+    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml")
+    p.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint, or start where there is none"
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    p.set_defaults(run=_train, takes_overrides=True)
+
+
+def _add_eval(commands: Any) -> None:
+    p = command(commands, "eval", _eval, "evaluate a run's best checkpoint, or a given one, on one split")
+    p.add_argument(
+        "run_or_checkpoint",
+        help="a run's folder or one of its checkpoints/step_*; or a YAML file: its model.checkpoint, not tuned",
+    )
+    p.add_argument("--split", default="val", help="val, testA, testB, test, ... (default val)")
+    p.add_argument(
+        "--prompt",
+        choices=["text", "point", "box"],
+        help="what says which object is meant; points and boxes are made of the ground truth (default: text, if the run "
+        "was trained on it)",
+    )
+    p.add_argument("--data-root", help="where the shards are, if they moved since training")
+    p.add_argument("--batch-size", type=int, help="expressions at once on a rank (default: the run's)")
+    p.add_argument("--workers", type=int, help="loader processes a rank (default: the run's)")
+    p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
+    p.add_argument("--shuffle-text", action="store_true", help="control: give each image another image's expressions")
+    p.add_argument("--predictions", metavar="DIR", help="write each predicted mask as DIR/IMAGE_EXPRESSION.png")
+
+
+def _add_predict(commands: Any) -> None:
+    p = command(commands, "predict", _predict, "segment what words, points or a box mean in one picture")
+    p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
+    p.add_argument("--image", required=True, help="the picture")
+    p.add_argument("--text", help="the words, as 'the left star'")
+    p.add_argument(
+        "--point",
+        metavar="X,Y",
+        type=pixels("X,Y"),
+        action="append",
+        default=[],
+        help="a point on the object, in pixels of the picture; may be repeated",
+    )
+    p.add_argument("--box", metavar="X0,Y0,X1,Y1", type=pixels("X0,Y0,X1,Y1"), help="a box around the object")
+    p.add_argument("--out", required=True, help="PNG to write: the picture beside the prediction")
+    p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
 
 
 def _train(args: argparse.Namespace) -> int:
     from dit_ds.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)  # before torch is imported: what is wrong is said at once
     from dit_ds.training.train import train
 
-    result = train(config, args.resume)
-    report(args, result)
+    report(args, train(config, args.resume))
     return 0
 
 
@@ -28,7 +104,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.overrides and not args.config:
         raise UserError(f"{args.overrides[0]} overrides a configuration: name one with --config")
     config = load_config(args.config, args.overrides) if args.config else None
-    # before torch is imported: its traces of failed connections, of which the checks say the same in one line
+    # before torch is imported: its traces of failed connections, which the checks report in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from dit_ds import doctor
 
@@ -41,35 +117,30 @@ def _eval(args: argparse.Namespace) -> int:
     result = evaluate_checkpoint(
         args.run_or_checkpoint,
         args.split,
-        args.data_root,
-        args.batch_size,
-        args.workers,
-        args.shuffle_text,
-        args.threshold,
-        args.predictions,
-        args.prompt,
+        data_root=args.data_root,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        shuffle_text=args.shuffle_text,
+        threshold=args.threshold,
+        predictions=args.predictions,
+        prompt=args.prompt,
     )
     report(args, result)
     return 0
 
 
-def _numbers(names: str) -> Callable[[str], tuple[float, ...]]:
-    def parse(text: str) -> tuple[float, ...]:
-        try:
-            numbers = tuple(float(x) for x in text.split(","))
-        except ValueError:
-            numbers = ()
-        if len(numbers) != len(names.split(",")) or not all(map(math.isfinite, numbers)):
-            raise argparse.ArgumentTypeError(f"'{text}' does not read {names}, in pixels of the picture")
-        return numbers
-
-    return parse
-
-
 def _predict(args: argparse.Namespace) -> int:
     from dit_ds.visualize.prediction import predict_image
 
-    result = predict_image(args.checkpoint, args.image, args.text, args.out, args.threshold, args.point, args.box)
+    result = predict_image(
+        args.checkpoint,
+        args.image,
+        args.out,
+        text=args.text,
+        points=args.point,
+        box=args.box,
+        threshold=args.threshold,
+    )
     report(args, result)
     return 0
 
@@ -81,9 +152,3 @@ def _export(args: argparse.Namespace) -> int:
 
     report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
     return 0
-
-
-def _seconds(text: str) -> float:
-    if not text.replace(".", "", 1).isdigit() or not 0 < float(text) <= 3600:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from 0 to 3600")
-    return float(text)

@@ -12,7 +12,7 @@ import numpy as np
 from dit_ds.config.schema import DataConfig, RunConfig
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.prompts import Prompts, default_kind
+from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.manifest import load_manifest
@@ -104,7 +104,7 @@ def build_eval_dataset(
     index = SplitIndex.load(val_folder(d), split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
     trained = d.prompts if trained is None else trained
-    asked = Prompts.of(trained, d.points, [kind or default_kind(d.prompts)])
+    asked = Prompts.of(trained, d.points, [kind or d.default_prompt])
     return ExpressionDataset(
         index,
         "sentence",

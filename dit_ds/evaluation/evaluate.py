@@ -16,7 +16,6 @@ from dit_ds.checkpointing.weights import load_model
 from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import iterate, make_loader
-from dit_ds.data.loading.prompts import default_kind
 from dit_ds.data.loading.sampler import EvalBatchSampler
 from dit_ds.distributed import World, connect, disconnect, gather_objects
 from dit_ds.errors import UserError
@@ -26,42 +25,50 @@ from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import full_disk_is_user_error
 
+Collect = Callable[[dict[str, Any], int, np.ndarray], None]
+
 
 @torch.no_grad()
 def evaluate(
     model: Callable[..., Tensor],
     dataset: ExpressionDataset,
-    batch_size: int,
-    binarize: MaskPostprocess,
-    workers: int,
+    postprocess: MaskPostprocess,
     world: World,
-    collect: Callable[[dict[str, Any], int, np.ndarray], None] | None = None,
+    *,
+    batch_size: int,
+    workers: int,
+    collect: Collect | None = None,
     timeout: float = 300,
 ) -> dict[str, Any]:
-    """Evaluate.
+    """Evaluate one split.
 
-    A batch's make-up does not depend on the world size, and sums are over integers in the order of the expressions, so
-    the result doesn't either.
+    The samples of a batch do not depend on the world size, and sums are over integers in the order of the expressions,
+    so the result does not depend on it either. Collective: every rank calls it.
 
     Args:
-        model: images and prompts, by name, to logits, in evaluation mode; a DeepSpeed engine or a module.
-        timeout: see `make_loader`.
+        model: images and prompts, by name, to (B, s, s) logits, in evaluation mode; a DeepSpeed engine or a module.
+        batch_size: expressions at once on a rank.
+        workers: loader processes of a rank.
         collect: called with (batch, row, (H, W) prediction) for each expression of this rank.
+        timeout: seconds without a batch, see `make_loader`.
     Returns:
-        `n` and the metrics of `metrics.summarize`, the same on every rank; where the split has expressions without a
-        target those of `metrics.summarize_generalized`, too, and predictions of too few pixels are emptied.
+        `n`, the number of expressions, and the metrics of `metrics.summarize`, the same on every rank; where the split
+        has expressions without a target, those of `metrics.summarize_generalized` too, and a prediction of fewer than
+        `postprocess.no_target_pixels` pixels counts as empty.
+    Raises:
+        UserError: a sample is damaged, or the workers stall.
     """
     generalized = dataset.index.generalized
     batches = EvalBatchSampler(len(dataset), batch_size, world.rank, world.world_size)
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
-    rows: list[tuple[int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int]] = []  # expression, intersection, union, pixels of the target
     for batch in tqdm(iterate(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
-        logits = model(**model_inputs(batch, world.device))
-        for i, truth in enumerate(batch["original"]):
+        logits = model(**model_inputs(batch, world.device))  # (B, s, s)
+        for i, truth in enumerate(batch["original"]):  # (H, W)
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
                 continue
-            prediction = binarize(logits[i], batch["size"][i], truth.shape, dataset.image_size).cpu().numpy()
-            if generalized and prediction.sum() < binarize.no_target_pixels:
+            prediction = postprocess(logits[i], batch["size"][i], truth.shape, dataset.image_size).cpu().numpy()
+            if generalized and prediction.sum() < postprocess.no_target_pixels:
                 prediction = np.zeros_like(prediction)
             rows.append((int(batch["sample"][i]), *intersection_and_union(prediction, truth), int(truth.sum())))
             if collect is not None:
@@ -70,14 +77,15 @@ def evaluate(
     table = table[np.argsort(table[:, 0])]
     if not np.array_equal(table[:, 0], np.arange(len(dataset))):
         raise AssertionError(f"{len(table)} results for {len(dataset)} expressions")
-    shared, either, target = table[:, 1], table[:, 2], table[:, 3]
-    result = {"n": len(table)} | summarize(shared, either)
-    return result | (summarize_generalized(shared, either, target) if generalized else {})
+    intersection, union, target = table[:, 1], table[:, 2], table[:, 3]
+    result = {"n": len(table)} | summarize(intersection, union)
+    return result | (summarize_generalized(intersection, union, target) if generalized else {})
 
 
 def evaluate_checkpoint(
     path: str,
     split: str,
+    *,
     data_root: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -89,45 +97,53 @@ def evaluate_checkpoint(
     """`dit-ds eval`: the metrics of one split, the same digits on any number of ranks.
 
     Args:
-        path: as for `load_model`. A run's result is left in its folder, too, see `write_to_run`.
-        shuffle_text: give each image the expressions of another: what remains is what the image alone gives away.
+        path: as for `load_model`. A run's result is also written into its folder, see `write_to_run`.
+        data_root: where the shards are; by default where the run read them.
+        batch_size, workers: as for `evaluate`; by default the run's.
+        shuffle_text: give each image the expressions of another: a control that measures what the image alone predicts.
+        threshold: a pixel is in if its probability exceeds this; by default the run's.
         predictions: folder for the predicted masks, as `IMAGEID_EXPRESSION.png`.
-        prompt: text, point or box; by default text, if the model was trained on it. Points are drawn once for all: a
-            sample has the same in each evaluation.
+        prompt: text, point or box; by default text, if the model was trained on it. Points depend on the sample alone:
+            they are the same in each evaluation.
+    Raises:
+        UserError: no such checkpoint or split, or a prompt that the model can't read.
     """
     model, config, meta = load_model(path)
-    kind = prompt or default_kind(config.data.prompts)
+    kind = prompt or config.data.default_prompt
     check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
     dataset = build_eval_dataset(config, split, data_root, kind, int(shuffle_text), trained_prompts(config, meta))
-    collect = None
-    if predictions is not None:
-        folder = Path(predictions)
-        with full_disk_is_user_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-
-        def collect(batch: dict[str, Any], i: int, mask: np.ndarray) -> None:
-            with full_disk_is_user_error(folder):
-                name = f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png"
-                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
-
-    world, binarize = connect(), MaskPostprocess.of(config, threshold)
+    collect = None if predictions is None else _write_masks(Path(predictions))
+    world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
     metrics = evaluate(
         model.to(world.device),
         dataset,
-        batch_size or config.eval.batch_size,
-        binarize,
-        config.data.workers if workers is None else workers,
+        postprocess,
         world,
-        collect,
+        batch_size=batch_size or config.eval.batch_size,
+        workers=config.data.workers if workers is None else workers,
+        collect=collect,
     )
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
-    if world.main and not shuffle_text and binarize.threshold == config.eval.threshold:  # the run's own figures
+    if world.main and not shuffle_text and postprocess.threshold == config.eval.threshold:  # as the run is configured
         name, _, split_by = dataset.index.parts[0].name.partition("/")
-        how = {"threshold": binarize.threshold, "mask_rule": binarize.rule, "shuffle_text": shuffle_text}
+        how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
-        how |= {"no_target_pixels": binarize.no_target_pixels} if dataset.index.generalized else {}
+        how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
         write_to_run(path, config, result | how)
     return result
+
+
+def _write_masks(folder: Path) -> Collect:
+    """What `evaluate` calls to write each prediction as a PNG into the folder."""
+    with full_disk_is_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(batch: dict[str, Any], i: int, mask: np.ndarray) -> None:
+        with full_disk_is_user_error(folder):
+            name = f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png"
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
+
+    return write

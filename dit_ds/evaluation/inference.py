@@ -1,9 +1,7 @@
-"""What a trained checkpoint does: evaluate a split, segment one picture."""
+"""Inference on one picture: its file and text read, the model's inputs made, its mask predicted."""
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,16 +18,18 @@ from dit_ds.errors import UserError
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.models.text_encoder import load_tokenizer
 
-_log = logging.getLogger("dit_ds")
-
 
 def trained_prompts(config: RunConfig, meta: dict[str, Any]) -> Sequence[str]:
-    """The kinds of prompts that a model was trained with: weights that were not tuned, at step 0, are SAM's own."""
+    """The kinds of prompts that a model was trained with; none at step 0, where the weights are SAM's.
+
+    Args:
+        meta: of the checkpoint, see `load_model`.
+    """
     return config.data.prompts if meta["step"] else ()
 
 
 def device() -> torch.device:
-    """Where one process computes."""
+    """The device of a single process: the current GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -37,7 +37,7 @@ def check_kind(config: RunConfig, kind: str) -> None:
     """Refuse a prompt that the model can't read.
 
     Raises:
-        UserError: LAVT and ReLA read words only; words mean nothing to a model that never learned any.
+        UserError: LAVT and ReLA read text only; a model that was not trained on text can't read it.
     """
     if kind == "text" and "text" not in config.data.prompts:
         learned = " or ".join(config.data.prompts)
@@ -47,10 +47,10 @@ def check_kind(config: RunConfig, kind: str) -> None:
 
 
 def read_expression(text: str) -> str:
-    """The words as the model is given them.
+    """The expression as the model is given it: stripped, in lower case.
 
     Raises:
-        UserError: there are none.
+        UserError: it is empty.
     """
     if not text.strip():
         raise UserError("--text is empty: say what to segment, as --text 'the left star'")
@@ -58,10 +58,10 @@ def read_expression(text: str) -> str:
 
 
 def read_picture(path: str) -> np.ndarray:
-    """(H, W, 3) uint8.
+    """(H, W, 3) uint8, RGB.
 
     Raises:
-        UserError: it isn't there, or no picture.
+        UserError: the file can't be read, or is no picture.
     """
     try:
         return np.asarray(Image.open(path).convert("RGB"))
@@ -74,9 +74,10 @@ def segment(
     model: Any,
     config: RunConfig,
     pixels: np.ndarray,
+    *,
     text: str | None = None,
-    points: Sequence[tuple[float, float]] = (),
-    box: tuple[float, float, float, float] | None = None,
+    points: Sequence[tuple[float, ...]] = (),
+    box: tuple[float, ...] | None = None,
     threshold: float | None = None,
     trained: Sequence[str] | None = None,
 ) -> np.ndarray:
@@ -84,42 +85,50 @@ def segment(
 
     Args:
         pixels: (H, W, 3) uint8.
-        text: words.
+        text: the expression.
         points: x and y of points on the object, in pixels of the picture.
-        box: XYXY around it.
+        box: XYXY around it, in pixels of the picture.
+        threshold: a pixel is in if its probability exceeds this; by default the configuration's.
         trained: as for `build_eval_dataset`.
     Returns:
         (H, W) bool.
     """
-    inputs = picture_inputs(config, pixels, text, points, box, trained)
-    logits = model(**inputs).cpu()
-    binarize = MaskPostprocess.of(config, threshold)
-    return binarize(logits[0], inputs["size"][0], pixels.shape[:2], config.data.image_size).numpy()
+    inputs = picture_inputs(config, pixels, text=text, points=points, box=box, trained=trained)
+    logits = model(**inputs).cpu()  # (1, s, s)
+    postprocess = MaskPostprocess.from_config(config, threshold)
+    return postprocess(logits[0], inputs["size"][0], pixels.shape[:2], config.data.image_size).numpy()
 
 
 def picture_inputs(
     config: RunConfig,
     pixels: np.ndarray,
+    *,
     text: str | None = None,
-    points: Sequence[tuple[float, float]] = (),
-    box: tuple[float, float, float, float] | None = None,
+    points: Sequence[tuple[float, ...]] = (),
+    box: tuple[float, ...] | None = None,
     trained: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """What the model takes, of one sample, by name and on its device; arguments as of `segment`."""
+    """The model's inputs for one picture.
+
+    Args:
+        pixels, text, points, box, trained: as for `segment`.
+    Returns:
+        The arguments of the model's `forward`, by name, on `device()`, of a batch of one.
+    """
     d = config.data
-    small = resize_image(pixels, d.image_size, d.resize)
-    shape = torch.tensor([small.shape[:2]])
-    given = {"text": text is not None, "point": bool(points), "box": box is not None}
-    trained = d.prompts if trained is None else trained
-    prompts = Prompts.of(trained, d.points, [k for k, is_given in given.items() if is_given])
-    places = functools.partial(scale_places, original=pixels.shape[:2], resized=small.shape[:2])
-    sample = prompts.lay_out(
-        places(points) if points else None, None if box is None else places(np.reshape(box, (2, 2)))
-    )
+    small = resize_image(pixels, d.image_size, d.resize)  # (h, w, 3)
+    asked = [k for k, is_given in (("text", text is not None), ("point", points), ("box", box is not None)) if is_given]
+    prompts = Prompts.of(d.prompts if trained is None else trained, d.points, asked)
+
+    def scaled(xy: Any) -> np.ndarray:  # (n, 2)
+        return scale_places(np.reshape(xy, (-1, 2)), original=pixels.shape[:2], resized=small.shape[:2])
+
+    sample = prompts.lay_out(scaled(points) if points else None, None if box is None else scaled(box))
     if prompts.words:
         tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
-        tokens, real = make_tokenize(tokenizer, d.tokens)(text or "")
+        tokens, real = make_tokenize(tokenizer, d.tokens)(text or "")  # (N,) each
         sample |= {"tokens": tokens, "token_mask": real & (text is not None)}
     batch = {k: torch.from_numpy(x)[None] for k, x in sample.items()}
-    batch["image"] = torch.from_numpy(pad_square(small, d.image_size).transpose(2, 0, 1).copy())[None]
-    return model_inputs(batch | {"size": shape}, device())
+    batch["image"] = torch.from_numpy(pad_square(small, d.image_size).transpose(2, 0, 1).copy())[None]  # (1, 3, S, S)
+    batch["size"] = torch.tensor([small.shape[:2]])
+    return model_inputs(batch, device())

@@ -1,4 +1,4 @@
-"""From a model's logits to the predicted mask at the image's own size."""
+"""From a model's logits to the predicted mask at the image's original size."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ from torch import Tensor
 from dit_ds.config.schema import RunConfig
 from dit_ds.models.segmenter import upscale
 
-# what the model's forward takes, by the batch's names; words, and points with boxes, only where the batch has them
+# arguments of the model's forward, by their keys in a batch; text, and points and boxes, only where the batch has them
 INPUTS = ("image", "size", "tokens", "token_mask", "points", "labels")
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What of a batch the model takes, on its device; there pictures, whose channels come last in memory, are turned."""
+    """The model's inputs of a batch, on the device, contiguous there: images come with channels last in memory."""
     return {k: batch[k].to(device, non_blocking=True).contiguous() for k in INPUTS if k in batch}
 
 
 def original_probabilities(
     logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int, align_corners: bool = False
 ) -> Tensor:
-    """One sample's (s, s) logits to (H, W) probabilities: up to the padded square, padding cut, to the original size."""
+    """One sample's logits to probabilities at the original size, as SAM's `postprocess_masks`.
+
+    Upsampled to the padded square, the padding cut off, then resized.
+
+    Args:
+        logits: (s, s).
+        size: (2,) height and width of the resized image within the square, in pixels.
+        shape: the original height and width H, W.
+        image_size: side of the square, in pixels.
+        align_corners: of the upsampling to the square.
+    Returns:
+        (H, W) in [0, 1].
+    """
     return _to_original(_without_padding(logits, size, image_size, align_corners), shape).sigmoid()
 
 
@@ -39,15 +51,16 @@ def _to_original(values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskPostprocess:
-    """From one sample's logits to the mask that is predicted.
+    """From one sample's logits to its predicted mask (paper section 4.2: probabilities over a threshold).
 
     Attributes:
         threshold: a pixel is in if its probability exceeds this.
-        rule: probability, the logits go to the original size before they are thresholded; or resize_then_any, as the
-            paper's released code: thresholded in the square, the 0/1 mask resized, and in is whatever then is above 0,
-            which makes masks grow by up to a pixel of the square.
+        rule: `probability`: logits are resized to the original size, then thresholded. `resize_then_any`, as the
+            paper's released code: thresholded in the square, the 0/1 mask resized, and every pixel above 0 is in, which
+            makes masks grow by up to a pixel of the square.
         align_corners: of the logits' upsampling to the square.
-        no_target_pixels: fewer say that there is no target; `evaluate` asks, where there may be none.
+        no_target_pixels: a mask of fewer pixels means that there is no target; `evaluate` applies it, on sets with such
+            expressions.
     """
 
     threshold: float
@@ -56,8 +69,8 @@ class MaskPostprocess:
     no_target_pixels: int = 0
 
     @classmethod
-    def of(cls, config: RunConfig, threshold: float | None = None) -> MaskPostprocess:
-        """As configured; another threshold lies over the configuration's."""
+    def from_config(cls, config: RunConfig, threshold: float | None = None) -> MaskPostprocess:
+        """As configured; `threshold` overrides the configuration's."""
         e = config.eval
         return cls(threshold or e.threshold, e.mask_rule, config.model.align_corners, e.no_target_pixels)
 

@@ -15,14 +15,23 @@ from dit_ds.files import write_json
 
 _log = logging.getLogger("dit_ds")
 
+METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
+
 
 def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
-    """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run that the checkpoint is
-    of, if it is in one; of a model that was not tuned, in the folder that its configuration names. A folder that can't be
-    written is a warning: the result is on stdout."""
+    """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run.
+
+    It is the folder that the checkpoint lies in, if it lies in a run's; for weights that were not tuned, the folder that
+    their configuration names, unless a run was trained there. Else nothing is written. A folder that can't be written
+    is a warning: the result is on stdout.
+
+    Args:
+        path: as for `load_model`.
+        result: with the keys `split`, `prompt` and `step`.
+    """
     if Path(path).suffix in (".yaml", ".yml"):
         run = Path(config.run_dir)
-        if (run / "checkpoints").exists():  # a trained run's place: these would stand among its figures
+        if (run / "checkpoints").exists():  # the result would be read as one of the trained run
             return
     elif Path(path).is_dir() and (found := checkpoint.find(path).resolve()).parent.name == "checkpoints":
         run = found.parent.parent
@@ -37,15 +46,18 @@ def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) ->
         _log.warning(f"warning: the result is not kept: {e}")
 
 
-METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
-
-
 def checked_evaluation(entry: Any, config: RunConfig) -> dict[str, Any] | None:
-    """An evaluation with what that of training lacks, the prompt; None for what is none."""
+    """Check the JSON of an evaluation.
+
+    Args:
+        entry: of `evaluations/*.json` or metrics.jsonl.
+        config: of the run.
+    Returns:
+        The entry with `prompt` and `threshold`, which those of training lack; None if it is not an evaluation's.
+    """
     if not isinstance(entry, dict):
         return None
-    prompts = config.data.prompts
-    entry = {"prompt": "text" if "text" in prompts else prompts[0], "threshold": config.eval.threshold} | entry
+    entry = {"prompt": config.data.default_prompt, "threshold": config.eval.threshold} | entry
     kinds = {"split": str, "prompt": str, "n": int, "step": int, "threshold": float | int}
     right = all(isinstance(entry.get(k), kind) for k, kind in kinds.items()) and all(
         entry.get(k, ...) is None or (isinstance(entry.get(k), float | int) and math.isfinite(entry[k]))
@@ -55,17 +67,14 @@ def checked_evaluation(entry: Any, config: RunConfig) -> dict[str, Any] | None:
 
 
 def evaluations_in_training(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """The evaluations in a run's metrics.jsonl, oldest first, as `checked_evaluation` returns them."""
     path = folder / "metrics.jsonl"
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
-        except ValueError:  # a line that a kill cut short
+        except ValueError:  # the last line of a run that was killed
             continue
-        if (
-            isinstance(entry, dict)
-            and entry.get("kind") == "eval"
-            and (found_here := checked_evaluation(entry, config))
-        ):
-            found.append(found_here)
-    return found
+        if isinstance(entry, dict) and entry.get("kind") == "eval":
+            found.append(checked_evaluation(entry, config))
+    return [e for e in found if e is not None]

@@ -361,8 +361,15 @@ class _Run:
             return self.engine(**inputs)
 
         with ds.averaged(self.state):
-            how = (config.eval.batch_size, MaskPostprocess.of(config), config.data.workers, self.world)
-            metrics = evaluate(model, self.data.val, *how, timeout=config.data.worker_timeout)
+            metrics = evaluate(
+                model,
+                self.data.val,
+                MaskPostprocess.from_config(config),
+                self.world,
+                batch_size=config.eval.batch_size,
+                workers=config.data.workers,
+                timeout=config.data.worker_timeout,
+            )
         progress.metrics = metrics = {"split": config.data.val_split} | metrics
         progress.evaluated = progress.step
         self.metrics("eval", metrics)

@@ -23,7 +23,12 @@ _WRONG = (220, 0, 0)  # the frame of a wrong prediction
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """(H, W, 3) uint8 with what is outside the mask dimmed, the mask tinted and its edge drawn."""
+    """A picture with the mask tinted, its edge drawn and the rest dimmed.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        mask: (H, W) bool.
+    """
     shaded = pixels * 0.45 + 35
     shaded[mask] = pixels[mask] * 0.65 + _TINT * 0.35
     inner = mask.copy()
@@ -35,10 +40,10 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 def picture_format(path: str | Path) -> str:
-    """PNG or PDF, as the file's ending says; to be asked before any work is done.
+    """PNG or PDF, by the file's ending; called before any work is done.
 
     Raises:
-        UserError: it ends in something else.
+        UserError: another ending.
     """
     kind = Path(path).suffix[1:].upper()
     if kind not in ("PNG", "PDF"):
@@ -54,7 +59,7 @@ def _caption(canvas: Image.Image, at: tuple[int, int], text: str, width: int, si
 
 
 def side_by_side(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image:
-    """The picture, the picture with the mask, and the words above."""
+    """The (H, W, 3) picture beside itself with the (H, W) mask, the text above."""
     h, w = mask.shape
     canvas = Image.new("RGB", (2 * w + 6, h + _BAND + 4), "white")
     _caption(canvas, (4, 1), text, 2 * w)
@@ -65,7 +70,13 @@ def side_by_side(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image
 
 @dataclass(frozen=True)
 class GridRow:
-    """An expression: (H, W, 3) uint8 `pixels`, the words, the (H, W) `truth`, and (H, W) prediction and IoU of each."""
+    """An expression and what each model predicts for it.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        truth: (H, W) bool.
+        predictions: of each model, its (H, W) bool mask and IoU.
+    """
 
     pixels: np.ndarray
     text: str
@@ -77,19 +88,20 @@ def write_grid(
     rows: list[GridRow],
     titles: list[str],
     out: str | Path,
+    *,
     wrong_below: float = 0.0,
     across: int = 1,
     scale: int = 1,
 ) -> None:
-    """Write a PNG or PDF of expressions, each with its image, ground truth and predictions under the words.
+    """Write a PNG or PDF of expressions, each with its image, ground truth and predictions under the text.
 
     Args:
-        titles: of the predictions.
+        titles: of the models.
         wrong_below: a prediction with a smaller IoU is framed red, as the paper's figure 4 does.
         across: expressions side by side.
-        scale: pixels of everything, times this.
+        scale: factor on all sizes in pixels.
     Raises:
-        UserError: `out` is neither, or can't be written.
+        UserError: `out` has another ending, or can't be written.
     """
     kind, picture = picture_format(out), io.BytesIO()
     cell, band, gap = _CELL * scale, _BAND * scale, _GAP * scale
@@ -125,17 +137,18 @@ def _fit(pixels: np.ndarray, cell: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of `draw_attention`: what it is of, the (H, W) prediction or None, and by layer a map and a note.
+    """A row of `draw_attention`.
 
     Attributes:
-        maps: by layer's number, from 1 on: (h, w) attention over the picture's places, and what to write under it.
-        place: height and width of a place in pixels of the picture.
+        prediction: (H, W) bool, or None for a row without one.
+        maps: by the layer's number, from 1 on: (h, w) attention over the picture's patches, and the text under it.
+        patch: height and width of a patch in pixels of the picture.
     """
 
     title: str
     prediction: np.ndarray | None
     maps: dict[int, tuple[np.ndarray, str]]
-    place: tuple[float, float]
+    patch: tuple[float, float]
 
 
 def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note: str, out: str | Path) -> None:
@@ -146,9 +159,9 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
     Args:
         pixels: (H, W, 3) uint8.
         text: the expression, the figure's title.
-        note: what is shown, below.
+        note: explains the panels, below them.
     Raises:
-        UserError: `out` is neither, or can't be written.
+        UserError: `out` has another ending, or can't be written.
     """
     kind, picture = picture_format(out), io.BytesIO()
     from matplotlib.figure import Figure  # without pyplot: no window system, nothing kept for later
@@ -178,23 +191,23 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
             first.set_xlabel("prediction", fontsize=7, labelpad=2)
         for layer, axis in zip(layers, others):
             if layer in row.maps:
-                _heat(axis, grey, *row.maps[layer], row.place)
+                _heat(axis, grey, *row.maps[layer], row.patch)
     for layer, axis in zip(layers, axes[0, 2:]):
         axis.set_title(f"layer {layer}", fontsize=9)
-    # a dollar in the words is no mathematics
     width = int(10 * figure.get_figwidth())
     title = textwrap.fill(f"“{textwrap.shorten(text, 3 * width, placeholder='…')}”", width)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a dollar in the text is no mathematics
     figure.supxlabel(note, fontsize=7)
     figure.savefig(picture, format=kind.lower(), dpi=150)
     with atomic_write(out) as f:
         f.write(picture.getvalue())
 
 
-def _heat(axis: Any, grey: np.ndarray, values: np.ndarray, label: str, place: tuple[float, float]) -> None:
+def _heat(axis: Any, grey: np.ndarray, values: np.ndarray, label: str, patch: tuple[float, float]) -> None:
+    """A panel: the picture in grey, under the (h, w) map."""
     (bottom, top), right = axis.get_ylim(), axis.get_xlim()[1]
     axis.imshow(grey, cmap="gray", extent=(0, right, bottom, top))
-    ends = [n * size for n, size in zip(values.shape, place)]  # the last place may stand out
+    ends = [n * size for n, size in zip(values.shape, patch)]  # the last patch may reach beyond the picture
     axis.imshow(values, cmap="inferno", alpha=0.65, interpolation="bilinear", extent=(0, ends[1], ends[0], 0))
     axis.set(xlim=(0, right), ylim=(bottom, top))
     axis.set_xlabel(label, fontsize=7, labelpad=2)

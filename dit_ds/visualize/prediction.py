@@ -18,37 +18,49 @@ from dit_ds.visualize.drawing import side_by_side
 def predict_image(
     path: str,
     image: str,
-    text: str | None,
     out: str,
+    *,
+    text: str | None = None,
+    points: Sequence[tuple[float, ...]] = (),
+    box: tuple[float, ...] | None = None,
     threshold: float | None = None,
-    points: Sequence[tuple[float, float]] = (),
-    box: tuple[float, float, float, float] | None = None,
 ) -> dict[str, Any]:
-    """`dit-ds predict`: write the picture beside the picture with the mask; return how much of it the mask covers.
+    """`dit-ds predict`: write the picture beside the picture with the mask.
 
     Args:
-        text, points, box: at least one of them; see `segment`.
+        path: as for `load_model`.
+        image: file of the picture.
+        out: PNG to write.
+        text, points, box: at least one of them; with `threshold` as for `segment`.
+    Returns:
+        `out`, the prompts, and `covered`, the share of the picture that the mask covers.
+    Raises:
+        UserError: no prompt, one outside the picture or that the model can't read, or a file that can't be read.
     """
     if text is None and not points and box is None:
         raise UserError("nothing says what to segment: give --text, --point or --box")
-    words = None if text is None else read_expression(text)
+    expression = None if text is None else read_expression(text)
     pixels = read_picture(image)
-    _check_places(points, box, *pixels.shape[:2])
+    _check_coordinates(points, box, *pixels.shape[:2])
     model, config, meta = load_model(path)
-    for kind, is_given in (("text", words is not None), ("point", bool(points)), ("box", box is not None)):
+    for kind, is_given in (("text", text is not None), ("point", bool(points)), ("box", box is not None)):
         if is_given:
             check_kind(config, kind)
     model.to(device())
-    mask = segment(model, config, pixels, words, points, box, threshold, trained_prompts(config, meta))
-    said = {"text": text} if text is not None else {}
-    said |= {"points": [list(p) for p in points]} if points else {}
-    said |= {"box": list(box)} if box is not None else {}
+    trained = trained_prompts(config, meta)
+    mask = segment(model, config, pixels, text=expression, points=points, box=box, threshold=threshold, trained=trained)
+    given: dict[str, Any] = {"text": text} if text is not None else {}
+    given |= {"points": [list(p) for p in points]} if points else {}
+    given |= {"box": list(box)} if box is not None else {}
     with full_disk_is_user_error(out):
-        side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in said.items())).save(out, "PNG")
-    return {"out": out} | said | {"covered": round(float(mask.mean()), 4)}
+        side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in given.items())).save(out, "PNG")
+    return {"out": out} | given | {"covered": round(float(mask.mean()), 4)}
 
 
-def _check_places(points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None, height: int, width: int) -> None:
+def _check_coordinates(
+    points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None, height: int, width: int
+) -> None:
+    """Refuse points and boxes that are not within the picture."""
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(f"--point {x:g},{y:g} is outside the picture, which is {width} wide and {height} high")

@@ -14,11 +14,6 @@ import numpy as np
 NOT_A_POINT, FOREGROUND, CORNERS = -1, 1, (2, 3)  # 0 is a point that is not on the object
 
 
-def default_kind(trained: Sequence[str]) -> str:
-    """What a model trained on these kinds of prompts is evaluated with: words if it knows them."""
-    return "text" if "text" in trained else trained[0]
-
-
 @dataclass(frozen=True)
 class Prompts:
     """What tells the model which object is meant.
