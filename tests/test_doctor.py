@@ -77,8 +77,7 @@ def test_all_is_well(config_file, ranks):
     result = json.loads(dit_ds("doctor", "--json", "--config", config_file, ranks=ranks).stdout)
     assert_schema(result)
     assert result["ok"] and result["world_size"] == ranks
-    expected = {"launch", "versions", "gpu", "attention", "fused adam", "bf16", "deepspeed", "async_io",
-                "jit lock", "cores", "memory", "shared memory", "temporary", "configuration", "shards", "text encoder",
+    expected = {"launch", "versions", "gpu", "attention", "fused adam", "bf16", "deepspeed", "jit lock", "cores", "memory", "shared memory", "temporary", "configuration", "shards", "text encoder",
                 "sam checkpoint", "run folder", "bandwidth", "zero step", "rendezvous", "master address"}  # fmt: skip
     names = {c["name"] for c in result["checks"]}
     assert expected <= names and names - expected <= {"host name"}

@@ -140,7 +140,9 @@ def test_requests_that_make_no_sense_are_refused_in_one_line(capsys, tmp_path, m
     assert "which the run owns" in line(capsys, *config, "--deepspeed.override.gradient_clipping", "1")
     assert "enables bf16 and fp16" in line(capsys, *config, "--deepspeed.override.fp16.enabled", "true")
     assert "stage is 4" in line(capsys, *config, "--deepspeed.override.zero_optimization.stage", "4")
-    assert "offloads to NVMe" in line(capsys, *config, "--deepspeed.config", "configs/deepspeed/zero3_nvme.json")
+    for part in ("optimizer", "param"):
+        device = f"zero_optimization.offload_{part}.device"
+        assert f"{device} is nvme" in line(capsys, *config, f"--deepspeed.override.{device}", "nvme")
     assert "no picture is called .docx" in line(capsys, *config, "--timeline", "step.docx")
     monkeypatch.chdir(tmp_path)
     assert "run from dit-ds's folder" in line(capsys, "table8")

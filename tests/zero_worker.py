@@ -101,6 +101,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
         model.image_encoder.compile_blocks()
     engine = ds.initialize(model, config, world)
     trained = TrainingState(engine, config.train.ema_decay)
+    trained.check_coverage()
     engine.train()
     calls[0], losses, norms = 0, [], []
     each = 4 // world.world_size
@@ -117,7 +118,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
             trained.update_average()
         losses.append(loss.item())
     attention_calls = calls[0] / steps
-    state = {n: trained.whole("master", n) for n in trained.names}
+    state = {n: trained.full_tensor("master", n) for n in trained.names}
     result = {
         "losses": losses,
         "weights": {n: state[n].double().norm().item() for n in sorted(state)},
@@ -138,7 +139,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
         with ds.averaged(trained):
             averaged = engine(*inputs)
         result["back"] = torch.equal(before, engine(*inputs)) and all(
-            torch.equal(state[n], trained.whole("master", n)) for n in state
+            torch.equal(state[n], trained.full_tensor("master", n)) for n in state
         )
         other = build_model(config).eval()
         other.load_state_dict(want_average, strict=False)
@@ -169,7 +170,7 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
         loss.backward()
         optimizer.step()
         for n, p in trained.items():
-            average[n] = t.ema * average[n] + (1 - t.ema) * p.detach()
+            average[n] = t.ema_decay * average[n] + (1 - t.ema_decay) * p.detach()
         losses.append(loss.item())
     return losses, {n: p.detach() for n, p in trained.items()}, average
 

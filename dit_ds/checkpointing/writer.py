@@ -68,12 +68,8 @@ class Saver:
         start = time.perf_counter()
         self._meta = meta | {"shapes": self.state.shapes, "adam_step": self.state.adam_step}
         background = self.config.checkpoint.asynchronous
-        # what NVMe offload swaps in is copied before it goes out again
-        tensor = self._copy if background or self.state.swapped else self.state.tensor
-        parts = [
-            (kind, f, tensor(kind, f)) for f in self.state.resident(self.state.saved()) for kind in self.state.kinds
-        ]
-        parts.sort(key=lambda part: self.state.kinds.index(part[0]))
+        tensor = self._copy if background else self.state.tensor
+        parts = [(kind, f, tensor(kind, f)) for kind in self.state.kinds for f in self.state.saved()]
         self._statistics = {n: x.to("cpu", copy=True) for n, x in running_statistics(self.state.engine.module).items()}
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -244,9 +240,9 @@ def restore(engine: Any, state: TrainingState, path: Path) -> None:
         if reader.shapes != state.shapes:
             other = sorted(reader.shapes.keys() ^ state.shapes.keys())[:1]
             raise UserError(f"{path} trained other parameters ({', '.join(other)}): freeze the same as then")
-        state.fill(reader.read, reader.kinds, reader.meta["adam_step"])
+        state.load(reader.read, reader.kinds, reader.meta["adam_step"])
         set_counters(engine, reader.meta["engine"])
-        for f in state.resident(state.saved()):
+        for f in state.saved():
             for kind in reader.kinds & set(state.kinds):
                 mine[kind] = mine.get(kind, 0) + digest(f.name, f.start, state.tensor(kind, f))
     except UserError as e:

@@ -71,16 +71,6 @@ class Context:
             pass
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
-    @property
-    def offload(self) -> set[str]:
-        """The devices that the DeepSpeed configuration offloads to: cpu, nvme."""
-        try:
-            ds = deepspeed_config(self.config, self.world_size) if self.config else {}
-        except UserError:
-            return set()
-        parts = [ds.get("zero_optimization", {}).get(k) or {} for k in ("offload_optimizer", "offload_param")]
-        return {p["device"] for p in parts if p.get("device", "none") != "none"}
-
 
 def from_error(name: str, error: UserError, remedy: str) -> Check:
     """A failed check from a message `what is wrong: what to do`; `remedy` where it ends in the system's own words."""

@@ -50,6 +50,9 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}, it must be 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if (ds.get("zero_optimization", {}).get(key) or {}).get("device") == "nvme":
+            raise UserError(f"{path}: zero_optimization.{key}.device is nvme, which is not supported: set it to cpu")
     # said, where the JSON leaves it open: in what type gradients are added up, between micro-batches and between ranks
     name = next(k for k, v in _PRECISIONS.items() if v == model_dtype(ds))
     ds.setdefault("communication_data_type", name)

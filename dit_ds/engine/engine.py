@@ -17,6 +17,7 @@ from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.distributed import World
 from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
+from dit_ds.engine.zero_layout import private
 from dit_ds.engine.zero_state import TrainingState
 
 
@@ -87,7 +88,8 @@ def step(engine: Any) -> float:
         return 0.0
     if not isinstance(engine.optimizer, torch.optim.Optimizer):  # DeepSpeed's optimizers look themselves
         # at stage 0 fp16's norm is of the scaled loss
-        scale = getattr(getattr(engine.optimizer, "loss_scale_config", None), "cur_scale", 1.0)
+        stage_0 = engine.zero_optimization_stage() == 0
+        scale = private(private(engine.optimizer, "loss_scale_config"), "cur_scale") if stage_0 else 1.0
         engine.step()
         return float(engine.get_global_grad_norm()) / scale
     trained = [p for p in engine.module.parameters() if p.grad is not None]
@@ -110,7 +112,7 @@ def write_events(engine: Any, kind: str, values: dict[str, Any]) -> None:
 
 def averaged(state: TrainingState) -> Any:
     """A context in which the engine's module computes with the moving average of its weights. Collective."""
-    return state.averaged(import_deepspeed().zero.GatheredParameters)
+    return state.average_in_module(import_deepspeed().zero.GatheredParameters)
 
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -135,5 +137,4 @@ def set_counters(engine: Any, saved: dict[str, Any]) -> None:
 
 
 def _loss_scaler(engine: Any) -> Any:
-    optimizer = engine.optimizer
-    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    return private(engine.optimizer, "loss_scaler" if engine.zero_optimization_stage() else "loss_scale_config")

@@ -146,6 +146,7 @@ class _Run:
             model.compile_blocks()
         self.engine = ds.initialize(model, config, world)
         self.state = TrainingState(self.engine, config.train.ema_decay)
+        self.state.check_coverage()
         self.statistics = SyncedBatchNormStats(self.engine.module)
         if newest is not None:
             start = time.perf_counter()

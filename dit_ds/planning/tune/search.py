@@ -101,9 +101,6 @@ def check(config: RunConfig, place: Cluster, assumed: Assumptions) -> dict[str, 
     assumed.check()
     ds = read_deepspeed_json(config)
     require_peak(assumed.machine.gpu, model_dtype(ds))
-    if ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
-        path = config.deepspeed.config
-        raise UserError(f"{path} swaps to NVMe, whose speed dit-ds tune can't predict: name another deepspeed.config")
     if place.ranks > config.train.batch_size:
         raise UserError(
             f"{place.ranks} GPUs share train.batch_size {config.train.batch_size}: use at most so many, "
