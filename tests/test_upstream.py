@@ -48,16 +48,11 @@ CALLS = {
     "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.current_device_name": "self",
     "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.device_name": "self device_index",
     "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.on_accelerator": "self tensor",
+    "deepspeed.runtime.engine.DeepSpeedEngine.get_data_types": "self",
+    "deepspeed.runtime.engine.DeepSpeedEngine.zero_cpu_offload": "self",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._get_param_partition_rank": "self param",
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._optimizer_states_and_gradient_swap_in": (
-        "self sub_group_id"
-    ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._optimizer_states_and_gradient_swap_out": (
-        "self sub_group_id"
-    ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._release_swap_buffers": "self sub_group_id",
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._swappable_optimizer_subgroup": "self sub_group_id",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3.get_param_id": "self param",
+    "deepspeed.utils.safe_get_local_fp32_param": "param",
     "transformers.modeling_utils.PreTrainedModel._from_config": "config",
     "transformers.models.mask2former.modeling_mask2former.Mask2FormerPixelDecoder": "config feature_channels",
     "transformers.models.mask2former.modeling_mask2former.Mask2FormerPixelDecoder.forward": "self features",
@@ -119,7 +114,7 @@ ATTRIBUTES = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": "cur_hysteresis cur_iter cur_scale last_overflow_iter",
     "deepspeed.runtime.fp16.loss_scaler.LossScaleConfig": "cur_iter cur_scale last_overflow_iter",
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": "fp16_groups fp32_groups loss_scale_config",
-    "deepspeed.runtime.zero.partition_parameters": "ds_id ds_numel ds_shape ds_tensor",
+    "deepspeed.runtime.zero.partition_parameters": "ds_numel ds_shape ds_tensor",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
         "averaged_gradients fp32_partitioned_groups_flat grad_partitions_flat_buffer grad_position loss_scaler"
         " _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"

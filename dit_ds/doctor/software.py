@@ -70,7 +70,7 @@ def gpu(c: Context) -> Iterator[Check]:
 
 def attention(c: Context) -> Iterator[Check]:
     """Each backend, by running it."""
-    device, dtype = pick_device(c.local_rank).type, c.dtype
+    device, dtype = pick_device(c.local_rank).type, c.model_dtype
     reasons: dict[str, list[str]] = {}
     runs = []
     for name in ("eager", *KERNELS):
