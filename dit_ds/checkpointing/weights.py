@@ -131,7 +131,7 @@ def load_model(
     path = checkpoint.find(path)
     meta = checkpoint.read_meta(path)
     here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
-    config = validate(merge(merge(meta["config"], here), overrides or {}))
+    config = validate(merge(merge(meta["config"], here), overrides or {}), source=path)
     complete = path.is_file() or (path / checkpoint.FROZEN).exists()
     model = build_model(config, text_weights=not complete)
     if not complete and config.model.checkpoint:

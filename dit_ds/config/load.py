@@ -14,12 +14,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dit_ds.config.schema import (
-    RunConfig,
-)
+from dit_ds.config.schema import RunConfig
 from dit_ds.config.validation import validate_combinations
 from dit_ds.errors import UserError
 
+# former name: present name; the former one is refused
 RENAMED_KEYS = {
     "data.color": "data.color_jitter",
     "data.mask_rule": "data.train_mask_rule",
@@ -35,35 +34,67 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read a YAML file, the files it is based on (`base: other.yaml`), and overrides `--a.b value` or `--a.b=value`.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key (with the nearest one), a value of the wrong type.
+        UserError: a missing or malformed file, a former or unknown key (with the present or nearest one), a value of the
+            wrong type, settings that do not go together.
     """
     values = _read_yaml(Path(path), seen=())
     for key, value in _parse_overrides(overrides or []):
         _set(values, key, value)
-    return validate(values)
+    return validate(values, source=None if overrides else path)
 
 
-def validate(values: dict[str, Any]) -> RunConfig:
-    """Check a nested dict against the schema; the first thing wrong becomes a one-line `UserError`."""
+def validate(values: dict[str, Any], source: str | Path | None = None) -> RunConfig:
+    """Check a nested dict against the schema, and which settings go together.
+
+    Args:
+        source: the file that the values were read from, which the message then names.
+    Raises:
+        UserError: the first error, in one line.
+    """
     try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as e:
-        error = e.errors()[0]
-        key = ".".join(str(p) for p in error["loc"])
-        if key in RENAMED_KEYS:
-            raise UserError(f"'{key}' is now '{RENAMED_KEYS[key]}': rename it") from None
-        if error["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, field_names(), 1, cutoff=0.5)
-            hint = f": did you mean '{near[0]}'?" if near else ": see 'dit-ds train --help'"
-            raise UserError(f"unknown key '{key}'{hint}") from None
-        hint = ""
-        if error["type"] == "literal_error":
-            options = [o.strip(" '") for o in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-            near = difflib.get_close_matches(str(error["input"]), options, 1)
-            hint = f": did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}") from None
-    validate_combinations(config)
+        _refuse_former_keys(values)
+        try:
+            config = RunConfig.model_validate(values)
+        except ValidationError as e:
+            raise UserError(_message(e)) from None
+        validate_combinations(config)
+    except UserError as e:
+        if source is None:
+            raise
+        raise UserError(f"{source}: {e}") from None
     return config
+
+
+def _refuse_former_keys(values: dict[str, Any]) -> None:
+    for key in _dotted(values):
+        if key in RENAMED_KEYS:
+            raise UserError(f"'{key}' is now '{RENAMED_KEYS[key]}': rename it")
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _message(errors: ValidationError) -> str:
+    """The first error in one line, with the nearest key or value that exists."""
+    error = errors.errors()[0]
+    key = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = _did_you_mean(key, field_names(), cutoff=0.5)
+        return f"unknown key '{key}'" + (near or ": see 'dit-ds train --help'")
+    near = ""
+    if error["type"] == "literal_error":
+        options = [o.strip(" '") for o in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = _did_you_mean(str(error["input"]), options)
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{near}"
+
+
+def _did_you_mean(text: str, options: list[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(text, options, 1, cutoff=cutoff)
+    return f": did you mean '{near[0]}'?" if near else ""
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -77,6 +108,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, as configs/base.yaml does")
+    try:
+        _refuse_former_keys(values)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     base = values.pop("base", None)
     if base is None:
         return values
@@ -84,7 +119,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section."""
+    """Nested dicts merged: the values of `above` override those of `below`, key by key."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -120,7 +155,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """(dotted name, default, type, meaning) of every field."""
+    """(dotted name, default, type, description) of every field."""
     for name, info in section.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -138,7 +173,7 @@ def field_names() -> list[str]:
 
 
 def help_text() -> str:
-    """Every field with its meaning and default, for `--help`."""
+    """Every field with its type, default and description, for `--help`."""
     lines = ["configuration keys (in YAML, or as --key value):"]
     for name, default, kind, meaning in fields():
         lines.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")

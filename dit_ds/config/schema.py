@@ -301,14 +301,14 @@ class RunConfig(Section):
 
     run_dir: str = Field("runs/dit", description="the run's folder")
     seed: int = Field(0, ge=0, description="of weights, sample order and augmentation")
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    text: TextConfig = TextConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
 
     def save(self, path: str | Path) -> None:
         """Write as YAML, atomically."""

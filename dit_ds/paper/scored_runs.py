@@ -55,10 +55,7 @@ def read_run(folder: str | Path) -> list[Scored]:
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no config.yaml; name a folder that dit-ds train made")
-    try:
-        config = load_config(folder / "config.yaml")
-    except UserError as e:
-        raise UserError(f"{folder}/config.yaml: {e}") from None
+    config = load_config(folder / "config.yaml")
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((folder / "evaluations").glob("*.json")):
         e = checked_evaluation(read_json(path, "evaluation"), config)
