@@ -17,7 +17,7 @@ from dit_ds.config.load import validate
 from dit_ds.distributed import free_port
 from dit_ds.doctor import collective, configured, node
 from dit_ds.doctor.check import Check, Context, run_checks
-from dit_ds.doctor.rendezvous import Meeting, ranks_text
+from dit_ds.doctor.rendezvous import Rendezvous, ranks_text
 from dit_ds.doctor.report import compare, merge
 from dit_ds.errors import UserError
 
@@ -144,7 +144,7 @@ def test_two_ranks_without_a_launcher_meet_and_leave_the_port_free(meeting_place
     both = [start(r, 2, meeting_place, wait=40) for r in range(2)]
     (status, out, _), (other, nothing, _) = (finish(p) for p in both)
     assert status == other == 0 and json.loads(out)["ok"] and not nothing
-    Meeting(0, 1, 5).close()  # where the training will meet next
+    Rendezvous(0, 1, 5).close()  # where the training will meet next
 
 
 def test_a_port_that_is_taken_fails_with_another_one(meeting_place):
@@ -168,12 +168,12 @@ def test_a_stranger_on_the_port_is_not_taken_for_rank_0(meeting_place):
         s.bind(("127.0.0.1", meeting_place))
         s.listen()
         with pytest.raises(UserError, match="not as the store of rank 0"):
-            Meeting(1, 2, 1)
+            Rendezvous(1, 2, 1)
 
 
 def test_a_rank_that_came_and_died_is_named(meeting_place):
-    first = Meeting(0, 2, 2)
-    Meeting(1, 2, 2)
+    first = Rendezvous(0, 2, 2)
+    Rendezvous(1, 2, 2)
     found, late = first.collect("own", "fine", 0.5)
     assert found == {0: "fine"}
     assert [(c.status, "rank 1 came, but" in c.found) for c in late] == [("fail", True)]

@@ -1,7 +1,7 @@
-"""What a check is, what it is given, and how it is run so that it stops nothing else.
+"""Checks: their result, their context, and how they are run so that none can stop another.
 
-A check is a generator of `Check`s. Numbers in `found` stand between spaces: those that differ from rank to rank are
-then printed as a range.
+A check is a generator of `Check`s. Numbers in `found` stand between spaces, so that `report.merge` can print those that
+differ between ranks as a range.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
 from dit_ds.errors import UserError
 
-THREAD = "dit-ds check"  # the name of the threads that checks run in
-CHECK_SECONDS = 60  # that one check may take: the first import on a cold network file system is slow
+THREAD = "dit-ds check"  # name of the threads that checks run in
+CHECK_SECONDS = 60  # limit of one check: the first import from a cold network file system is slow
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: status is ok, warn or fail; the remedy is for the latter two."""
+    """One finding.
+
+    Attributes:
+        status: ok, warn or fail.
+        remedy: what to do about a warning or a failure; empty where all is well.
+    """
 
     name: str
     status: str
@@ -38,18 +43,31 @@ class Check:
 
 @dataclass
 class Context:
-    """What a check needs to know, and in `facts` what it leaves for comparison between ranks."""
+    """What checks read, and the facts that they record.
+
+    Attributes:
+        config: of the run to check for, or None.
+        timeout: seconds to wait for other ranks.
+        facts: by name, what `report.compare` compares between ranks.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     config: RunConfig | None = None
-    timeout: float = 60.0  # seconds to wait for other ranks
+    timeout: float = 60.0
     facts: dict[str, Any] = field(default_factory=lambda: {"host": socket.gethostname()})
 
     @property
+    def run_config(self) -> RunConfig:
+        """The configuration, for checks that run only where there is one."""
+        if self.config is None:
+            raise UserError("this check needs a configuration: name one with --config")
+        return self.config
+
+    @property
     def local_ranks(self) -> int:
-        """Processes on this node, as the launcher says."""
+        """Processes on this node, by the launcher's variables."""
         env = os.environ
         text = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
         digits = re.match(r"\d+", text or "")  # SLURM writes 8(x2),4
@@ -57,13 +75,13 @@ class Context:
 
     @property
     def nodes(self) -> int:
-        """Nodes, as the launcher says."""
+        """Nodes, by the launcher's variables."""
         text = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or "1"
         return int(text) if text.isdigit() and self.world_size > 1 else 1
 
     @property
     def model_dtype(self) -> torch.dtype:
-        """What the model will run in."""
+        """Of the model's weights: as configured, else bf16 on GPUs and fp32 on CPUs."""
         try:
             if self.config:
                 return model_dtype(deepspeed_config(self.config, self.world_size))
@@ -73,7 +91,11 @@ class Context:
 
 
 def from_error(name: str, error: UserError, remedy: str) -> Check:
-    """A failed check from a message `what is wrong: what to do`; `remedy` where it ends in the system's own words."""
+    """A failed check from a message that reads `what is wrong: what to do`.
+
+    Args:
+        remedy: for a message that has none, as it ends in the operating system's error text.
+    """
     text = " ".join(str(error).split())
     what, _, todo = text.rpartition(": ")
     if not what or todo in {os.strerror(n) for n in errno.errorcode}:
@@ -82,7 +104,11 @@ def from_error(name: str, error: UserError, remedy: str) -> Check:
 
 
 def run_checks(functions: Iterable[Callable[[Context], Iterator[Check]]], c: Context, seconds: float) -> list[Check]:
-    """What the checks find, one after the other, in so many seconds together."""
+    """Run checks one after the other.
+
+    Args:
+        seconds: limit of all together; a check that hangs or is not reached is reported as failed.
+    """
     deadline = time.monotonic() + seconds
     found: list[Check] = []
     for function in functions:
@@ -91,7 +117,7 @@ def run_checks(functions: Iterable[Callable[[Context], Iterator[Check]]], c: Con
 
 
 def _bounded(function: Callable[[Context], Iterator[Check]], c: Context, seconds: float) -> list[Check]:
-    """What one check finds; that it raises or hangs is a finding, too. A thread that hangs is left behind."""
+    """Run one check in a thread. An exception or a time-out is a failed check; a thread that hangs is left running."""
     name = function.__name__.replace("_", " ")
     if seconds <= 0:
         return [Check(name, "fail", "not run: the checks before it took all the time", "mend those first")]

@@ -1,4 +1,4 @@
-"""Checks that all ranks make together: bandwidth between them, and a step of DeepSpeed's engine."""
+"""Collective checks: bandwidth between ranks, and a step of DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def bandwidth(c: Context) -> Iterator[Check]:
 
 
 def _longer(c: Context) -> datetime.timedelta:
-    """Longer than the check may take: NCCL's own time-out would end the process before it reports."""
+    """A collective's time-out, longer than the check's: NCCL's would end the process before it reports."""
     return datetime.timedelta(seconds=2 * c.timeout + 60)
 
 
 def _seconds(operation: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """The fastest round; the first, which connects, is not counted."""
+    """Of the fastest round, after one that connects and is not timed."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def _seconds(operation: Callable[[], Any], device: torch.device, rounds: int) ->
 
 
 def _all_reduce_rate(world: World, group: Any, size: int) -> float:
-    """GB/s that the slowest connection carries, as nccl-tests count it."""
+    """Bus bandwidth of an all-reduce over the group's `size` ranks in GB/s, as nccl-tests define it; the slowest rank's."""
 
     def slowest(seconds: float) -> float:
         value = torch.tensor([seconds], device=world.device)
@@ -75,24 +75,24 @@ def _all_reduce_rate(world: World, group: Any, size: int) -> float:
     data = torch.ones(_ELEMENTS, device=world.device)
     small = data[: _ELEMENTS // 64]
     expected = slowest(_seconds(lambda: dist.all_reduce(small, group=group), world.device, 1)) * 64
-    part = data[: max(len(small), int(_ELEMENTS * min(1.0, 3 / expected)))]  # a slow network gets less
+    part = data[: max(len(small), int(_ELEMENTS * min(1.0, 3 / expected)))]  # less over a slow network
     seconds = slowest(_seconds(lambda: dist.all_reduce(part, group=group), world.device, _ROUNDS))
     return 2 * (size - 1) / size * part.nbytes / seconds / 1e9
 
 
 def _rate_inside(world: World, hosts: list[str]) -> float | None:
-    """The slowest node's."""
+    """The bus bandwidth inside a node in GB/s, the slowest node's; None where no node has several ranks."""
     rate = None
     for host in sorted(set(hosts)):
         members = [r for r, h in enumerate(hosts) if h == host]
-        group = dist.new_group(members)  # every rank must make every group
+        group = dist.new_group(members)  # a collective: every rank makes every group
         if world.rank in members and len(members) > 1:
             rate = _all_reduce_rate(world, group, len(members))
     return min((r for r in gather_objects(rate) if r is not None), default=None)
 
 
 def _ring_seconds(world: World) -> list[float]:
-    """What it takes each rank to send to the next and receive from the one before, all at once."""
+    """Of each rank, the seconds to send to the next and receive from the previous one, all at once."""
     n, rank = world.world_size, world.rank
     out, into = (torch.ones(_LINK_BYTES // 4, device=world.device) for _ in range(2))
 
@@ -105,7 +105,12 @@ def _ring_seconds(world: World) -> list[float]:
 
 
 def slowest_links(seconds: list[float], hosts: list[str]) -> Iterator[Check]:
-    """Each rank's exchange compared to others of its kind: with a neighbour on another node, or not."""
+    """Each rank's exchange compared with the median of its kind: across nodes, or inside one.
+
+    Args:
+        seconds: of each rank's exchange.
+        hosts: of each rank.
+    """
     n = len(hosts)
     across = [hosts[r] != hosts[r - 1] or hosts[r] != hosts[(r + 1) % n] for r in range(n)]
     for kind in (False, True):
@@ -124,7 +129,7 @@ def slowest_links(seconds: list[float], hosts: list[str]) -> Iterator[Check]:
 
 
 def zero_step(c: Context) -> Iterator[Check]:
-    """One optimizer step of a tiny model through DeepSpeed as configured."""
+    """One optimizer step of a tiny model with DeepSpeed as configured."""
     if c.config is None:
         return
     try:

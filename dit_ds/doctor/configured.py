@@ -1,4 +1,4 @@
-"""Checks of what a configuration names: batch, shards, weights, the run's folder."""
+"""Checks of a configuration and of what it names: batch, shards, weights, the run's folder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from dit_ds.files import GIB, full_disk_is_user_error
 
 
 def configuration(c: Context) -> Iterator[Check]:
-    """Whether the batch divides, and the DeepSpeed JSON is sound."""
-    ds = deepspeed_config(c.config, c.world_size)
+    """Whether the batch can be split over the ranks, and the DeepSpeed JSON is valid."""
+    ds = deepspeed_config(c.run_config, c.world_size)
     micro, steps = ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
     stage = ds.get("zero_optimization", {}).get("stage", 0)
-    text = f"batch {c.config.train.batch_size} is micro-batch {micro} x {c.world_size} ranks x {steps} accumulated"
+    text = f"batch {c.run_config.train.batch_size} is micro-batch {micro} x {c.world_size} ranks x {steps} accumulated"
     yield Check("configuration", "ok", f"{text}, ZeRO stage {stage}")
 
 
 def shards(c: Context) -> Iterator[Check]:
-    """Manifest, sizes, one sample of this rank's own, and the speed of reading."""
+    """Manifest, sizes of shards, one sample that depends on the rank, and the speed of reading."""
     from dit_ds.data.build import train_index, val_folder
     from dit_ds.data.loading.dataset import ExpressionDataset
     from dit_ds.data.loading.index import SplitIndex
 
-    d = c.config.data
+    d = c.run_config.data
     index = train_index(d)
     SplitIndex.load(val_folder(d), d.val_split)
     dataset = ExpressionDataset(
@@ -46,14 +46,14 @@ def shards(c: Context) -> Iterator[Check]:
     if d.streamed:
         yield Check("shards", "ok", found)
         return
-    rate = _read_rate(index.shards[c.rank % len(index.shards)])
+    rate = _read_rate(Path(index.shards[c.rank % len(index.shards)]))
     slow = rate < 20
     found += f", read at {rate:.0f} MB/s"
     yield Check("shards", "warn" if slow else "ok", found, "copy the shards to a faster file system" if slow else "")
 
 
 def _read_rate(path: Path) -> float:
-    """MB/s of the file's first 32 MiB, not from this machine's page cache if it can be dropped."""
+    """MB/s of the file's first 32 MiB; its pages are dropped from the page cache before, where the system allows."""
     with open(path, "rb", buffering=0) as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start, count = time.perf_counter(), 0
@@ -63,13 +63,13 @@ def _read_rate(path: Path) -> float:
 
 
 def sam_checkpoint(c: Context) -> Iterator[Check]:
-    """The file to start from, its directory of tensors read and not the tensors; of other methods a folder."""
-    path = c.config.model.checkpoint
+    """The file to start from, or a folder for other methods: its directory of tensors is read, not the tensors."""
+    path = c.run_config.model.checkpoint
     if path is None:
         yield Check("sam checkpoint", "ok", "none configured: random weights")
         return
     remedy = "download sam_vit_b_01ec64.pth or its larger kin, or set model.checkpoint"
-    if c.config.model.name != "dit_sam":
+    if c.run_config.model.name != "dit_sam":
         remedy = "save a Swin of transformers there, as microsoft/swin-base-patch4-window12-384-in22k"
     try:
         if (Path(path) / "config.json").exists():
@@ -90,14 +90,15 @@ def sam_checkpoint(c: Context) -> Iterator[Check]:
 
 
 def text_encoder(c: Context) -> Iterator[Check]:
-    """The encoder's files, on this machine: the hub is not asked."""
+    """The encoder's files on this machine; the hub is not asked."""
     from dit_ds.models.text_encoder import load_tokenizer, resolve_name
 
-    name = resolve_name(c.config.text.name)
-    needed = [("config.json",)] + [("model.safetensors", "pytorch_model.bin")] * (not c.config.text.random_init)
+    name = resolve_name(c.run_config.text.name)
+    needed: list[tuple[str, ...]] = [("config.json",)]  # of each tuple, one file
+    needed += [] if c.run_config.text.random_init else [("model.safetensors", "pytorch_model.bin")]
     absent = [files[0] for files in needed if not any(_on_disk(name, f) for f in files)]
     if not absent:
-        load_tokenizer(c.config.text.tokenizer or name)
+        load_tokenizer(c.run_config.text.tokenizer or name)
         yield Check("text encoder", "ok", name)
         return
     remedy = f"huggingface-cli download {name} where there is a network, or set text.name to a folder"
@@ -120,14 +121,14 @@ def _on_disk(name: str, file: str) -> bool:
 
 
 def run_folder(c: Context) -> Iterator[Check]:
-    """Whether this rank can write there, and space for the checkpoints."""
-    run = Path(c.config.run_dir).absolute()
+    """Whether this rank can write there, and whether there is space for the checkpoints."""
+    run = Path(c.run_config.run_dir).absolute()
     folder = next(p for p in [run, *run.parents] if p.exists())
     with full_disk_is_user_error(folder):
         write_and_remove(folder, c.rank)
     free, each = shutil.disk_usage(folder).free / GIB, _checkpoint_bytes(c) / GIB
     text = f"{run} can be written, {free:.1f} GiB free"
-    count = c.config.checkpoint.keep + 2  # the best, and the one being written
+    count = c.run_config.checkpoint.keep + 2  # the best, and the one being written
     if each:
         text += f" for {count} checkpoints of about {each:.2f}"
     status = "fail" if free < each else "warn" if free < each * count else "ok"
@@ -136,14 +137,16 @@ def run_folder(c: Context) -> Iterator[Check]:
 
 
 def _checkpoint_bytes(c: Context) -> int:
-    """fp32 masters, Adam's two moments and the moving average of what trains. 0 if it can't be told."""
+    """fp32 masters, Adam's two moments and the moving average of trained parameters; 0 if the model can't be built."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dit_ds.models.build import build_model
 
+    config = c.run_config
     try:
         with FakeTensorMode():  # tensors without data
-            model = build_model(c.config, text_weights=False)
-    except UserError:  # no text encoder, which has its own check
+            model = build_model(config, text_weights=False)
+    except UserError:  # no text encoder: the check `text_encoder` reports it
         return 0
-    return sum((12 + 4 * bool(c.config.train.ema_decay)) * p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained * (16 if config.train.ema_decay else 12)

@@ -1,4 +1,4 @@
-"""Checks of the place a rank runs at: its launcher's variables, names, cores, memory and disks."""
+"""Checks of a rank's node: the launcher's variables, host names, cores, memory and disks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_ds.doctor.check import Check, Context
+from dit_ds.errors import UserError
 from dit_ds.files import GIB, full_disk_is_user_error, usable_cores
 
 _COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++"}
@@ -19,7 +20,7 @@ _LOCK_IS_OLD = 600  # seconds; building one of DeepSpeed's operators takes about
 
 
 def launch(c: Context) -> Iterator[Check]:
-    """Whether the launcher's variables agree. Never prints the whole environment, which can hold secrets."""
+    """Whether the launcher's variables agree. Prints those alone: the environment can hold secrets."""
     env = os.environ
     where = f"rank {c.rank} of {c.world_size}" if c.world_size == 1 else f"{c.world_size} ranks"
     if not 0 <= c.rank < c.world_size:
@@ -42,8 +43,7 @@ def launch(c: Context) -> Iterator[Check]:
 def names(c: Context) -> Iterator[Check]:
     """This host's name and the master's, which ranks on other nodes must be able to use."""
     host, master = socket.gethostname(), os.environ["MASTER_ADDR"]
-    own = addresses(host)
-    if not own:
+    if not addresses(host):
         yield Check("host name", "warn", f"{host} does not resolve", f"add {host} to /etc/hosts or to the DNS")
     found = addresses(master)
     if not found:
@@ -61,7 +61,7 @@ def names(c: Context) -> Iterator[Check]:
 
 
 def addresses(name: str) -> list[str]:
-    """What a host's name resolves to; nothing where it does not."""
+    """The addresses that a host's name resolves to; empty where it does not."""
     try:
         return list(dict.fromkeys(str(a[4][0]) for a in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)))
     except (OSError, UnicodeError):
@@ -82,7 +82,7 @@ def _is_mine(address: str) -> bool:
 
 
 def cores(c: Context) -> Iterator[Check]:
-    """Cores against loader processes."""
+    """Cores of a rank, compared with its loader processes."""
     here = usable_cores()
     shared = "TORCHELASTIC_RUN_ID" in os.environ or here == os.cpu_count()  # srun binds each task to its own
     share = max(1, here // c.local_ranks) if shared else here
@@ -96,7 +96,7 @@ def cores(c: Context) -> Iterator[Check]:
 
 
 def memory(c: Context) -> Iterator[Check]:
-    """RAM that is left, and the shared memory through which loader processes hand over batches."""
+    """Free RAM, and free shared memory, in which loader processes put batches."""
     free = _available_bytes() / GIB
     if free < 2 * c.local_ranks:
         yield Check(
@@ -122,21 +122,24 @@ def memory(c: Context) -> Iterator[Check]:
 
 def _available_bytes() -> int:
     """MemAvailable, or what the control group (SLURM's --mem) leaves, where that is less."""
-    left = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    if available is None:
+        raise UserError("/proc/meminfo does not say how much memory is free (no MemAvailable): look at free -h")
+    left = int(available[1]) * 1024
     group = re.search(r"^0::(.*)$", Path("/proc/self/cgroup").read_text(), re.M)
     folder = Path("/sys/fs/cgroup") / (group[1].strip("/") if group else "")
-    for place in [folder, *folder.parents]:
+    for level in [folder, *folder.parents]:
         try:
-            limit = (place / "memory.max").read_text().strip()
+            limit = (level / "memory.max").read_text().strip()
             if limit != "max":
-                left = min(left, int(limit) - int((place / "memory.current").read_text()))
+                left = min(left, int(limit) - int((level / "memory.current").read_text()))
         except (OSError, ValueError):
             continue
     return max(0, left)
 
 
 def temporary(c: Context) -> Iterator[Check]:
-    """The folder for temporary files."""
+    """The folder for temporary files: writable, with space."""
     folder = Path(tempfile.gettempdir())
     with full_disk_is_user_error(folder):
         write_and_remove(folder, c.rank)
@@ -146,7 +149,7 @@ def temporary(c: Context) -> Iterator[Check]:
 
 
 def write_and_remove(folder: Path, rank: int) -> None:
-    """Write a megabyte into the folder, to the disk, and take it away."""
+    """Write one MiB into the folder, sync it to the disk and remove it."""
     path = folder / f".dit_ds_doctor_{rank}_{os.getpid()}"
     try:
         with open(path, "wb") as f:
@@ -158,7 +161,7 @@ def write_and_remove(folder: Path, rank: int) -> None:
 
 
 def jit_locks(c: Context) -> Iterator[Check]:
-    """Locks in torch's cache of compiled extensions: a job that wants one of those extensions waits for ever."""
+    """Stale locks in torch's cache of compiled extensions: a job that loads such an extension waits for ever."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -172,7 +175,7 @@ def jit_locks(c: Context) -> Iterator[Check]:
         if compiler := _compiler_in(path.parent):
             yield Check("jit lock", "warn", f"{text}; {compiler} is building there", "wait until it is done")
         else:
-            status = "fail" if age > _LOCK_IS_OLD else "warn"  # a young one can belong to another node
+            status = "fail" if age > _LOCK_IS_OLD else "warn"  # a recent one may be of a build on another node
             found = f"{text}, and no process of yours builds there: a job waits for it for ever"
             yield Check("jit lock", status, found, f"rm {path}")
     if not locks:
@@ -180,7 +183,7 @@ def jit_locks(c: Context) -> Iterator[Check]:
 
 
 def _compiler_in(folder: Path) -> str | None:
-    """A compiler of this user that runs in the folder, as torch's builds do; other builds say nothing of this lock."""
+    """The name of a compiler of this user that runs in the folder, as torch's builds do; None where there is none."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             name = (process / "comm").read_text().strip()

@@ -1,8 +1,8 @@
-"""Where ranks meet before there is a process group: a store at MASTER_ADDR:MASTER_PORT, with a time-out on all of it.
+"""The rendezvous of ranks without a process group: a store at MASTER_ADDR:MASTER_PORT, with a time-out on every wait.
 
-A training then meets at the same place, so that what is probed here is what it needs: rank 0 binds the port (under
-torchrun the agent has), the others reach it. The process group made later in this process shares the listener, so the
-port is not given up in between.
+A training's ranks use the same address, so this probes what they need: rank 0 binds the port (under torchrun the agent
+has bound it), the others connect to it. A process group made later in this process shares the listener, so the port is
+held throughout.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from dit_ds.errors import UserError
 _POLL = 0.05  # seconds
 
 
-class Meeting:
-    """The ranks that came, as rank 0 sees it, and an exchange of JSON between it and the others.
+class Rendezvous:
+    """An exchange of JSON between rank 0 and the others, and which ranks joined.
 
+    Args:
+        timeout: seconds to reach rank 0, and in which all ranks have to join.
     Raises:
-        UserError: the port can't be bound or reached within `timeout` seconds; from any method, rank 0 is gone.
+        UserError: the port can't be bound or reached in time; from any method, rank 0 is gone.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float):
         self.rank, self.timeout = rank, timeout
-        self.expected = range(world_size)
+        self.expected = list(range(world_size))
         self.deadline = time.monotonic() + timeout
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -43,27 +45,34 @@ class Meeting:
             _reach(address, port, self.deadline)
         store = _open_store(address, port, serve, timeout)
         self._store = dist.PrefixStore("dit_ds_doctor", store)
-        self.say(f"here/{rank}", True)
+        self.publish(f"joined/{rank}", True)
 
-    def say(self, key: str, value: Any) -> None:
-        """Publish a value."""
+    def publish(self, key: str, value: Any) -> None:
+        """Set a key for all ranks."""
         try:
             self._store.set(key, json.dumps(value))
         except RuntimeError:
             raise UserError("rank 0 went away: see its own output") from None
 
-    def hear(self, key: str, seconds: float) -> Any:
-        """The value, waited for."""
+    def wait_for(self, key: str, seconds: float) -> Any:
+        """The value of a key, waited for at most so many seconds."""
         if self._missing([key], time.monotonic() + seconds):
-            raise UserError(f"rank 0 said nothing for {seconds:.0f} s: see its own output")
+            raise UserError(f"rank 0 published nothing for {seconds:.0f} s: see its own output")
         return json.loads(self._store.get(key))
 
     def collect(self, key: str, value: Any, seconds: float) -> tuple[dict[int, Any], list[Check]]:
-        """On rank 0 each rank's value, and who is missing as failed checks; on the others nothing."""
-        self.say(f"{key}/{self.rank}", value)
+        """Publish this rank's value; on rank 0 wait for all of them.
+
+        Args:
+            seconds: to wait for the values of the ranks that joined.
+        Returns:
+            On rank 0 the values by rank, and a failed check for the ranks that did not join, or sent nothing; on the
+            others nothing.
+        """
+        self.publish(f"{key}/{self.rank}", value)
         if self.rank:
             return {}, []
-        absent = self._missing([f"here/{r}" for r in self.expected], self.deadline)
+        absent = self._missing([f"joined/{r}" for r in self.expected], self.deadline)
         checks = self._without(absent, f"did not come within {self.timeout:.0f} s",
                                "see their own output; srun --nodes and --ntasks must start all of WORLD_SIZE")  # fmt: skip
         late = self._missing([f"{key}/{r}" for r in self.expected], time.monotonic() + seconds)
@@ -71,17 +80,17 @@ class Meeting:
                                 "they died or hang: see their own output")  # fmt: skip
         return {r: json.loads(self._store.get(f"{key}/{r}")) for r in self.expected}, checks
 
-    def all_came(self) -> Check:
-        """That nobody is missing."""
+    def all_joined(self) -> Check:
+        """The check that no rank is missing."""
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         return Check("rendezvous", "ok", f"{len(self.expected)} of {len(self.expected)} ranks met at {where}")
 
     def close(self) -> None:
-        """Leave; rank 0, whose process holds the store, as the last."""
+        """Leave; rank 0, whose process may serve the store, waits up to 5 s for the others."""
         try:
-            self.say(f"bye/{self.rank}", True)
+            self.publish(f"left/{self.rank}", True)
             if self.rank == 0:
-                self._missing([f"bye/{r}" for r in self.expected], time.monotonic() + 5)
+                self._missing([f"left/{r}" for r in self.expected], time.monotonic() + 5)
         except UserError:
             pass
 
@@ -93,7 +102,7 @@ class Meeting:
         return [Check("rendezvous", "fail", f"{ranks_text(gone)} {what}", remedy)]
 
     def _missing(self, keys: list[str], deadline: float) -> list[str]:
-        """Keys that are not there at the deadline. Asked for one by one: a wait that runs out spoils the connection."""
+        """Keys that are not set at the deadline. Polled one by one: a `wait` of the store that times out breaks the connection."""
         missing = list(keys)
         try:
             while missing := [k for k in missing if not self._store.check([k])]:
@@ -118,7 +127,7 @@ def ranks_text(ranks: list[int]) -> str:
 
 
 def _open_store(address: str, port: int, serve: bool, timeout: float) -> dist.Store:
-    """In a thread: a client ignores its own time-out while a stranger on the port keeps silent."""
+    """In a thread: a client ignores its time-out while another program holds the port and does not answer."""
     opened: list[dist.Store] = []
     error = "no answer"
 
@@ -142,8 +151,11 @@ def _open_store(address: str, port: int, serve: bool, timeout: float) -> dist.St
 
 
 def _check_free(port: int) -> None:
+    """Refuse a port that can't be bound."""
     with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: what just closed is free
+        s.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the store does: a port that was just closed is free
         try:
             s.bind(("", port))
             s.listen()
@@ -155,7 +167,11 @@ def _check_free(port: int) -> None:
 
 
 def _reach(address: str, port: int, deadline: float) -> None:
-    """Wait until rank 0 listens."""
+    """Wait until rank 0 listens.
+
+    Args:
+        deadline: by `time.monotonic()`.
+    """
     start = time.monotonic()
     while True:
         try:

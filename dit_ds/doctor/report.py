@@ -1,4 +1,4 @@
-"""The findings of all ranks as one result: differences between ranks, and equal lines once."""
+"""The findings of all ranks as one result: equal ones once, with the ranks that have them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_ds.doctor.rendezvous import ranks_text
 
 
 def compare(facts: dict[int, dict[str, Any]]) -> Iterator[Check]:
-    """What must be the same on all ranks and is not, and what must differ and does not."""
+    """Failed checks for facts that must be the same on all ranks and are not, or must differ and do not."""
     for name in ("python", "torch", "deepspeed"):
         by_value = _by_value({r: f.get("versions", {}).get(name) for r, f in facts.items()})
         if len(by_value) > 1:
@@ -38,10 +38,12 @@ def _where(groups: dict[Any, list[int]]) -> str:
 
 
 def merge(by_rank: dict[int, list[Check]], world_size: int, of_all: list[Check] | None = None) -> dict[str, Any]:
-    """The result: findings that differ at most in numbers are one, with the range of each number.
+    """The result; findings of several ranks that differ in numbers alone are one, with the range of each number.
 
     Args:
         of_all: findings about all ranks together.
+    Returns:
+        `ok`, `world_size` and `checks`: `name`, `status`, `found`, `remedy` and, unless all have it, `ranks`.
     """
     groups: dict[tuple, list[tuple[int, Check]]] = {}
     for rank, checks in sorted(by_rank.items()):
@@ -74,7 +76,7 @@ def _ranges(texts: list[str]) -> str:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """For people: a line a check, and a verdict."""
+    """The result as lines for people: one for each check, and a verdict."""
     out = []
     for check in result["checks"]:
         where = f" [{ranks_text(check['ranks'])}]" if "ranks" in check else ""

@@ -1,4 +1,4 @@
-"""Checks of what is installed, by running it."""
+"""Checks of the installed software, by running it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEEPSPEED = (0, 19, 3)  # older ones fail on activation checkpointing with froz
 
 
 def versions(c: Context) -> Iterator[Check]:
-    """What is installed."""
+    """Versions of Python, torch, DeepSpeed, xformers, transformers, CUDA and the driver."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "deepspeed", "xformers", "transformers"):
         try:
@@ -42,7 +42,7 @@ def versions(c: Context) -> Iterator[Check]:
 
 
 def gpu(c: Context) -> Iterator[Check]:
-    """This rank's GPU, and who else is on it."""
+    """This rank's GPU, and whether another process uses it."""
     with warnings.catch_warnings(record=True) as caught:  # why CUDA can't start, if it can't
         warnings.simplefilter("always")
         there = torch.cuda.is_available()
@@ -69,7 +69,7 @@ def gpu(c: Context) -> Iterator[Check]:
 
 
 def attention(c: Context) -> Iterator[Check]:
-    """Each backend, by running it."""
+    """Which attention backends run on this device."""
     device, dtype = pick_device(c.local_rank).type, c.model_dtype
     reasons: dict[str, list[str]] = {}
     runs = []
