@@ -1,12 +1,13 @@
-"""Lets `import torchvision` succeed beside a CPU build of torch.
+"""Lets `segment_anything.modeling` be imported quickly, and `torchvision` beside a CPU build of torch.
 
-PyPI's torchvision is a CUDA build; where its extension cannot load, the import dies on two operators that torch has
-never heard of. Declaring them is enough: nothing here calls them. Where torchvision is whole this does nothing.
+`dit_ds.models` imports this module before all others.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 
 import torch
 
@@ -14,6 +15,8 @@ _keep: list[torch.library.Library] = []  # a library's definitions go when it do
 
 
 def _declare_missing_operators() -> None:
+    """PyPI's torchvision is a CUDA build: where its extension cannot load, its import fails on two operators that torch
+    does not know. Declaring them is enough, as nothing here calls them."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or torch.cuda.is_available() or torch.version.cuda:
         return
@@ -24,4 +27,18 @@ def _declare_missing_operators() -> None:
     _keep.append(library)
 
 
+def _import_modeling() -> None:
+    """Import SAM's modules without their package's `__init__`, whose predictor imports torchvision with all its models
+    and torch's compiler: two seconds of CPU for what is not used here. Later imports of the package run it as usual."""
+    spec = importlib.util.find_spec("segment_anything")
+    if spec is None or spec.name in sys.modules:
+        return
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # not executed
+    try:
+        importlib.import_module("segment_anything.modeling")
+    finally:
+        del sys.modules[spec.name]
+
+
 _declare_missing_operators()
+_import_modeling()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-
 _STAGE_1_OR_2 = {
     "reduce_bucket_size": 25_000_000,
     "allgather_bucket_size": 25_000_000,

@@ -266,7 +266,6 @@ KERNELS: dict[str, Callable[[str], Kernel]] = {  # by the device's type
 _PROBE = ((16, 2, 16), (19, 2, 16), (16, 2, 4))  # three words and a grid of 4 x 4, two heads 16 wide
 
 
-@torch.compiler.assume_constant_result
 def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a kernel can't run here, None if it can: found out by running it, as what is listed as available need not be."""
     if name not in ("chunked", "sdpa") and device != "cuda":

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.instruction import Options, StaticTokens, make_instruction
 from dit_ds.models.losses import segmentation_loss

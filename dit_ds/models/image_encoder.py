@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dit_ds.errors import UserError
 from dit_ds.models.attention import relative_position_attention, word_attention
+from dit_ds.models.attention_kernels import why_not
 from dit_ds.models.instruction import Instruction, StaticTokens
 from dit_ds.models.naive import naive_block
 
@@ -229,6 +230,8 @@ class ImageEncoder(ImageEncoderViT):
 
     def compile_blocks(self) -> None:
         """Let torch.compile make the kernels of the blocks, at their first use."""
+        # which kernel serves is asked while tracing; marked here and not where it is defined, as this imports the compiler
+        torch.compiler.assume_constant_result(why_not)
         for block in self.blocks:
             block.forward = torch.compile(block.forward)
 

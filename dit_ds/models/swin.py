@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import dit_ds.torchvision_stub  # noqa: F401  before transformers, which looks for torchvision
 from dit_ds.errors import UserError
 from dit_ds.models.sam import load_sam_checkpoint
 from dit_ds.models.segmenter import Segmenter

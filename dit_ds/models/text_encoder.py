@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import dit_ds.torchvision_stub  # noqa: F401  before transformers, which looks for torchvision
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, model_precision
