@@ -1,4 +1,4 @@
-"""Which of how many processes this is, from torchrun's or SLURM's variables, and the few collectives a run needs."""
+"""Rank and world size from torchrun's or SLURM's variables, the process group, and the collectives of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TIMEOUT = datetime.timedelta(minutes=15)
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: global rank of world_size, and which GPU of its node it drives."""
+    """This process's rank of `world_size`, its rank on its node, and its device."""
 
     rank: int
     world_size: int
@@ -28,14 +28,18 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is rank 0, which logs and writes for all."""
         return self.rank == 0
 
 
 def set_environment() -> tuple[int, int, int]:
     """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; return the first three.
 
-    torchrun sets all five. Under srun with one task a GPU they follow from SLURM's. Alone, one process is a world.
+    torchrun sets all five. Under srun with one task a GPU they follow from SLURM's. Without either, this is
+    one process of world size 1.
+
+    Raises:
+        UserError: WORLD_SIZE without MASTER_PORT, or SLURM's list of nodes can't be read.
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
@@ -44,7 +48,7 @@ def set_environment() -> tuple[int, int, int]:
             env["SLURM_NTASKS"],
             env["SLURM_LOCALID"],
         )
-        if "MASTER_ADDR" not in env:  # else scontrol is not needed, which some containers lack
+        if "MASTER_ADDR" not in env:  # where it is set, scontrol is not needed, which some containers lack
             env["MASTER_ADDR"] = _first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "")))
         # below the ephemeral range, from which any outgoing connection may take a port
         env.setdefault("MASTER_PORT", str(10000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
@@ -72,7 +76,7 @@ def _first_host(nodelist: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nothing holds at the moment."""
+    """A TCP port of this host that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -104,23 +108,23 @@ def connect(timeout: datetime.timedelta = _TIMEOUT) -> World:
 
 
 def disconnect() -> None:
-    """Leave the process group: for all ranks together, as NCCL waits there for the others.
+    """Leave the process group. Collective: NCCL waits for the other ranks.
 
-    Not for one rank's error, which would then never be said; it leaves by ending.
+    After an error of one rank alone it must not be called, as the error would not be reported; ending is enough.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, on every rank, in the order of ranks."""
+    """`value` (picklable) of every rank, on every rank, in the order of ranks. Collective."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
 def gather_values(values: list[float], device: torch.device) -> torch.Tensor:
-    """(world_size, len(values)) fp64 on the CPU: every rank's values. One small all-gather."""
+    """Every rank's values, (world_size, len(values)) fp64 on the CPU. Collective: one all-gather."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
@@ -141,7 +145,7 @@ def connect_store(world: World) -> dist.TCPStore:
 
 
 def all_or_none(error: Exception | None) -> None:
-    """Raise on every rank if any rank failed, so that none waits for ever for another.
+    """Raise on every rank if any rank failed, so that none waits for another in a collective. Collective.
 
     Raises:
         UserError: with the first failing rank's message.

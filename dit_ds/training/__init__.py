@@ -1,1 +1,1 @@
-"""The training loop and what stands around it."""
+"""Training: the loop, its set-up, and what a run logs."""

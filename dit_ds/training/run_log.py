@@ -1,4 +1,4 @@
-"""What a run leaves behind: its configuration, environment, metrics and log. Rank 0 writes, every rank may call."""
+"""A run's folder: configuration, environment, metrics and log. Every rank calls; rank 0 writes, but for samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import nn
@@ -20,25 +20,31 @@ from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 _log = logging.getLogger("dit_ds")
 
 
 class RunLog:
-    """The run's folder.
+    """Writes the run's folder. Made by all ranks together.
 
     Args:
-        resumed_at: the step a resumed run goes on from; lines of later steps, which will be taken again, are dropped.
-        evaluated_at: the step of its last evaluation; lines of later ones are dropped, too.
+        resumed_at: the step of the checkpoint that is resumed; lines of later steps are dropped, as they will be repeated.
+            None for a new run: all lines are dropped.
+        evaluated_at: the step of the last evaluation before the checkpoint; lines of later ones are dropped.
     Raises:
         UserError: the folder can't be written.
     """
 
     def __init__(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int = 0):
         self.world, self.folder = world, Path(config.run_dir)
-        self._metrics = self._board = self._samples = None
+        self._metrics: TextIO | None = None
+        self._samples: TextIO | None = None
+        self._board: SummaryWriter | None = None
         if world.main:
             self._open(config, world, resumed_at, evaluated_at)
-        gather_objects(None)  # the other ranks' sample logs are cut, too, before they go on
+        gather_objects(None)  # rank 0 cuts the other ranks' sample logs, too: they wait before they append
         if config.log.samples:
             self._samples = open(self.folder / f"samples/rank_{world.rank:05d}.jsonl", "a")
 
@@ -60,7 +66,7 @@ class RunLog:
                 self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(resumed_at or 0) + 1)
 
     def metrics(self, kind: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and TensorBoard's scalars of the same names. What is not finite becomes null."""
+        """One line of metrics.jsonl, and TensorBoard's scalars of the same names. Values that are not finite become null."""
         if self._metrics is None:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -72,13 +78,13 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, values["step"])
 
     def samples(self, step: int, epoch: int, samples: list[int]) -> None:
-        """The real samples that this rank took in a step, where `log.samples` asks for them."""
+        """One line of this rank's sample log, where `log.samples` asks for it: a step's samples, without padding."""
         if self._samples is not None:
             self._samples.write(json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
             self._samples.flush()
 
     def nonfinite(self, values: dict[str, Any]) -> None:
-        """One line of nonfinite.jsonl: the samples of a step that was left out."""
+        """One line of nonfinite.jsonl: the losses and samples of a step whose gradient was not finite."""
         if self.world.main:
             with open(self.folder / "nonfinite.jsonl", "a") as f:
                 f.write(json.dumps(values) + "\n")
@@ -89,11 +95,11 @@ class RunLog:
             _log.info(message)
 
     def describe_parameters(self, model: nn.Module) -> None:
-        """A table: how much of each part there is, and trains."""
+        """Log a table of parameters, all and trained, of each part of the model."""
         counts: dict[str, list[int]] = {}
         for name, p in model.named_parameters():
             part, *rest = name.split(".")
-            if rest[0] in ("instruction", "static_tokens"):  # the words' way into the ViT
+            if rest[0] in ("instruction", "static_tokens"):  # text features' way into the ViT
                 part += f".{rest[0]}"
             of = counts.setdefault(part, [0, 0])
             of[0] += p.numel()
@@ -104,7 +110,11 @@ class RunLog:
             self.log(f"{part:<30} {total / 1e6:9.2f} {trained / 1e6:9.2f}{'' if trained else '  frozen'}")
 
     def describe_checkpoint(self, report: dict[str, list[str]]) -> None:
-        """What of `model.checkpoint` was used, and by name what was not."""
+        """Log how many tensors of `model.checkpoint` were loaded, and the names of those that were not.
+
+        Args:
+            report: names by `loaded`, `missing` and `unexpected`, from `Segmenter.load_pretrained`.
+        """
         self.log(f"model.checkpoint: {len(report['loaded'])} tensors loaded by name")
         for what, names in (
             ("not in the checkpoint, fresh", report["missing"]),
@@ -121,7 +131,7 @@ class RunLog:
 
 
 def _cut(path: Path, step: int | None, evaluated: int) -> None:
-    """Keep a file's lines up to this step, and of evaluations up to the last; none, where there is no step."""
+    """Keep a file's lines up to `step`, and of evaluations up to `evaluated`; none where `step` is None."""
     with atomic_write(path) as f:
         if step is not None and path.exists():
             for line in path.read_text().splitlines():
@@ -135,8 +145,8 @@ def _cut(path: Path, step: int | None, evaluated: int) -> None:
 
 
 def environment(world: World) -> dict[str, Any]:
-    """Versions, commit and hardware; never the whole environment, which can hold secrets."""
-    versions = {}
+    """Versions, commit and hardware; not the environment variables, which can hold secrets."""
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

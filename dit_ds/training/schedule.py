@@ -1,4 +1,4 @@
-"""Learning rate schedules."""
+"""Learning rate schedules: step (the paper's), cosine, poly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dit_ds.config.schema import TrainConfig
 
 
 def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
-    """The rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule. A pure function."""
+    """The learning rate of one optimizer step: linear warm-up, then the schedule. A pure function.
+
+    Args:
+        step: optimizer steps taken before this one.
+        steps_per_epoch: optimizer steps, which are global batches.
+    """
     epoch = step / steps_per_epoch
     warmup_steps = t.warmup_epochs * steps_per_epoch
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
@@ -23,6 +28,6 @@ def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the rate of the next update."""
+    """Set the learning rate of the engine's next update, for all parameter groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr

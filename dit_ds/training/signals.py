@@ -1,9 +1,7 @@
-"""What the ranks of a run tell each other at each step: that one was asked to stop, that a save is due, that a part of a
-checkpoint is written; and which of them the others wait for."""
+"""Flags that the ranks of a run agree on between steps: a signal came, a save is due, a checkpoint is written."""
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from typing import Any, NamedTuple
@@ -13,27 +11,29 @@ import torch.distributed as dist
 
 from dit_ds.distributed import World
 
-_log = logging.getLogger("dit_ds")
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM before a time limit, and on preemption; NCCL takes USR1
 
 
 class SyncedFlags(NamedTuple):
-    """What holds for all ranks alike."""
+    """Flags that are the same on all ranks."""
 
     stop: bool  # some rank got a signal
-    save: bool  # rank 0's clock says that a save is due
+    save: bool  # a save is due by rank 0's clock
     written: bool  # every rank has written its part of the pending checkpoint
 
 
 class StopSignal:
-    """Signals set a flag; flags are agreed on at step boundaries, where all ranks can act together.
+    """Notes SIGUSR2 and SIGTERM, and synchronizes flags at step boundaries, where all ranks can act together.
 
-    Use as a context: the handlers before it come back at its end.
+    A context manager: the former signal handlers are restored at its end. Handlers are set in the main thread only.
+
+    Attributes:
+        signal: the name of the last signal that this rank got; None before.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._group: Any = None
+        self._group: dist.ProcessGroup | None = None
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -50,11 +50,16 @@ class StopSignal:
         self.signal = signal.Signals(number).name
 
     def connect(self, world: World) -> None:
-        """Before the first `agree`: on GPUs flags go over gloo, so that no kernel is waited for. Collective."""
+        """Call before the first `agree`. On GPUs flags go over gloo, so that no kernel is waited for. Collective."""
         self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
 
     def agree(self, save_due: bool, written: bool) -> SyncedFlags:
-        """One small all-reduce."""
+        """Synchronize the flags by one all-reduce of three integers. Collective.
+
+        Args:
+            save_due: on any rank, for all.
+            written: this rank has no part of a checkpoint still to write.
+        """
         flags = torch.tensor([self.signal is not None, save_due, not written], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         stop, save, unwritten = (bool(x) for x in flags.tolist())

@@ -1,4 +1,4 @@
-"""Names the rank that stalls."""
+"""Names, in the log, the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -15,63 +16,73 @@ from dit_ds.distributed import World, connect_store
 _log = logging.getLogger("dit_ds")
 
 
-class Watchdog:
-    """Names the rank for which the others wait, in the log, once nothing was done for `seconds`.
+class Heartbeat(NamedTuple):
+    """What a rank posts; times are seconds since the epoch, by the rank's clock."""
 
-    Each rank's thread posts where its loop is to a store on rank 0, whose thread reads them. The rank that is named is
-    the one whose thread no longer posts (the process is stopped, its node is gone), else the one least far in the loop,
-    which is the same for all. When rank 0 does not answer, rank 1 says so.
+    phases: int  # of the loop, begun so far
+    step: int
+    phase: str  # the current one
+    since: float  # when it began
+    posted: float
+    host: str
+
+
+class Watchdog:
+    """Logs a warning that names the stalled rank, when the loop has made no progress for some time.
+
+    A thread of each rank posts heartbeats to a store on rank 0: how many phases of the loop it has begun, and the
+    current one. Rank 0's thread reads them. The stalled rank is one whose heartbeats stopped (its process is stopped,
+    its node is down), else the one that has begun the fewest phases. When rank 0 does not answer, rank 1 warns.
 
     Args:
-        seconds: without anything done, before a rank is named; and before it is named again.
+        seconds: without progress before a warning, and between warnings.
     """
 
     def __init__(self, world: World, seconds: float):
         self.world, self.seconds = world, seconds
-        self._passed, self._step, self._what, self._since = 0, 0, "starting", time.time()
-        self._over = threading.Event()
+        self._phases, self._step, self._phase, self._since = 0, 0, "starting", time.time()
+        self._closed = threading.Event()
         self._store = connect_store(world)
-        self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
         self._thread.start()
 
-    def at(self, step: int, what: str) -> None:
-        """The loop begins `what`. All ranks call this equally often, in the same order."""
-        self._passed, self._step, self._what, self._since = self._passed + 1, step, what, time.time()
+    def at(self, step: int, phase: str) -> None:
+        """The loop begins a phase of optimizer step `step`. All ranks call this equally often, in the same order."""
+        self._phases, self._step, self._phase, self._since = self._phases + 1, step, phase, time.time()
 
     def close(self) -> None:
-        """End the thread."""
-        self._over.set()
+        """Stop the thread."""
+        self._closed.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         interval = min(5.0, self.seconds / 4)
-        named = time.time()
-        while not self._over.wait(interval):
+        warned = time.time()
+        while not self._closed.wait(interval):
             try:
-                beat = [self._passed, self._step, self._what, self._since, time.time(), socket.gethostname()]
-                self._store.set(f"rank{self.world.rank}", json.dumps(beat))
-                self._store.get(f"rank{self.world.rank}")  # setting waits for no answer
-                if self.world.main and time.time() - max(named, self._since) > self.seconds:
-                    named = time.time()
-                    self._name()
+                key, host = f"rank{self.world.rank}", socket.gethostname()
+                heartbeat = Heartbeat(self._phases, self._step, self._phase, self._since, time.time(), host)
+                self._store.set(key, json.dumps(heartbeat))
+                self._store.get(key)  # set() does not wait for an answer, so it cannot time out
+                if self.world.main and time.time() - max(warned, self._since) > self.seconds:
+                    warned = time.time()
+                    self._warn()
             except dist.DistStoreError:  # no answer in time
                 if self.world.rank == 1:
                     _log.warning("warning: rank 0's process does not answer; the others wait for it")
-            except (RuntimeError, ValueError):  # the store went with rank 0
+            except (RuntimeError, ValueError):  # rank 0 has ended, and the store with it
                 return
 
-    def _name(self) -> None:
-        beats = {}
-        for rank in range(self.world.world_size):
-            if self._store.check([f"rank{rank}"]):
-                beats[rank] = json.loads(self._store.get(f"rank{rank}"))
-        now = time.time()
-        silent = [r for r in range(self.world.world_size) if r not in beats or now - beats[r][4] > self.seconds / 2]
-        rank = silent[0] if silent else min(beats, key=lambda r: beats[r][0])
-        _, step, what, since, _, host = beats.get(rank, [0, 0, "starting", now, now, "an unknown host"])
-        how = "its process does not answer" if silent else f"it is {what}"
+    def _warn(self) -> None:
+        ranks, now = range(self.world.world_size), time.time()
+        posted = [r for r in ranks if self._store.check([f"rank{r}"])]
+        heartbeats = {r: Heartbeat(*json.loads(self._store.get(f"rank{r}"))) for r in posted}
+        silent = [r for r in ranks if r not in heartbeats or now - heartbeats[r].posted > self.seconds / 2]
+        rank = silent[0] if silent else min(heartbeats, key=lambda r: heartbeats[r].phases)
+        stalled = heartbeats.get(rank, Heartbeat(0, 0, "starting", now, now, "an unknown host"))
+        how = "its process does not answer" if silent else f"it is {stalled.phase}"
         waiting = "; the others wait for it" if self.world.world_size > 1 else ""
         _log.warning(
-            f"warning: nothing done for {now - self._since:.0f} s: rank {rank} on {host} stalled at step {step} for "
-            f"{now - since:.0f} s, {how}{waiting}"
+            f"warning: nothing done for {now - self._since:.0f} s: rank {rank} on {stalled.host} stalled at step "
+            f"{stalled.step} for {now - stalled.since:.0f} s, {how}{waiting}"
         )
