@@ -1,12 +1,15 @@
-# make setup   the environment, in .venv/
-# make demo    train a small L-DIT on the embedded sample set and look at it
-# make test    every check
+# make setup       the environment, in .venv/
+# make demo        train a small L-DIT on the embedded sample set and look at it
+# make test        every check but the slow ones
+# make test-fast   a minute's choice of the tests, for the inner loop
+# make test-all    every check, before a release
+# make test-newest optional: private names and golden losses with the newest torch, DeepSpeed, transformers and xformers
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test lock clean
+.PHONY: setup demo lint test test-fast test-all test-newest lock clean
 
 setup: $(VENV)/.installed
 
@@ -28,8 +31,28 @@ lint: setup
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
+# a file's tests stay together, for what they share; files are handed out in the order of tests/conftest.py
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-fast: setup
+	$(PYTEST) -m fast
+
+test-all: lint
+	$(PYTEST)
+
+# another environment, of whatever is the newest today: all that pyproject.toml bounds is upgraded past the bounds
+NEWEST := .venv-newest
+test-newest:
+	python3 -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel packaging numpy torch
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
+		torch torchvision deepspeed transformers xformers
+	$(NEWEST)/bin/python -m pytest tests/test_upstream.py
+	$(NEWEST)/bin/python benchmarks/golden.py --check
 
 lock:
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
@@ -37,4 +60,4 @@ lock:
 	mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info
+	rm -rf $(VENV) $(NEWEST) demo runs build *.egg-info

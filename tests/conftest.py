@@ -38,6 +38,28 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# xdist hands out whole files in this order, the longest first, so that all its workers are busy to the end
+_LONGEST = (
+    "slurm", "resume", "zero", "training", "checkpointing", "scaling", "plan", "methods_training", "prompt_runs", "faults",
+    "memory", "measure", "tune", "doctor", "sets", "stream", "shards", "grefcoco", "models", "mutations",
+)  # fmt: skip
+# `make test-fast` runs these whole, and of the others what is marked so
+_FAST = {
+    "attention", "cli", "combinations", "combined", "compare", "distributed", "figures", "fragments", "golden", "house",
+    "lending", "loader", "methods", "metrics", "models", "order", "prompts", "published", "readers", "refer", "sample_set",
+    "schemes", "set_identity", "stats", "transforms", "upstream", "verify",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; whole files marked `fast`."""
+    order = {f"test_{name}": i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.stem.removeprefix("test_") in _FAST and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.fast)
+
+
 def dit_ds(
     *args: object, ranks: int = 1, timeout: float = 240, cwd: Path = ROOT, check: int | None = 0, real: bool = False
 ) -> subprocess.CompletedProcess:
@@ -49,7 +71,7 @@ def dit_ds(
     """
     words = list(map(str, args))
     if real:
-        done = _launch(["-m", "dit_ds.cli", *words], ranks, timeout, cwd)
+        done = launch(["-m", "dit_ds.cli", *words], ranks, timeout, cwd)
     else:
         done = warm(["dit-ds", *words], ranks, timeout, cwd)
     if check is not None:
@@ -57,7 +79,8 @@ def dit_ds(
     return done
 
 
-def _launch(command: list[str], ranks: int, timeout: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def launch(command: list[str], ranks: int, timeout: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run Python with these arguments in a process of its own, under torchrun where ranks > 1."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *launcher, *command], capture_output=True, text=True, timeout=timeout, cwd=cwd,

@@ -8,13 +8,12 @@ from __future__ import annotations
 import collections
 import json
 import os
-import subprocess
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from conftest import MINILM, ROOT, environment
+from conftest import MINILM, ROOT, warm
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,11 +110,7 @@ def by_formula(ranks: int, setting: dict) -> dict[tuple[str, int], float]:
 
 def compare(ranks: int, settings: list[dict]) -> list[dict]:
     """Both of each setting: `counted`, `formula` ((kind, ranks) to bytes) and `scalars`, bytes of single numbers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__,
-         json.dumps(settings)],
-        capture_output=True, text=True, timeout=280, env=environment(),
-    )  # fmt: skip
+    done = warm([__file__, json.dumps(settings)], ranks, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     results = []
     for setting, rows in zip(settings, json.loads(done.stdout.splitlines()[-1])):

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT, dit_ds, environment, tiny_config
+from warm_ranks import WarmProcess, output_files
 
 from dit_ds.config.load import validate
 from dit_ds.distributed import free_port
@@ -37,20 +38,14 @@ def meeting_place(monkeypatch) -> int:
     return port
 
 
-def start(rank: int, world_size: int, port: int, address: str = "127.0.0.1", wait: int = 3) -> subprocess.Popen:
+def start(rank: int, world_size: int, port: int, address: str = "127.0.0.1", wait: int = 3) -> WarmProcess:
     """One rank of a doctor that waits so many seconds for the others."""
     world = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, "-m", "dit_ds.cli", "doctor", "--json", "--timeout", str(wait)],
-        cwd=ROOT,
-        env=environment() | {k: str(v) for k, v in world.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = environment() | {k: str(v) for k, v in world.items()}
+    return WarmProcess(["dit-ds", "doctor", "--json", "--timeout", str(wait)], env, ROOT, output_files())
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+def finish(process: WarmProcess) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=90)
     finally:
@@ -74,7 +69,7 @@ def assert_schema(result: dict) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_is_well(config_file, ranks):
-    result = json.loads(dit_ds("doctor", "--json", "--config", config_file, ranks=ranks).stdout)
+    result = json.loads(dit_ds("doctor", "--json", "--config", config_file, ranks=ranks, real=True).stdout)
     assert_schema(result)
     assert result["ok"] and result["world_size"] == ranks
     expected = {"launch", "versions", "gpu", "attention", "fused adam", "bf16", "deepspeed", "jit lock", "cores", "memory", "shared memory", "temporary", "configuration", "shards", "text encoder",
@@ -115,6 +110,7 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.mark.fast
 def test_a_request_that_is_wrong_is_one_line():
     done = dit_ds("doctor", "--config", "nowhere.yaml", check=2)
     assert "nowhere.yaml" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -157,6 +153,7 @@ def test_a_port_that_is_taken_fails_with_another_one(meeting_place):
     assert check["remedy"].startswith("export MASTER_PORT=") and str(meeting_place) not in check["remedy"]
 
 
+@pytest.mark.fast
 def test_a_master_that_does_not_resolve(meeting_place):
     status, out, _ = finish(start(0, 2, meeting_place, "no-such-host.invalid"))
     check = named(json.loads(out), "master address")

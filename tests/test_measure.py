@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, dit_ds, environment, refused
+from conftest import ROOT, dit_ds, launch, refused, warm
 from memory_worker import CountingAllocator, configuration
 
 from dit_ds.files import GIB
@@ -18,13 +17,9 @@ from dit_ds.planning.memory import measure
 WORKER = ROOT / "tests/memory_worker.py"
 
 
-def on_ranks(ranks: int, *settings: dict, program: Path = WORKER) -> subprocess.CompletedProcess:
-    """`memory_worker.py measure` under torchrun, or a variation on it."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-         str(program), "measure", *map(json.dumps, settings)],
-        capture_output=True, text=True, timeout=200, env=environment(),
-    )  # fmt: skip
+def on_ranks(ranks: int, *settings: dict, program: Path = WORKER, real: bool = False) -> subprocess.CompletedProcess:
+    """`memory_worker.py measure`, or a variation on it; under torchrun if `real`."""
+    return (launch if real else warm)([str(program), "measure", *map(json.dumps, settings)], ranks, timeout=200)
 
 
 def test_two_ranks_are_gathered_and_agree_with_the_ledger(tmp_path):
@@ -98,7 +93,7 @@ def test_ranks_stay_until_the_first_has_spoken(tmp_path):
     """Rank 1 alone runs out, and takes its time to write the snapshot; torchrun ends it as soon as rank 0 ends."""
     slow = "worker.CountingAllocator.snapshot = lambda self, path: (time.sleep(3), path.write_text('whole'))"
     settings = {"stage": 2, "capacity": 60 << 20, "snapshot": str(tmp_path / "s.pickle")}
-    done = on_ranks(2, settings, program=variation(tmp_path, slow))
+    done = on_ranks(2, settings, program=variation(tmp_path, slow), real=True)
     assert done.returncode == 1, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["oom"]["rank"] == 1 and (tmp_path / "s.pickle").read_text() == "whole"

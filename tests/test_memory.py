@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, warm
 from memory_worker import MICRO_BATCH, configuration, storages
 
 from dit_ds.config.load import validate
@@ -56,11 +54,7 @@ def test_what_autograd_keeps_is_counted_and_freed():
 
 def worker(mode: str, ranks: int, *settings: dict) -> list:
     """What `memory_worker.py` prints."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tests/memory_worker.py"), mode, *map(json.dumps, settings)],
-        capture_output=True, text=True, timeout=200, env=environment(),
-    )  # fmt: skip
+    done = warm([str(ROOT / "tests/memory_worker.py"), mode, *map(json.dumps, settings)], ranks, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -158,6 +152,7 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path, policy):
         assert sum(v for k, v in kept.items() if k.startswith("image_encoder.blocks")) > 0
 
 
+@pytest.mark.slow
 def test_a_profile_is_drawn_by_predict_and_fits_table_8(tmp_path):
     """ViT-B and BERT tuned, batch 32 on one GPU, bf16, fp32 masters, each layer recomputed: 4.8 GiB at most.
 

@@ -14,11 +14,12 @@ sys.path.append(str(ROOT / "benchmarks"))
 import mutations
 
 
-def test_every_damage_is_found_and_none_is_silent(tmp_path):
-    result = mutations.run(3 * len(mutations.DAMAGES), 7, tmp_path, images=40)
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_damage_is_found_and_none_is_silent(tmp_path, times):
+    result = mutations.run(times * len(mutations.DAMAGES), 7, tmp_path, images=40)
     assert result["missed"] == []
     total = result["total"]
-    assert total["damages"] == total["found_by_verify"] == 3 * len(mutations.DAMAGES)
+    assert total["damages"] == total["found_by_verify"] == times * len(mutations.DAMAGES)
     for reader in mutations.READERS:
         assert total[reader]["stopped"] and total[reader]["bad samples named"] and total[reader]["identical"]
 

@@ -79,6 +79,7 @@ def write_refer_tree(root: Path) -> dict[int, np.ndarray]:
     return truths
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_every_mask_of_a_photograph_is_learned(tmp_path):
     truths = write_refer_tree(tmp_path)

@@ -92,7 +92,9 @@ def test_an_untuned_checkpoint_evaluates_from_its_configuration(mixed, refusal, 
     path.write_text(yaml.safe_dump(values))
     assert "the model learned no words" in refusal("eval", path, "--prompt", "text")
     result = json.loads(dit_ds("eval", path, "--prompt", "point", "--json").stdout)
-    assert result["prompt"] == "point" and 0 <= result["miou"] <= 1
+    box = json.loads(dit_ds("eval", path, "--prompt", "box", "--json").stdout)
+    assert (result["prompt"], box["prompt"]) == ("point", "box")
+    assert result["n"] == box["n"] > 0 and result["miou"] != box["miou"]  # the prompt reaches the model
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "untuned"), "--table", "6", "--json"]) == 0
     assert "untuned" in capsys.readouterr().out  # the paper's tables find it where the configuration says
@@ -108,7 +110,9 @@ def test_a_picture_with_a_point_or_a_box(mixed, refer_tree, refusal, capsys, tmp
         return json.loads(capsys.readouterr().out)
 
     said = said_of("--point", "20,30", "--point", "24.5,31")
-    assert said["points"] == [[20, 30], [24.5, 31]] and 0 <= said["covered"] <= 1
+    assert said["points"] == [[20, 30], [24.5, 31]]
+    more, less = (said_of("--point", "20,30", "--threshold", t)["covered"] for t in ("0.0001", "0.9999"))
+    assert less < more
     both = said_of("--text", "the left star", "--box", "5,6,50,60")
     assert both["box"] == [5, 6, 50, 60] and both["text"] == "the left star"
     for arguments, line in [

@@ -56,9 +56,10 @@ def benchmark(*args: str) -> dict:
 
 
 @pytest.mark.timeout(900)
-def test_three_kills_end_as_the_undisturbed_run():
-    result = benchmark("--kills", "3", "--seed", "1")
-    assert result["identical"] == result["kills"] == 3
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kills_end_as_the_undisturbed_run(kills):
+    result = benchmark("--kills", str(kills), "--seed", "1")
+    assert result["identical"] == result["kills"] == kills
     assert result["samples_lost"] == result["samples_doubled"] == 0
 
 
@@ -169,6 +170,7 @@ def test_one_rank_gets_a_signal_and_all_save_and_end_with_75(config, whole, tmp_
     np.testing.assert_allclose(*losses, rtol=2e-5)  # one rank there, two here
 
 
+@pytest.mark.fast
 def test_a_save_is_due_by_the_clock_too(config, tmp_path):
     run = tmp_path / "run"
     often = ["--checkpoint.every_steps", "null", "--checkpoint.every_minutes", "0.001", "--checkpoint.keep", "1"]

@@ -82,6 +82,7 @@ def test_webdataset_reads_back_every_image_ref_and_mask(refer_tree, shards):
     assert verify_shards(folder)["ok"]
 
 
+@pytest.mark.fast
 def test_bytes_do_not_depend_on_the_number_of_processes(refer_tree, shards, tmp_path):
     shard(refer_tree, tmp_path, shards={"train": 4}, processes=3)
     assert digest(tmp_path / "refcoco/unc") == digest(shards / "refcoco/unc")

@@ -156,6 +156,7 @@ def test_a_signalled_training_saves_comes_back_and_computes_the_same(undisturbed
     assert digits(site.run_dir) == digits(undisturbed[0].run_dir)
 
 
+@pytest.mark.slow
 def test_a_training_survives_the_loss_of_a_node(undisturbed, site):
     job = site.train("--checkpoint.every_steps", "5")
     site.reach(job, 12)
@@ -284,6 +285,7 @@ def test_a_cancelled_job_stays_cancelled(pretend):
     assert site.cluster.job(job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_tuning_compares_what_finished_records_what_failed_and_repeats_neither(pretend, tmp_path):
     """The search is real, its trials are not: the first fails, the third is the fastest."""
     site = pretend(f"""

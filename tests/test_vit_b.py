@@ -12,6 +12,7 @@ from dit_ds.models.build import build_model
 from dit_ds.models.losses import segmentation_loss
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_vit_b_with_bert_base_learns_one_batch(world):
     threads = torch.get_num_threads()

@@ -15,7 +15,7 @@ from dit_ds.models.instruction import SCHEMES
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.fast), 2, 4])
 def test_every_stage_is_plain_adamw_on_one_process(ranks):
     """fp32, weight decay, a moving average, three steps of the same global batch: losses and every trained weight."""
     settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema_decay": 0.5}
@@ -63,6 +63,7 @@ def test_a_step_with_one_ranks_nan_is_left_out_on_all_ranks():
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["ema_error"] <= 1e-4, stage
 
 
+@pytest.mark.fast
 def test_types_are_said_and_go_by_one_switch():
     def said(**deepspeed):
         ds = deepspeed_config(validate({"deepspeed": deepspeed}), 8)
@@ -77,6 +78,7 @@ def test_types_are_said_and_go_by_one_switch():
         assert said(**config, override=given) == (True, "fp32", {"grad_accum_dtype": "bf16"})
 
 
+@pytest.mark.fast
 def test_the_same_run_goes_on_more_ranks():
     """Base's 64 in micro-batches of 8: accumulated on few ranks, smaller on many, refused where it can't be shared."""
 
@@ -106,6 +108,7 @@ def test_gradients_are_added_up_in_fp32_where_that_is_asked_for(config_file, tmp
     assert "at ZeRO stages 1 to 3 only" in refused(run("4", 0, check=None))
 
 
+@pytest.mark.fast
 def test_what_the_run_owns_is_refused_in_the_json(refusal, tmp_path):
     for key in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler", "gradient_clipping"):
         (tmp_path / "ds.json").write_text(json.dumps({key: 1}))
