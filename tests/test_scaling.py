@@ -10,7 +10,7 @@ from conftest import MINILM, ROOT, dit_ds
 from scaling_worker import compare, configuration
 
 from dit_ds.cli.entry import main
-from dit_ds.engine.batch_split import split_batch
+from dit_ds.engine.batch_split import BatchSplit, split_batch
 from dit_ds.planning import flops, scaling
 from dit_ds.planning.communication import Event, ModuleTrace, Transfer, communication_volume, fetched
 from dit_ds.planning.gpus import known_gpu, peak_flops
@@ -118,9 +118,9 @@ def test_overlap_hides_no_more_than_its_share_of_the_pass():
 
 
 def test_a_batch_is_divided_as_a_run_would():
-    assert split_batch(64, 4, 8) == (8, 2)
-    assert split_batch(64, 16, 8) == (4, 1)
-    assert split_batch(96, 16, 4) == (3, 2)
+    assert split_batch(64, 4, 8) == BatchSplit(8, 2, 4)
+    assert split_batch(64, 16, 8) == BatchSplit(4, 1, 16)
+    assert split_batch(96, 16, 4) == BatchSplit(3, 2, 16)
     assert split_batch(64, 128, 8) is None
 
 

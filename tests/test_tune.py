@@ -16,7 +16,7 @@ from conftest import ROOT, environment, metrics_of
 
 from dit_ds.cli.entry import main
 from dit_ds.config.load import load_config
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, read_deepspeed_json
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import RunFailed
 from dit_ds.files import GIB
@@ -116,7 +116,7 @@ def predictor(**assumed) -> speed.Predictor:
     shape = ModuleTrace([10**8], [True], [])
     counted = speed.FlopCounts(6 * 10**11, passes, {"none": shape, "block": shape})
     ds = read_deepspeed_json(config)
-    return speed.Predictor(config, ds, model_dtype(ds), counted, speed.Assumptions(Machine(), **assumed))
+    return speed.Predictor(config, ds, DeepSpeedJson(ds).dtype, counted, speed.Assumptions(Machine(), **assumed))
 
 
 def test_what_costs_time():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.errors import UserError
 
 THREAD = "dit-ds check"  # name of the threads that checks run in
@@ -84,7 +84,7 @@ class Context:
         """Of the model's weights: as configured, else bf16 on GPUs and fp32 on CPUs."""
         try:
             if self.config:
-                return model_dtype(deepspeed_config(self.config, self.world_size))
+                return DeepSpeedJson(deepspeed_config(self.config, self.world_size)).dtype
         except UserError:  # which `configuration` reports
             pass
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32

@@ -15,7 +15,7 @@ from torch import nn
 from dit_ds.distributed import World, connect, gather_objects
 from dit_ds.doctor.check import Check, Context
 from dit_ds.engine import engine
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.errors import UserError
 
 _ELEMENTS = 1 << 24  # 64 MiB of fp32
@@ -140,10 +140,10 @@ def zero_step(c: Context) -> Iterator[Check]:
     torch.manual_seed(0)
     wrapped = engine.initialize(nn.Linear(16, 16), c.config, world)
     for _ in range(ds["gradient_accumulation_steps"]):
-        wrapped.backward(wrapped(torch.ones(1, 16, device=world.device, dtype=model_dtype(ds))).float().mean())
+        wrapped.backward(wrapped(torch.ones(1, 16, device=world.device, dtype=DeepSpeedJson(ds).dtype)).float().mean())
         wrapped.step()
-    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    stage = DeepSpeedJson(ds).stage
     if wrapped.global_steps == 1:
-        yield Check("zero step", "ok", f"ZeRO stage {stage}, {str(model_dtype(ds)).removeprefix('torch.')}")
+        yield Check("zero step", "ok", f"ZeRO stage {stage}, {str(DeepSpeedJson(ds).dtype).removeprefix('torch.')}")
     else:
         yield Check("zero step", "fail", f"ZeRO stage {stage} took {wrapped.global_steps} steps", "another DeepSpeed")

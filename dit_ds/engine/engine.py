@@ -16,7 +16,7 @@ from torch import nn
 from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.distributed import World
 from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.zero_layout import private
 from dit_ds.engine.zero_state import TrainingState
 
@@ -54,7 +54,7 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
     optimizer = torch.optim.AdamW(parameter_groups(model, t), lr=t.lr, betas=t.betas, eps=t.eps, fused=True)
     # torch's synchronised BatchNorm is for CUDA alone; and not in shorter types, in which its statistics would be short
-    if world.device.type == "cuda" and world.world_size > 1 and model_dtype(ds_config) == torch.float32:
+    if world.device.type == "cuda" and world.world_size > 1 and DeepSpeedJson(ds_config).dtype == torch.float32:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     exact = {n: x.clone() for n, x in running_statistics(model).items()}
     deepspeed.init_distributed(dist_init_required=False)

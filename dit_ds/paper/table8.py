@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, read_deepspeed_json
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import GIB
 from dit_ds.paper.tables import TABLE_8, MemoryRow
@@ -175,7 +176,7 @@ def _result(row: Row, answer: MemoryEstimate, measured: dict[str, Any] | None) -
     device = plan.needed(allocated, row.gpus)
     counts = "device" if row.form == "released" else "allocated"
     override = c.deepspeed.override
-    stage = int(c.deepspeed.config.rpartition("zero")[2][0])
+    stage = DeepSpeedJson(read_deepspeed_json(c)).stage
     autocast = override.get("torch_autocast", {}).get("enabled")
     precision = f"autocast {override['torch_autocast']['dtype']}" if autocast else c.deepspeed.precision
     figure = {"device": "device_used_gib", "allocated": "peak_gib"}[counts]

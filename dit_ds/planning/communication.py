@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from dit_ds.engine.deepspeed_json import DeepSpeedJson
+
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 _PREFETCH, _REUSE, _LIVE, _PERSISTENT = 50_000_000, 1_000_000_000, 1_000_000_000, 100_000  # DeepSpeed's defaults
 _BUCKET, _STAGE_0_BUCKET = 500_000_000, 500_000_000
@@ -120,10 +122,9 @@ def communication_volume(shape: ModuleTrace, ds: dict[str, Any], world_size: int
     """
     if world_size == 1:
         return []
-    zero = ds.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    kind = next((k for k in ("bf16", "fp16") if ds.get(k, {}).get("enabled")), "fp32")
-    of_weight, of_gradient = _BYTES[kind], _BYTES[ds.get("communication_data_type") or kind]
+    view = DeepSpeedJson(ds)
+    zero, stage = view.zero, view.stage
+    of_weight, of_gradient = _BYTES[view.precision], _BYTES[view.communication_data_type]
     if stage == 3:
         of_weight = 1 if zero.get("zero_quantized_weights") else of_weight
         of_gradient = 0.5 if zero.get("zero_quantized_gradients") else of_gradient

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.batch_split import split_batch
-from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
+from dit_ds.engine.batch_split import BatchSplit, split_batch
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, read_deepspeed_json
 from dit_ds.errors import UserError
 from dit_ds.planning.communication import ModuleTrace, Transfer, communication_volume
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
@@ -91,8 +91,8 @@ def work_of(config: RunConfig) -> Work:
     ds = read_deepspeed_json(config)
     shape = ModuleTrace()
     passes = hardware_flops(config, shape.watch)
-    micro_batch = ds["train_micro_batch_size_per_gpu"]
-    return Work(step_flops(config), passes, shape, ds, model_dtype(ds), config.train.batch_size, micro_batch)
+    micro_batch = DeepSpeedJson(ds).micro_batch
+    return Work(step_flops(config), passes, shape, ds, DeepSpeedJson(ds).dtype, config.train.batch_size, micro_batch)
 
 
 def predict(work: Work, machine: Machine, nodes: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
     machine.check()
     if min(nodes) < 1:
         raise UserError(f"--nodes {min(nodes)}: a number of nodes is at least 1")
-    require_peak(machine.gpu, model_dtype(read_deepspeed_json(config)))  # said before the count
+    require_peak(machine.gpu, DeepSpeedJson(read_deepspeed_json(config)).dtype)  # said before the count
     work = work_of(config)
     one = _both(work, machine, 1)
     rows = []
@@ -177,7 +177,7 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
     return {
         "predicted": True,
         "assumed": assumed | {"dtype": str(work.dtype).removeprefix("torch.")},
-        "stage": work.ds.get("zero_optimization", {}).get("stage", 0),
+        "stage": DeepSpeedJson(work.ds).stage,
         "parameters": sum(work.shape.sizes),
         "trained_parameters": sum(size for size, t in zip(work.shape.sizes, work.shape.trained) if t),
         "model_flops_per_sample": work.model_flops,
@@ -188,10 +188,11 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
 
 def _both(work: Work, machine: Machine, nodes: int) -> dict[str, dict[str, Any] | None]:
     fixed = split_batch(work.batch, nodes * machine.gpus_per_node, work.micro_batch)
-    grown = split_batch(work.batch, machine.gpus_per_node, work.micro_batch) or (work.micro_batch, 1)
+    one_node = split_batch(work.batch, machine.gpus_per_node, work.micro_batch)
+    grown = one_node or BatchSplit(work.micro_batch, 1, machine.gpus_per_node)
     return {
-        "fixed": fixed and predict(work, machine, nodes, *fixed),
-        "grown": predict(work, machine, nodes, *grown),
+        "fixed": fixed and predict(work, machine, nodes, fixed.micro_batch, fixed.accumulation),
+        "grown": predict(work, machine, nodes, grown.micro_batch, grown.accumulation),
     }
 
 

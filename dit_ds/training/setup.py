@@ -21,7 +21,7 @@ from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.distributed import World, all_or_none
 from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
 from dit_ds.models.attention import require
@@ -104,7 +104,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     Raises:
         UserError: the checkpoint is of another run or model, or the folder can't be written.
     """
-    dtype = model_dtype(deepspeed_config(config, world.world_size))
+    dtype = DeepSpeedJson(deepspeed_config(config, world.world_size)).dtype
     require(config.model.attention, world.device.type, dtype)
     newest = checkpoint.newest_whole(config.run_dir, world)
     resume_keys = _resume_keys(config, datasets.train, dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import GIB
 from dit_ds.models.text_encoder import offline_text
@@ -151,10 +151,10 @@ def _described(config: RunConfig, world: World) -> dict[str, Any]:
     return {
         "measured": True,
         "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
-        "stage": ds_config.get("zero_optimization", {}).get("stage", 0),
+        "stage": DeepSpeedJson(ds_config).stage,
         "ranks": world.world_size,
-        "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
-        "precision": model_precision(ds_config),
+        "micro_batch": DeepSpeedJson(ds_config).micro_batch,
+        "precision": DeepSpeedJson(ds_config).precision,
         "peak_gib": None, "reserved_gib": None, "device_used_gib": None, "phases": {}, "categories": {}, "after": {},
         "modules": {}, "host_gib": None, "step_seconds": None, "samples_per_second": None, "ranks_gib": [], "oom": None,
         "breakdown_failed": None,

@@ -15,8 +15,8 @@ from typing import Any
 
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.batch_split import _dividing
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_precision, read_deepspeed_json
+from dit_ds.engine.batch_split import split_batch
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
 from dit_ds.files import GIB
@@ -72,7 +72,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     ds_config = deepspeed_config(config, ranks)
     room = allowed(memory, ranks)
     (answer,) = predict([MemoryRequest(config, ranks, capacity=room)])
-    micro = ds_config["train_micro_batch_size_per_gpu"]
+    micro = DeepSpeedJson(ds_config).micro_batch
     result = _described(config, ds_config, ranks, micro, answer) | {
         "gpus": gpus,
         "nodes": nodes,
@@ -101,11 +101,11 @@ def _described(
     return {
         "predicted": True,
         "ranks": ranks,
-        "stage": ds_config.get("zero_optimization", {}).get("stage", 0),
-        "precision": model_precision(ds_config),
+        "stage": DeepSpeedJson(ds_config).stage,
+        "precision": DeepSpeedJson(ds_config).precision,
         "checkpointing": config.train.activation_checkpointing,
         "micro_batch": micro,
-        "accumulation": ds_config["gradient_accumulation_steps"],
+        "accumulation": DeepSpeedJson(ds_config).accumulation,
         "parameters": answer.parameters,
         "trained_parameters": answer.trained,
         "peak_gib": _gib(profile.peak),
@@ -149,7 +149,7 @@ def _advice(result: dict[str, Any], ds_config: dict[str, Any], ranks: int) -> li
         if stage == 0 and ranks > 1:
             saved = states * (1 - 1 / ranks)
             advice.append(f"masters and Adam's states take {states:.1f} GiB: zero1.json to share out {saved:.1f} of it")
-        elif "offload_optimizer" not in ds_config.get("zero_optimization", {}):
+        elif not DeepSpeedJson(ds_config).offload_optimizer:
             name = "zero3_offload" if stage == 3 else "zero2_offload"
             advice.append(f"masters and Adam's states take {states:.1f} GiB: {name}.json puts them on the host")
     if weights + grads > 0.25 * result["peak_gib"] and stage < 3 and ranks > 1:
@@ -171,7 +171,9 @@ def closest(config: RunConfig, ranks: int, room: int) -> dict[str, Any]:
         (answer,) = predict([MemoryRequest(shape, ranks, (1,), capacity=room)])
         micro, peak = 1, answer.peak(1)
         if answer.largest:
-            micro = _dividing(config.train.batch_size, ranks, answer.largest)
+            split = split_batch(config.train.batch_size, ranks, answer.largest)
+            assert split is not None  # the ranks divide the batch, or nothing would be predicted
+            micro = split.micro_batch
             override = {"deepspeed": {"override": {"train_micro_batch_size_per_gpu": micro}}}
             (answer,) = predict([MemoryRequest(validate(merge(shape.model_dump(), override)), ranks)])
             peak = answer.peak(micro)
@@ -189,11 +191,11 @@ def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfi
         words = ["train.activation_checkpointing block"]
         values = merge(values, {"train": {"activation_checkpointing": "block"}})
         yield words, validate(values)
-    zero = read_deepspeed_json(config).get("zero_optimization", {})
+    ds = DeepSpeedJson(read_deepspeed_json(config))
     for name in _LADDER:
         setting = SETTINGS[name]
-        further = setting["stage"] > zero.get("stage", 0) if ranks > 1 else False  # alone there is nobody to share with
-        if further or ("offload_optimizer" in setting and "offload_param" not in zero):
+        further = setting["stage"] > ds.stage if ranks > 1 else False  # alone there is nobody to share with
+        if further or ("offload_optimizer" in setting and not ds.offload_param):
             changes = {"deepspeed": {"override": {"zero_optimization": setting}}}
             yield [*words, f"the zero_optimization of configs/deepspeed/{name}.json"], validate(merge(values, changes))
 

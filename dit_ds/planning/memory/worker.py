@@ -10,7 +10,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the answer is the same where there is
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-from dit_ds.engine.deepspeed_json import deepspeed_config
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.models.attention import count_flops
 from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
@@ -27,7 +27,7 @@ def answer(question: MemoryRequest) -> MemoryEstimate:
     warnings.simplefilter("ignore")
     config = on_gpu(question.config)
     ds_config = deepspeed_config(config, question.ranks)
-    sizes = question.micro_batches or (ds_config["train_micro_batch_size_per_gpu"],)
+    sizes = question.micro_batches or (DeepSpeedJson(ds_config).micro_batch,)
     share = config.train.batch_size // question.ranks
     tracker = MemoryTracker(host=lambda x: x.device.type == "cpu")
     with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(tracker):

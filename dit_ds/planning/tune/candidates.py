@@ -9,7 +9,8 @@ import torch
 
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.deepspeed_json import deepspeed_config, model_dtype, model_precision
+from dit_ds.engine.batch_split import every_split
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.models.sam import SIZES
 
@@ -88,22 +89,23 @@ def candidates(config: RunConfig, ds: dict[str, Any], ranks: int, gpu: str = "")
     Raises:
         UserError: the global batch does not divide.
     """
-    each = config.train.batch_size // ranks
     # refuses what does not divide
     deepspeed_config(_with_micro_batch(config, 1), ranks)
     policies = dict.fromkeys((*POLICIES, config.train.activation_checkpointing))
     # stage 0 adds gradients up in the model's type only
-    other_type = ds["data_types"]["grad_accum_dtype"] != model_precision(ds)
+    other_type = DeepSpeedJson(ds).grad_accum_dtype != DeepSpeedJson(ds).precision
     found = []
     for setting, zero in SETTINGS.items():
         if other_type and not zero["stage"]:
             continue
         # with one rank nothing is sent, so that larger buckets would only take room
         buckets = BUCKETS if zero["stage"] and ranks > 1 else BUCKETS[: bool(zero["stage"])] or (0,)
-        for micro_batch in (m for m in range(1, each + 1) if each % m == 0):
+        for split in every_split(config.train.batch_size, ranks):
             for policy in policies:
                 for kernel in _kernels(config, ds, gpu, policy):
-                    found += [Candidate(setting, micro_batch, each // micro_batch, policy, kernel, b) for b in buckets]
+                    found += [
+                        Candidate(setting, split.micro_batch, split.accumulation, policy, kernel, b) for b in buckets
+                    ]
     return found
 
 
@@ -117,19 +119,19 @@ def _kernels(config: RunConfig, ds: dict[str, Any], gpu: str, policy: str) -> li
         return [config.model.attention]
     size = SIZES[config.model.size]
     width = size.embed_dim // size.num_heads + 2 * (config.data.image_size // size.patch_size) + 1
-    flash = model_dtype(ds) != torch.float32 and gpu not in _OLD_GPUS and width <= _WIDEST
+    flash = DeepSpeedJson(ds).dtype != torch.float32 and gpu not in _OLD_GPUS and width <= _WIDEST
     # selective keeps what the kernels return, and eager is none of them
     return [k for k in KERNELS if (k != "sdpa_flash" or flash) and (k != "eager" or policy != "selective")]
 
 
 def configured_candidate(config: RunConfig, ds: dict[str, Any], among: list[Candidate]) -> Candidate | None:
     """The candidate that is what the configuration says now, if one is."""
-    zero = ds.get("zero_optimization", {})
+    zero = DeepSpeedJson(ds).zero
     for c in among:
         mine = c.deepspeed(ds)
         # a micro-batch larger than a rank's share shrinks to it
         share = c.micro_batch * c.accumulation
-        micro_batch = min(ds["train_micro_batch_size_per_gpu"], share)
+        micro_batch = min(DeepSpeedJson(ds).micro_batch, share)
         same = mine["zero_optimization"] == (zero or {"stage": 0}) and c.micro_batch == micro_batch
         if same and (c.policy, c.kernel) == (config.train.activation_checkpointing, config.model.attention):
             return c

@@ -114,10 +114,10 @@ def _that_run_here(among: list[Candidate], config: RunConfig, ds: dict[str, Any]
         "device = 'cuda' if torch.cuda.is_available() else 'cpu'; of = getattr(torch, sys.argv[1]); "
         "print(*(k for k in sys.argv[2:] if k in KERNELS and why_not(k, device, of)))"
     )
-    from dit_ds.engine.deepspeed_json import model_dtype
+    from dit_ds.engine.deepspeed_json import DeepSpeedJson
 
     kernels = dict.fromkeys(c.kernel for c in among)
-    words = [sys.executable, "-c", code, str(model_dtype(ds)).removeprefix("torch."), *kernels]
+    words = [sys.executable, "-c", code, str(DeepSpeedJson(ds).dtype).removeprefix("torch."), *kernels]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     missing = done.stdout.split() if done.returncode == 0 else []
     return [c for c in among if c.kernel not in missing]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.deepspeed_json import model_dtype
+from dit_ds.engine.deepspeed_json import DeepSpeedJson
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.files import write_json
 from dit_ds.planning.flops import hardware_flops, step_flops
@@ -233,7 +233,7 @@ class ProfilerPool:
         work = FlopCounts(
             model_flops.result(), {p: c[0] for p, c in counted.items()}, {p: c[1] for p, c in counted.items()}
         )
-        of_type = model_dtype(ds).itemsize
+        of_type = DeepSpeedJson(ds).dtype.itemsize
         profiled = {s: f.result() for s, f in stages.items()}
         return MemoryModel(reference.result(), profiled, work.trained, of_type, ranks), work
 

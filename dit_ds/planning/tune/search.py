@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.engine.deepspeed_json import model_dtype, read_deepspeed_json
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, read_deepspeed_json
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import GIB
 from dit_ds.planning.gpus import MEMORY_GIB, known_gpu, peak_flops, require_peak
@@ -100,7 +100,7 @@ def check(config: RunConfig, place: Cluster, assumed: Assumptions) -> dict[str, 
         raise UserError(f"--nodes {place.nodes} --gpus {place.gpus}: there is at least one node, with one GPU")
     assumed.check()
     ds = read_deepspeed_json(config)
-    require_peak(assumed.machine.gpu, model_dtype(ds))
+    require_peak(assumed.machine.gpu, DeepSpeedJson(ds).dtype)
     if place.ranks > config.train.batch_size:
         raise UserError(
             f"{place.ranks} GPUs share train.batch_size {config.train.batch_size}: use at most so many, "
@@ -122,7 +122,7 @@ def search(
     gpu = known_gpu(assumed.machine.gpu) or ""
     among = candidates(config, ds, place.ranks, gpu) if among is None else among
     footprints, counted = jobs.survey(among, config, ds, place.ranks)
-    predictor = Predictor(config, ds, model_dtype(ds), counted, assumed)
+    predictor = Predictor(config, ds, DeepSpeedJson(ds).dtype, counted, assumed)
     rows = [ScoredCandidate(c, footprints.of(c), predictor.step(c, place.ranks)) for c in among]
 
     def exact(some: list[ScoredCandidate]) -> None:
@@ -241,7 +241,7 @@ def why(row: ScoredCandidate, chosen: ScoredCandidate, place: Cluster) -> str:
 def closest(config: RunConfig, place: Cluster, assumed: Assumptions, nothing: NothingFits, jobs: ProfilerPool) -> str:
     """What the smallest candidate would fit on, computed: other GPUs, more nodes, smaller images."""
     ds, c = read_deepspeed_json(config), nothing.row.candidate
-    dtype = model_dtype(ds)
+    dtype = DeepSpeedJson(ds).dtype
     options = []
     need = needed(nothing.row.footprint.peak, place.ranks)
     if need > place.capacity:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.engine.deepspeed_json import DeepSpeedJson
 from dit_ds.errors import UserError
 from dit_ds.models.sam import SIZES
 from dit_ds.planning.communication import ModuleTrace, fetched
@@ -198,7 +199,7 @@ class Predictor:
 
     def _uploads(self, c: Candidate) -> int:
         """Elements that stage 3 gathers in a micro-batch."""
-        zero, shape = c.deepspeed(self.ds)["zero_optimization"], self.counted.shapes[c.policy]
+        zero, shape = DeepSpeedJson(c.deepspeed(self.ds)).zero, self.counted.shapes[c.policy]
         keys = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
         fetches, _ = fetched(shape, *(zero[f"stage3_{key}"] for key in keys))
         return sum(shape.sizes[p] * times for (p, _), times in fetches.items())
