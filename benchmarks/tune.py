@@ -34,20 +34,25 @@ CASES = [("vit_b", 1, 8), ("vit_h", 2, 8)]
 def answered(size: str, nodes: int, gpus: int, out: Path) -> dict:
     """The command's answer, without the candidates but for their number."""
     start = time.monotonic()
-    request = command.Request(
-        str(ROOT / "configs/base.yaml"), ("--model.size", size), nodes, gpus, gpu="H100", out=str(out)
+    request = command.TuneRequest(
+        config_path=str(ROOT / "configs/base.yaml"),
+        overrides=("--model.size", size),
+        nodes=nodes,
+        gpus=gpus,
+        gpu="H100",
+        out=str(out),
     )
-    result, found = command.tune(request)
+    written, result = command.tune(request)
     seconds = round(time.monotonic() - start, 1)
     return {
         "model": size,
         "seconds": seconds,
         "load_after": round(os.getloadavg()[0], 1),
-        "count": len(found.rows),
-        "chosen": result["chosen"],
-        "own": result["own"],
-        "pareto": result["pareto"],
-        "text": report.lines(found, result, explain=True)[:-2],
+        "count": len(result.candidates),
+        "chosen": written["chosen"],
+        "own": written["own"],
+        "pareto": written["pareto"],
+        "text": report.lines(result, written, explain=True)[:-2],
     }
 
 
@@ -57,12 +62,12 @@ def rule_errors(count: int, seed: int) -> list[dict]:
     ds = read_deepspeed_json(config)
     among = candidates(config, ds, 8, "H100")
     drawn = random.Random(seed).sample(among, count)
-    with ProfilerPool() as jobs:
-        footprints, _ = jobs.survey(among, config, ds, 8)
-        exact = jobs.profiles(drawn, config, ds, 8)
+    with ProfilerPool() as pool:
+        memory_model, _ = pool.survey(among, config, ds, 8)
+        exact = pool.profiles(drawn, config, ds, 8)
     rows = []
     for c, profiled in zip(drawn, exact):
-        rule = footprints.of(c).peak
+        rule = memory_model.predict(c).peak
         rows.append(
             {
                 "candidate": c.name,

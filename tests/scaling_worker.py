@@ -100,11 +100,11 @@ def count(world: World, setting: dict) -> list[list]:
 
 def by_formula(ranks: int, setting: dict) -> dict[tuple[str, int], float]:
     """(kind, ranks) to bytes of the whole buffers."""
-    config, shape = configuration(ranks, **setting), ModuleTrace()
-    hardware_flops(config, shape.watch)
+    config, trace = configuration(ranks, **setting), ModuleTrace()
+    hardware_flops(config, trace.record)
     found: collections.Counter = collections.Counter()
-    for transfer in communication_volume(shape, read_deepspeed_json(config), ranks, setting.get("accumulation", 1)):
-        found[transfer.kind, transfer.ranks] += transfer.buffer
+    for transfer in communication_volume(trace, read_deepspeed_json(config), ranks, setting.get("accumulation", 1)):
+        found[transfer.collective, transfer.ranks] += transfer.buffer
     return dict(found)
 
 

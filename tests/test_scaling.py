@@ -12,7 +12,7 @@ from scaling_worker import compare, configuration
 from dit_ds.cli.entry import main
 from dit_ds.engine.batch_split import BatchSplit, split_batch
 from dit_ds.planning import flops, scaling
-from dit_ds.planning.communication import Event, ModuleTrace, Transfer, communication_volume, fetched
+from dit_ds.planning.communication import Event, ModuleTrace, Transfer, communication_volume, count_fetches
 from dit_ds.planning.gpus import known_gpu, peak_flops
 
 # so small that the tiny model's layers are gathered again and again, and prefetched in part
@@ -51,20 +51,20 @@ def ds(stage: int, **zero) -> dict:
 
 def test_a_ring_by_hand():
     """1000 trained elements and 24 frozen ones in bf16 on 4 ranks, two micro-batches."""
-    shape = ModuleTrace([1000, 24], [True, False], [])
-    sent = {s: sum(t.sent for t in communication_volume(shape, ds(s), 4, 2)) for s in (0, 1, 2)}
+    trace = ModuleTrace([1000, 24], [True, False], [])
+    sent = {s: sum(t.sent for t in communication_volume(trace, ds(s), 4, 2)) for s in (0, 1, 2)}
     ring = 2000 * 3 / 4
     assert sent == {0: 2 * ring, 1: 3 * ring, 2: 5 * ring}
-    assert communication_volume(shape, ds(2), 1, 2) == []
+    assert communication_volume(trace, ds(2), 1, 2) == []
 
 
 def test_what_is_needed_again_soon_is_gathered_once():
     order = [(0,), (1,), (2,), (2,), (1,), (0,)]
-    visits = [Event(p[0], enters, i > 2, False, p) for i, p in enumerate(order) for enters in (True, False)]
-    shape = ModuleTrace([100, 100, 100], [True] * 3, visits)
+    events = [Event(p[0], enters, i > 2, False, p) for i, p in enumerate(order) for enters in (True, False)]
+    trace = ModuleTrace([100, 100, 100], [True] * 3, events)
 
     def times(reuse: int) -> list[int]:
-        fetches, _ = fetched(shape, threshold=10, prefetch=0, most=10**9, reuse=reuse)
+        fetches, _ = count_fetches(trace, persistence_threshold=10, prefetch=0, max_live=10**9, max_reuse=reuse)
         return [sum(n for (p, _), n in fetches.items() if p == i) for i in range(3)]
 
     assert (times(0), times(1), times(201), times(401)) == ([2, 2, 2], [2, 2, 1], [2, 1, 1], [1, 1, 1])
@@ -80,9 +80,9 @@ def test_flops_leave_random_numbers_alone_and_recomputation_adds_a_forward():
     assert torch.equal(before, torch.random.get_rng_state())
     assert 2.9 < model / plain.forward < 3.1
     config.train.activation_checkpointing = "block"
-    again = flops.hardware_flops(config)
-    assert again.forward == plain.forward
-    assert 0.9 < (again.backward - plain.backward) / plain.forward < 1
+    recomputed = flops.hardware_flops(config)
+    assert recomputed.forward == plain.forward
+    assert 0.9 < (recomputed.backward - plain.backward) / plain.forward < 1
 
 
 def test_gpus_go_by_the_names_that_cuda_gives():
@@ -112,9 +112,9 @@ def test_a_prediction_by_hand():
 def test_overlap_hides_no_more_than_its_share_of_the_pass():
     machine = scaling.Machine("A100", 1, link_gbit=8, mfu=0.5, overlap=0.5, latency_us=0)
     slow = Transfer("gradients", "all-reduce", 10**9, 1, 2, "backward", 1)
-    assert scaling.seconds(slow, machine, 2) == pytest.approx(1)
-    assert scaling._exposed([slow], machine, 2, {"backward": 1.0})["gradients"] == pytest.approx(0.5)
-    assert scaling._exposed([slow], machine, 2, {"backward": 9.0})["gradients"] == 0
+    assert scaling.seconds(slow, machine) == pytest.approx(1)
+    assert scaling._exposed([slow], machine, {"backward": 1.0})["gradients"] == pytest.approx(0.5)
+    assert scaling._exposed([slow], machine, {"backward": 9.0})["gradients"] == 0
 
 
 def test_a_batch_is_divided_as_a_run_would():

@@ -26,10 +26,9 @@ from dit_ds.planning.gpus import BANDWIDTH, MEMORY_GIB, PEAKS, memory_gib
 from dit_ds.planning.memory.plan import needed
 from dit_ds.planning.scaling import Machine
 from dit_ds.planning.tune import candidates as space
-from dit_ds.planning.tune import command, report, search, trials
-from dit_ds.planning.tune import output as files
+from dit_ds.planning.tune import command, output, report, search, trials
 from dit_ds.planning.tune import time_model as speed
-from dit_ds.planning.tune.memory_model import Footprint, MemoryModel, Profiled
+from dit_ds.planning.tune.memory_model import Footprint, MemoryModel, ProfileSummary
 
 BASE = ROOT / "configs/base.yaml"
 
@@ -60,12 +59,12 @@ def test_candidates_divide_the_batch_and_leave_out_what_a_gpu_lacks():
 # --- memory and time by hand
 
 
-def profiled(forward: float, backward: float, step: float, states: float, host: float = 0) -> Profiled:
+def profiled(forward: float, backward: float, step: float, states: float, host: float = 0) -> ProfileSummary:
     phases = {"forward": forward, "backward": backward, "step": step}
-    return Profiled(phases, max(phases.values()), forward - states, states, host, 0)
+    return ProfileSummary(phases, max(phases.values()), forward - states, states, host, 0)
 
 
-def footprints(ranks: int = 8) -> MemoryModel:
+def memory_model(ranks: int = 8) -> MemoryModel:
     """10 GB of states at stage 2; 1 GB (none) or 0.2 GB (block) of activations a sample; 2 GB of parameters trained."""
     g = 1e9
     reference = {}
@@ -79,7 +78,7 @@ def footprints(ranks: int = 8) -> MemoryModel:
         "zero2_offload": {m: (5 + 0.2 * m, 6 + 0.2 * m, 6, 5, 9) for m in (1, 8)},
     }
     points = {s: {m: profiled(*(g * x for x in values)) for m, values in at.items()} for s, at in points.items()}
-    return MemoryModel(reference, points, trained=10**9, of_type=2, ranks=ranks)
+    return MemoryModel(reference, points, trained=10**9, element_bytes=2, ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +99,28 @@ def footprints(ranks: int = 8) -> MemoryModel:
 def test_footprints_add_up(candidate, peak):
     setting, *rest = candidate
     bucket = space.BUCKETS[0] if setting != "zero0" else 0
-    assert footprints().of(space.Candidate(setting, *rest, bucket)).peak == pytest.approx(peak * 1e9)
+    assert memory_model().predict(space.Candidate(setting, *rest, bucket)).peak == pytest.approx(peak * 1e9)
 
 
 def test_larger_buckets_are_two_in_the_backward_pass_and_one_at_stage_3():
     more = (100_000_000 - space.BUCKETS[0]) * 2
     for setting, times in {"zero2": 2, "zero3": 1}.items():
-        small, large = (footprints().of(space.Candidate(setting, 8, 1, "none", "auto", b)) for b in space.BUCKETS)
+        small, large = (
+            memory_model().predict(space.Candidate(setting, 8, 1, "none", "auto", b)) for b in space.BUCKETS
+        )
         assert large.peak - small.peak == pytest.approx(times * more)
 
 
 def predictor(**assumed) -> speed.Predictor:
     config = load_config(BASE)
-    passes = {p: flops.Passes(2 * 10**11, 4 * 10**11 + again) for p, again in {"none": 0, "block": 2 * 10**11}.items()}
-    shape = ModuleTrace([10**8], [True], [])
-    counted = speed.FlopCounts(6 * 10**11, passes, {"none": shape, "block": shape})
+    passes = {
+        p: flops.Passes(2 * 10**11, 4 * 10**11 + recomputed)
+        for p, recomputed in {"none": 0, "block": 2 * 10**11}.items()
+    }
+    trace = ModuleTrace([10**8], [True], [])
+    counts = speed.FlopCounts(6 * 10**11, passes, {"none": trace, "block": trace})
     ds = read_deepspeed_json(config)
-    return speed.Predictor(config, ds, DeepSpeedJson(ds).dtype, counted, speed.Assumptions(Machine(), **assumed))
+    return speed.Predictor(config, ds, DeepSpeedJson(ds).dtype, counts, speed.Assumptions(Machine(), **assumed))
 
 
 def test_what_costs_time():
@@ -124,8 +128,8 @@ def test_what_costs_time():
         c = space.Candidate(setting, micro_batch, 8 // micro_batch, policy, kernel, 25_000_000)
         return predictor().step(c, 8)["parts"]
 
-    plain, again = parts("zero2", 8, "none"), parts("zero2", 8, "block")
-    assert plain["recompute"] == 0 < again["recompute"] < plain["compute"] / 2
+    plain, recomputed = parts("zero2", 8, "none"), parts("zero2", 8, "block")
+    assert plain["recompute"] == 0 < recomputed["recompute"] < plain["compute"] / 2
     assert parts("zero2", 1, "none")["small_micro_batch"] == pytest.approx(8 * plain["small_micro_batch"])
     assert parts("zero2", 8, "none", "eager")["attention_maps"] > 0 == plain["attention_maps"]
     offload = parts("zero2_offload", 8, "none")
@@ -137,7 +141,7 @@ def test_what_costs_time():
 # --- the choice
 
 
-def row(name: str, gib: float, seconds: float, host: float = 0) -> search.ScoredCandidate:
+def scored(name: str, gib: float, seconds: float, host: float = 0) -> search.ScoredCandidate:
     parts = dict.fromkeys(speed.PARTS, 0.0) | {"compute": seconds}
     c = space.Candidate(name, 8, 1, "none", "auto", 25_000_000)
     step = {"step_seconds": seconds, "samples_per_second": 64 / seconds, "parts": parts, "sent_bytes": 0}
@@ -147,30 +151,30 @@ def row(name: str, gib: float, seconds: float, host: float = 0) -> search.Scored
 ASSUMED = speed.Assumptions(Machine())
 
 
-def rows() -> list[search.ScoredCandidate]:
+def some_candidates() -> list[search.ScoredCandidate]:
     return [
-        row("zero0", 80, 1),
-        row("zero1", 40, 2),
-        row("zero2", 30, 2),
-        row("zero3", 20, 4),
-        row("zero2_offload", 35, 5),
+        scored("zero0", 80, 1),
+        scored("zero1", 40, 2),
+        scored("zero2", 30, 2),
+        scored("zero3", 20, 4),
+        scored("zero2_offload", 35, 5),
     ]
 
 
-def chosen(place: search.Cluster, exact=lambda some: None, among=None) -> search.SearchResult:
+def chosen(cluster: search.Cluster, exact=lambda some: None, among=None) -> search.SearchResult:
     def verify(some: list[search.ScoredCandidate]) -> None:
         exact(some)
         for r in some:
             r.footprint = Footprint(r.footprint.peak, 0, 0, r.footprint.host, exact=True)
 
-    return search.choose(among or rows(), place, ASSUMED, verify)
+    return search.choose(among or some_candidates(), cluster, ASSUMED, verify)
 
 
 def test_the_fastest_that_fits_is_chosen_and_of_equals_the_smallest():
     found = chosen(search.Cluster(1, 8, 60 * GIB))
-    assert [r.candidate.setting for r in found.rows] == ["zero2", "zero1", "zero3", "zero2_offload", "zero0"]
+    assert [r.candidate.setting for r in found.candidates] == ["zero2", "zero1", "zero3", "zero2_offload", "zero0"]
     assert [r.candidate.setting for r in found.front] == ["zero3", "zero2"]
-    why = {r.candidate.setting: r.why for r in found.rows}
+    why = {r.candidate.setting: r.reason for r in found.candidates}
     assert why["zero2"] == "chosen" and why["zero1"].startswith("as fast, with 10.0 GiB more")
     assert why["zero0"].startswith(f"does not fit: needs {needed(80 * GIB, 8) / GIB:.1f} of 60.0 GiB")
     assert why["zero3"].startswith("100% slower (2e+03 ms a step)")
@@ -187,7 +191,11 @@ def test_what_its_own_profile_finds_too_large_is_not_chosen():
 
 def test_host_memory_counts_for_all_ranks_of_a_node():
     def settings(host: float) -> str:
-        return chosen(search.Cluster(1, 8, 60 * GIB, host * GIB), among=[row("zero2_offload", 20, 1, 10)]).rows[0].why
+        return (
+            chosen(search.Cluster(1, 8, 60 * GIB, host * GIB), among=[scored("zero2_offload", 20, 1, 10)])
+            .candidates[0]
+            .reason
+        )
 
     assert settings(81) == "chosen"
     with pytest.raises(RunFailed, match="needs 80.0 of 79.0 GiB of a node's memory"):
@@ -197,7 +205,7 @@ def test_host_memory_counts_for_all_ranks_of_a_node():
 def test_where_nothing_fits_the_smallest_is_named():
     with pytest.raises(search.NothingFits, match="no setting fits: needs 22.1 of 10.0 GiB a GPU") as error:
         chosen(search.Cluster(1, 8, 10 * GIB))
-    assert error.value.row.candidate.setting == "zero3"
+    assert error.value.smallest.candidate.setting == "zero3"
 
 
 # --- files
@@ -210,8 +218,8 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
     config = load_config(base, ["--train.lr", "0.5", "--deepspeed.precision", "fp32", "--seed", "3"])
     ds = read_deepspeed_json(config)
     found = chosen(search.Cluster(2, 4, 60 * GIB))
-    found.own = found.rows[2]
-    written = files.write(tmp_path / "tune", found, str(base), config, ds, started=0)["files"]
+    found.configured = found.candidates[2]
+    written = output.write(tmp_path / "tune", found, str(base), config, ds, started=0)["files"]
     assert (tmp_path / "tune/pareto.png").read_bytes()[:4] == b"\x89PNG"
     line = shlex.split((tmp_path / "tune/sbatch.txt").read_text())
     assert line[:4] == ["sbatch", "--nodes=2", "--gpus-per-node=4", "slurm/train.sbatch"]
@@ -227,15 +235,15 @@ def test_what_is_written_is_what_train_takes(tmp_path, override):
 # --- trials
 
 
-def tried(config_file: Path, out: Path, launch: list, again: bool = False) -> search.SearchResult:
+def tried(config_file: Path, out: Path, launch: list, retry_failed: bool = False) -> search.SearchResult:
     """Three candidates of a tiny model on this CPU."""
     config = load_config(config_file)
     ds = read_deepspeed_json(config)
-    some = [row(name, 1, seconds) for name, seconds in (("zero2", 1), ("zero1", 2), ("zero3", 3))]
+    some = [scored(name, 1, seconds) for name, seconds in (("zero2", 1), ("zero1", 2), ("zero3", 3))]
     for r in some:
         r.candidate = space.Candidate(r.candidate.setting, 4, 2, "none", "auto", 25_000_000)
     found = search.choose(some, search.Cluster(1, 1, 60 * GIB), ASSUMED, lambda rs: [_exact(r) for r in rs])
-    how = trials.Trials(out, 3, 4, tuple(map(str, launch)), again)
+    how = trials.Trials(out, 3, 4, tuple(map(str, launch)), retry_failed)
     trials.measure(found, how, str(config_file), config, ds)
     return found
 
@@ -284,13 +292,13 @@ def test_killed_trials_are_made_again_and_finished_or_failed_ones_are_not(tmp_pa
     names = ["zero2-mb4-none", "zero1-mb4-none", "zero3-mb4-none", "zero3-mb4-none"]
     assert (out / "started").read_text().split() == names
     # the measured ones come first, the fastest of them is chosen, whatever was predicted
-    assert [r.candidate.setting for r in found.rows] == ["zero3", "zero2", "zero1"]
+    assert [r.candidate.setting for r in found.candidates] == ["zero3", "zero2", "zero1"]
     assert found.chosen.trial["samples_per_second"] == 9.0
-    assert found.rows[2].why == "failed in its trial: torch.OutOfMemoryError: CUDA out of memory. Tried"
+    assert found.candidates[2].reason == "failed in its trial: torch.OutOfMemoryError: CUDA out of memory. Tried"
     said = report.lines(found, {"seconds": 1, "files": {"sbatch": ""}}, explain=False)
     assert said[0].startswith("predicted, 2 of them measured: 3 candidates for 1 x 1 H100 of 60.0 GiB")
     assert not (out / "zero3-mb4-none/checkpoints").exists()
-    tried(config_file, out, [sys.executable, fake], again=True)
+    tried(config_file, out, [sys.executable, fake], retry_failed=True)
     assert (out / "started").read_text().split() == [*names, "zero1-mb4-none"]
 
 

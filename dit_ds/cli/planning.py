@@ -97,7 +97,13 @@ def _scaling(args: argparse.Namespace) -> int:
     from dit_ds.planning import scaling
 
     machine = scaling.Machine(
-        args.gpu, args.gpus_per_node, args.link, args.intra, args.mfu, args.overlap, args.latency_us
+        gpu=args.gpu,
+        gpus_per_node=args.gpus_per_node,
+        link_gbit=args.link,
+        intra_gb_s=args.intra,
+        mfu=args.mfu,
+        overlap=args.overlap,
+        latency_us=args.latency_us,
     )
     result = scaling.table(config, machine, args.nodes)
     report(args, result, lambda: scaling.lines(result))
@@ -153,9 +159,22 @@ def _tune(args: argparse.Namespace) -> int:
     machine = Machine(link_gbit=args.link, intra_gb_s=args.intra, mfu=args.mfu, overlap=args.overlap,
                       latency_us=args.latency_us)  # fmt: skip
     assumed = Assumptions(machine, half_tokens=args.half_tokens, pcie_gb_s=args.pcie, host_gb_s=args.host_bandwidth)
-    result, found = command.tune(command.Request(
-        args.config, tuple(args.overrides), args.nodes, args.gpus, args.gpu, args.gpu_memory, args.host_memory, assumed,
-        args.out, args.measure, args.trials, args.steps, args.launch, args.retry_failed,
-    ))  # fmt: skip
-    report(args, result, lambda: lines(found, result, args.explain))
+    request = command.TuneRequest(
+        config_path=args.config,
+        overrides=tuple(args.overrides),
+        nodes=args.nodes,
+        gpus=args.gpus,
+        gpu=args.gpu,
+        gpu_memory=args.gpu_memory,
+        host_memory=args.host_memory,
+        assumed=assumed,
+        out=args.out,
+        measure=args.measure,
+        trials=args.trials,
+        steps=args.steps,
+        launch=args.launch,
+        retry_failed=args.retry_failed,
+    )
+    written, result = command.tune(request)
+    report(args, written, lambda: lines(result, written, args.explain))
     return 0

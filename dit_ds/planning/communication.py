@@ -1,4 +1,4 @@
-"""What a rank sends in an optimizer step under each ZeRO stage: by formula, after what DeepSpeed 0.19 does.
+"""Bytes that a rank sends in one optimizer step under each ZeRO stage, by formula, after what DeepSpeed 0.19 does.
 
     stage 0   gradients all-reduced once a step, after the backward pass
     stage 1   gradients all-reduced once a step, within the last backward pass; updated weights all-gathered
@@ -6,11 +6,12 @@
     stage 3   gradients reduce-scattered once a micro-batch; weights all-gathered when a module needs them, those below
               the persistence threshold once a step
 
-Stages 1 and 2 all-reduce though each rank keeps a part only: `use_multi_rank_bucket_allreduce`, DeepSpeed's default,
-joins the parts of all ranks into one call. Set to false, each part is reduced to its rank alone, at half of the bytes.
+Stages 1 and 2 all-reduce although each rank keeps only its partition: `use_multi_rank_bucket_allreduce`, DeepSpeed's
+default, joins the partitions of all ranks into one call. If it is false, each partition is reduced to its rank alone, at
+half of the bytes.
 
-Not in the formula: the gradient norm, its overflow flag and the log's means (a few numbers a step), and what happens
-once (weights broadcast at the start, module orders compared).
+Left out of the formula: the gradient norm, its overflow flag and the logged means (a few numbers a step), and what
+happens once (weights broadcast at the start, the comparison of module orders).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import functools
 import itertools
 import math
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,273 +29,298 @@ from torch import nn
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
-_PREFETCH, _REUSE, _LIVE, _PERSISTENT = 50_000_000, 1_000_000_000, 1_000_000_000, 100_000  # DeepSpeed's defaults
+# DeepSpeed's defaults, in elements
+_PREFETCH, _MAX_REUSE, _MAX_LIVE, _PERSISTENCE = 50_000_000, 1_000_000_000, 1_000_000_000, 100_000
 _BUCKET, _STAGE_0_BUCKET = 500_000_000, 500_000_000
 
 
 class Event(NamedTuple):
-    """A module is entered or left; its own parameters, without its children's."""
+    """A module is entered or left.
+
+    Attributes:
+        module: its index in `model.modules()`.
+        enters: True at its start, False at its end.
+        backward: the backward pass has begun.
+        recompute: a forward call within the backward pass, by activation checkpointing.
+        parameters: indices of its direct parameters, without those of its children.
+    """
 
     module: int
     enters: bool
-    backward: bool  # in the backward pass
-    again: bool  # a forward in the backward pass, of activations that were not kept
+    backward: bool
+    recompute: bool
     parameters: tuple[int, ...]
 
 
 @dataclass(eq=False)
 class ModuleTrace:
-    """A model as far as communication goes, filled in by `watch` and one training step.
+    """The parameters of a model and the order in which its modules run; `record` and one training step fill it.
 
     Attributes:
         sizes: elements of each parameter.
-        trained: whether each is.
-        visits: the modules' order in the forward and the backward pass.
+        trained: `requires_grad` of each parameter.
+        events: the modules' order in the forward and the backward pass.
     """
 
     sizes: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
-    visits: list[Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
-    def watch(self, model: nn.Module) -> None:
-        """Record the parameters now, and the visits of every step from now on."""
+    @property
+    def trained_size(self) -> int:
+        """Elements of all trained parameters."""
+        return sum(size for size, trained in zip(self.sizes, self.trained) if trained)
+
+    def record(self, model: nn.Module) -> None:
+        """Record the parameters now, and from now on the events of every step, by hooks on all modules."""
         index = {p: i for i, p in enumerate(model.parameters())}
         self.sizes = [p.numel() for p in index]
         self.trained = [p.requires_grad for p in index]
         in_backward = False
 
-        def hook(number: int, enters: bool, backward: bool, own: tuple[int, ...]) -> Any:
-            def record(*_: Any) -> None:
+        def hook(module: int, enters: bool, backward: bool, parameters: tuple[int, ...]) -> Callable[..., None]:
+            def append(*_: Any) -> None:
                 nonlocal in_backward
                 in_backward |= backward
-                self.visits.append(Event(number, enters, in_backward, in_backward and not backward, own))
+                self.events.append(Event(module, enters, in_backward, in_backward and not backward, parameters))
 
-            return record
+            return append
 
-        for number, module in enumerate(model.modules()):
-            own = tuple(index[p] for p in module.parameters(recurse=False))
-            module.register_forward_pre_hook(hook(number, True, False, own))
-            module.register_forward_hook(hook(number, False, False, own))
-            module.register_full_backward_pre_hook(hook(number, True, True, own))
-            module.register_full_backward_hook(hook(number, False, True, own))
+        for i, module in enumerate(model.modules()):
+            direct = tuple(index[p] for p in module.parameters(recurse=False))
+            module.register_forward_pre_hook(hook(i, True, False, direct))
+            module.register_forward_hook(hook(i, False, False, direct))
+            module.register_full_backward_pre_hook(hook(i, True, True, direct))
+            module.register_full_backward_hook(hook(i, False, True, direct))
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of communication, over a whole optimizer step.
+    """All collectives of one kind in an optimizer step.
 
     Attributes:
-        what: gradients or weights.
-        kind: all-reduce, reduce-scatter, reduce (each part to its owner) or all-gather.
+        payload: gradients or weights.
+        collective: all-reduce, reduce-scatter, reduce (each partition to its rank) or all-gather.
         buffer: bytes of the whole tensors, padding included.
-        calls: collectives.
-        ranks: that take part in each.
-        under: forward or backward, the pass under which it may hide, or step: it stands alone.
-        passes: how many of those passes a step has for it.
+        calls: number of collectives.
+        ranks: number of ranks in each.
+        overlaps: forward or backward, the pass whose computation can hide it; step where none does.
+        passes: how many of those passes in a step it is spread over.
     """
 
-    what: str
-    kind: str
+    payload: str
+    collective: str
     buffer: float
     calls: int
     ranks: int
-    under: str
+    overlaps: str
     passes: int = 1
 
     @property
     def rounds(self) -> int:
         """Times that the data goes around the ring."""
-        return 2 if self.kind == "all-reduce" else 1
+        return 2 if self.collective == "all-reduce" else 1
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends by the ring algorithm, the ranks' mean."""
+        """Bytes that a rank sends by the ring algorithm, averaged over the ranks."""
         return self.rounds * (self.ranks - 1) / self.ranks * self.buffer
 
 
-def communication_volume(shape: ModuleTrace, ds: dict[str, Any], world_size: int, accumulation: int) -> list[Transfer]:
+def communication_volume(trace: ModuleTrace, ds: dict[str, Any], world_size: int, accumulation: int) -> list[Transfer]:
     """What a rank sends in one optimizer step.
 
     Args:
-        shape: the model's.
+        trace: of the model.
         ds: the DeepSpeed JSON: stage, precision, `communication_data_type`, thresholds, ZeRO++'s switches. The
             quantised transfers of ZeRO++ are taken at 1 byte (weights) and 1/2 (gradients) an element, without scales.
         accumulation: micro-batches a step.
+    Returns:
+        The transfers; none for one rank.
     """
     if world_size == 1:
         return []
     view = DeepSpeedJson(ds)
     zero, stage = view.zero, view.stage
-    of_weight, of_gradient = _BYTES[view.precision], _BYTES[view.communication_data_type]
+    weight_bytes: float = _BYTES[view.precision]
+    gradient_bytes: float = _BYTES[view.communication_data_type]
     if stage == 3:
-        of_weight = 1 if zero.get("zero_quantized_weights") else of_weight
-        of_gradient = 0.5 if zero.get("zero_quantized_gradients") else of_gradient
+        weight_bytes = 1 if zero.get("zero_quantized_weights") else weight_bytes
+        gradient_bytes = 0.5 if zero.get("zero_quantized_gradients") else gradient_bytes
         return [
-            _scattered_gradients(shape, zero, of_gradient, world_size, accumulation),
-            *_gathered_weights(shape, zero, of_weight, world_size, accumulation),
+            _scattered_gradients(trace, zero, gradient_bytes, world_size, accumulation),
+            *_gathered_weights(trace, zero, weight_bytes, world_size, accumulation),
         ]
-    trained = sum(size for size, t in zip(shape.sizes, shape.trained) if t)
+    gradients = functools.partial(Transfer, payload="gradients", ranks=world_size)
+    buffer = trace.trained_size * gradient_bytes
     if stage == 0:
-        calls = math.ceil(trained / _STAGE_0_BUCKET)
-        return [Transfer("gradients", "all-reduce", trained * of_gradient, calls, world_size, "step")]
+        calls = math.ceil(trace.trained_size / _STAGE_0_BUCKET)
+        return [gradients(collective="all-reduce", buffer=buffer, calls=calls, overlaps="step")]
     passes = accumulation if stage == 2 else 1
-    apart = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-    buckets = math.ceil(trained / zero.get("reduce_bucket_size", _BUCKET))
+    per_rank = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+    buckets = math.ceil(trace.trained_size / zero.get("reduce_bucket_size", _BUCKET))
     return [
-        Transfer(
-            "gradients",
-            "reduce" if apart else "all-reduce",
-            trained * of_gradient * passes,
-            buckets * passes * (world_size if apart else 1),
-            world_size,
-            "backward" if zero.get("overlap_comm") else "step",
-            passes,
+        gradients(
+            collective="reduce" if per_rank else "all-reduce",
+            buffer=buffer * passes,
+            calls=buckets * passes * (world_size if per_rank else 1),
+            overlaps="backward" if zero.get("overlap_comm") else "step",
+            passes=passes,
         ),
-        # the flat weights are cut into equal parts of an even number of elements
-        Transfer("weights", "all-gather", _padded(trained, 2 * world_size) * of_weight, 1, world_size, "step"),
+        # the flat weights are cut into equal partitions of an even number of elements
+        _gather(_padded(trace.trained_size, 2 * world_size) * weight_bytes, 1, world_size, "step"),
     ]
+
+
+def _gather(buffer: float, calls: int, ranks: int, overlaps: str, passes: int = 1) -> Transfer:
+    return Transfer(
+        payload="weights", collective="all-gather", buffer=buffer, calls=calls, ranks=ranks, overlaps=overlaps,
+        passes=passes,
+    )  # fmt: skip
 
 
 def _padded(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 
-def _scattered_gradients(shape: ModuleTrace, zero: dict, bytes_: float, world_size: int, accumulation: int) -> Transfer:
-    """Stage 3's, each parameter's padded to equal parts."""
-    sizes = [size for size, t in zip(shape.sizes, shape.trained) if t]
+def _scattered_gradients(
+    trace: ModuleTrace, zero: dict[str, Any], element_bytes: float, world_size: int, accumulation: int
+) -> Transfer:
+    """Gradients of stage 3; each parameter's are padded to equal partitions."""
+    sizes = [size for size, trained in zip(trace.sizes, trace.trained) if trained]
     scattered = zero.get("reduce_scatter", True)
     elements = sum(_padded(size, world_size) for size in sizes) if scattered else sum(sizes)
     calls = math.ceil(elements / zero.get("reduce_bucket_size", _BUCKET))
     return Transfer(
-        "gradients",
-        "reduce-scatter" if scattered else "all-reduce",
-        elements * bytes_ * accumulation,
-        calls * accumulation,
-        world_size,
-        "backward" if zero.get("overlap_comm", True) else "step",
-        accumulation,
+        payload="gradients",
+        collective="reduce-scatter" if scattered else "all-reduce",
+        buffer=elements * element_bytes * accumulation,
+        calls=calls * accumulation,
+        ranks=world_size,
+        overlaps="backward" if zero.get("overlap_comm", True) else "step",
+        passes=accumulation,
     )
 
 
 def _gathered_weights(
-    shape: ModuleTrace, zero: dict, bytes_: float, world_size: int, accumulation: int
+    trace: ModuleTrace, zero: dict[str, Any], element_bytes: float, world_size: int, accumulation: int
 ) -> list[Transfer]:
-    """Stage 3's: persistent ones once a step, the others as modules need them.
+    """Weights of stage 3: persistent ones are gathered once a step, the others as modules need them.
 
     With hierarchical partitioning (`zero_hpz_partition_size`) a node keeps a copy of what it gathered: only the first
-    gather after an update goes to all ranks, and none of a frozen parameter.
+    gather after an update goes to all ranks, and for a frozen parameter none does.
     """
-    threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
-    persistent = [i for i, size in enumerate(shape.sizes) if size <= threshold]
-    once = sum(_padded(shape.sizes[i], world_size) for i in persistent) * bytes_
-    transfers = [Transfer("weights", "all-gather", once, len(persistent), world_size, "step")]
+    threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENCE)
+    persistent = [size for size in trace.sizes if size <= threshold]
+    once = sum(_padded(size, world_size) for size in persistent) * element_bytes
+    transfers = [_gather(once, len(persistent), world_size, "step")]
     node = zero.get("zero_hpz_partition_size", 1)
-    fetches, calls = fetched(
-        shape,
+    fetches, calls = count_fetches(
+        trace,
         threshold,
         zero.get("stage3_prefetch_bucket_size", _PREFETCH),
-        zero.get("stage3_max_live_parameters", _LIVE),
-        zero.get("stage3_max_reuse_distance", _REUSE),
+        zero.get("stage3_max_live_parameters", _MAX_LIVE),
+        zero.get("stage3_max_reuse_distance", _MAX_REUSE),
     )
-    elements: Counter[tuple[str, int]] = Counter()
-    for (parameter, under), times in fetches.items():
-        size, times = _padded(shape.sizes[parameter], world_size), times * accumulation
-        first = min(times, 1) if shape.trained[parameter] and under == "forward" else 0
-        everywhere = times if node == 1 else first
-        elements[under, world_size] += everywhere * size
-        elements[under, node] += (times - everywhere) * size
-    for (under, ranks), count in elements.items():
+    elements: Counter[tuple[str, int]] = Counter()  # by pass and number of ranks
+    for (parameter, pass_), times in fetches.items():
+        size, times = _padded(trace.sizes[parameter], world_size), times * accumulation
+        first = min(times, 1) if trace.trained[parameter] and pass_ == "forward" else 0
+        global_gathers = times if node == 1 else first
+        elements[pass_, world_size] += global_gathers * size
+        elements[pass_, node] += (times - global_gathers) * size
+    for (pass_, ranks), count in elements.items():
         if count:
-            share = count / sum(n for (u, _), n in elements.items() if u == under)
-            of_these = math.ceil(calls[under] * accumulation * share)
-            hides = under if zero.get("overlap_comm", True) else "step"
-            transfers.append(Transfer("weights", "all-gather", count * bytes_, of_these, ranks, hides, accumulation))
+            share = count / sum(n for (p, _), n in elements.items() if p == pass_)
+            share_of_calls = math.ceil(calls[pass_] * accumulation * share)
+            overlaps = pass_ if zero.get("overlap_comm", True) else "step"
+            transfers.append(_gather(count * element_bytes, share_of_calls, ranks, overlaps, passes=accumulation))
     return transfers
 
 
-@functools.lru_cache(maxsize=16)  # it is the same on any number of ranks
-def fetched(
-    shape: ModuleTrace, threshold: int, prefetch: int, most: int, reuse: int
+@functools.lru_cache(maxsize=16)  # the counts are the same on any number of ranks
+def count_fetches(
+    trace: ModuleTrace, persistence_threshold: int, prefetch: int, max_live: int, max_reuse: int
 ) -> tuple[Counter[tuple[int, str]], Counter[str]]:
     """How often stage 3 gathers each parameter in one micro-batch.
 
     Args:
-        threshold, prefetch, most, reuse: elements, as in the JSON's `stage3_param_persistence_threshold`,
-            `_prefetch_bucket_size`, `_max_live_parameters` and `_max_reuse_distance`.
+        persistence_threshold, prefetch, max_live, max_reuse: elements, as in the JSON's
+            `stage3_param_persistence_threshold`, `stage3_prefetch_bucket_size`, `stage3_max_live_parameters` and
+            `stage3_max_reuse_distance`.
     Returns:
-        (parameter, forward or backward) to gathers, and collectives by pass.
+        Gathers by (parameter, forward or backward), and collectives by pass.
     """
-    coordinator = _Coordinator(shape, threshold, prefetch, most, reuse)
-    for visit in shape.visits:
-        (coordinator.enter if visit.enters else coordinator.leave)(visit)
+    coordinator = _Coordinator(trace, persistence_threshold, prefetch, max_live, max_reuse)
+    for event in trace.events:
+        (coordinator.enter if event.enters else coordinator.leave)(event)
     return coordinator.fetches, coordinator.calls
 
 
 class _Coordinator:
-    """Follows DeepSpeed's: what is gathered when a module is entered, and what goes when it is left.
+    """Follows DeepSpeed's `PartitionedParameterCoordinator`: which parameters are gathered and released, and when.
 
-    Entered: its parameters that are not there, then the next ones in order, `prefetch` elements of them, while no more
-    than `most` are there. Left: its parameters go, unless they are needed again within `reuse` elements or the
-    prefetch has already counted on them.
+    When a module is entered, its parameters that are partitioned are gathered, then the next ones in order, up to
+    `prefetch` elements, while no more than `max_live` are gathered. When it is left, its parameters are released, unless
+    they are needed within the next `max_reuse` elements or a prefetch has passed a later use of them.
     """
 
-    def __init__(self, shape: ModuleTrace, threshold: int, prefetch: int, most: int, reuse: int):
-        self.shape, self.prefetch, self.most, self.reuse = shape, prefetch, most, reuse
-        self.persistent = {i for i, size in enumerate(shape.sizes) if size <= threshold}
-        self.order = [visit.parameters for visit in shape.visits if visit.enters]
+    def __init__(self, trace: ModuleTrace, persistence_threshold: int, prefetch: int, max_live: int, max_reuse: int):
+        self.trace, self.prefetch, self.max_live, self.max_reuse = trace, prefetch, max_live, max_reuse
+        self.persistent = {i for i, size in enumerate(trace.sizes) if size <= persistence_threshold}
+        self.order = [event.parameters for event in trace.events if event.enters]
         self.queue = deque((step, p) for step, parameters in enumerate(self.order) for p in parameters)
-        self.counted_on = [-1] * len(shape.sizes)  # the last use that the prefetch has passed
-        self.users: list[set[int]] = [set() for _ in shape.sizes]  # modules that are in
-        self.there, self.live, self.step = set(self.persistent), 0, 0
-        self.again: dict[
-            int, set[int]
-        ] = {}  # of modules in their backward: frozen ones that a forward brought meanwhile
+        self.prefetched_until = [-1] * len(trace.sizes)  # the last use of a parameter that the queue has passed
+        self.users: list[set[int]] = [set() for _ in trace.sizes]  # modules that have been entered and not left
+        self.gathered, self.live, self.step = set(self.persistent), 0, 0
+        # by module in its backward pass: frozen parameters that a recomputed forward has used since it began
+        self.recomputed: dict[int, set[int]] = {}
         self.fetches: Counter[tuple[int, str]] = Counter()
         self.calls: Counter[str] = Counter()
 
-    def enter(self, visit: Event) -> None:
-        under = "backward" if visit.backward else "forward"
-        if visit.backward and not visit.again:
-            self.again[visit.module] = set()
-        self._gather(set(visit.parameters) - self.there, under)
-        for p in visit.parameters:
-            self.users[p].add(visit.module)
-            if visit.again and self.again and not self.shape.trained[p]:
-                self.again[next(reversed(self.again))].add(p)
-        for _ in {p for p in visit.parameters if self.counted_on[p] < self.step}:
+    def enter(self, event: Event) -> None:
+        pass_ = "backward" if event.backward else "forward"
+        if event.backward and not event.recompute:
+            self.recomputed[event.module] = set()
+        self._gather(set(event.parameters) - self.gathered, pass_)
+        for p in event.parameters:
+            self.users[p].add(event.module)
+            if event.recompute and self.recomputed and not self.trace.trained[p]:
+                self.recomputed[next(reversed(self.recomputed))].add(p)
+        for _ in {p for p in event.parameters if self.prefetched_until[p] < self.step}:
             step, p = self.queue.popleft()
-            self.counted_on[p] = step
-        self._gather(self._next_ones(), under)
+            self.prefetched_until[p] = step
+        self._gather(self._to_prefetch(), pass_)
         self.step += 1
 
-    def leave(self, visit: Event) -> None:
-        own = set(visit.parameters)
-        gone = {p for p in own if self.counted_on[p] <= self.step} - self._needed_soon()
-        if visit.backward and not visit.again:
-            brought = self.again.pop(visit.module, set())
-            own, gone = own | brought, gone | brought
-        for p in own:
-            self.users[p].discard(visit.module)
-        gone = {p for p in gone - self.persistent if p in self.there and not self.users[p]}
-        self.there -= gone
-        self.live -= sum(self.shape.sizes[p] for p in gone)
+    def leave(self, event: Event) -> None:
+        used = set(event.parameters)
+        released = {p for p in used if self.prefetched_until[p] <= self.step} - self._needed_soon()
+        if event.backward and not event.recompute:
+            recomputed = self.recomputed.pop(event.module, set())
+            used, released = used | recomputed, released | recomputed
+        for p in used:
+            self.users[p].discard(event.module)
+        released = {p for p in released - self.persistent if p in self.gathered and not self.users[p]}
+        self.gathered -= released
+        self.live -= sum(self.trace.sizes[p] for p in released)
 
-    def _gather(self, parameters: set[int], under: str) -> None:
-        self.fetches.update((p, under) for p in parameters)
-        self.calls[under] += bool(parameters)
-        self.there |= parameters
-        self.live += sum(self.shape.sizes[p] for p in parameters)
+    def _gather(self, parameters: set[int], pass_: str) -> None:
+        self.fetches.update((p, pass_) for p in parameters)
+        self.calls[pass_] += bool(parameters)
+        self.gathered |= parameters
+        self.live += sum(self.trace.sizes[p] for p in parameters)
 
-    def _next_ones(self) -> set[int]:
+    def _to_prefetch(self) -> set[int]:
         """Parameters that the prefetch takes from the queue."""
         taken: set[int] = set()
-        elements, room = 0, min(self.most - self.live, self.prefetch)
-        while self.queue and elements < room:
+        elements, limit = 0, min(self.max_live - self.live, self.prefetch)
+        while self.queue and elements < limit:
             step, p = self.queue.popleft()
-            self.counted_on[p] = max(self.counted_on[p], step)
-            if p not in self.there and p not in taken:
+            self.prefetched_until[p] = max(self.prefetched_until[p], step)
+            if p not in self.gathered and p not in taken:
                 taken.add(p)
-                elements += self.shape.sizes[p]
+                elements += self.trace.sizes[p]
         return taken
 
     def _needed_soon(self) -> set[int]:
@@ -301,8 +328,8 @@ class _Coordinator:
         soon: set[int] = set()
         passed = 0
         for parameters in itertools.islice(self.order, self.step, None):
-            if passed >= self.reuse:
+            if passed >= self.max_reuse:
                 break
             soon.update(parameters)
-            passed += sum(self.shape.sizes[p] for p in parameters)
+            passed += sum(self.trace.sizes[p] for p in parameters)
         return soon

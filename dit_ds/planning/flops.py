@@ -1,13 +1,13 @@
-"""FLOPs of a training step, counted on fake tensors, and what GPUs do at most.
+"""FLOPs of a training step, counted on fake tensors.
 
-Counted are matrix products and convolutions, a multiplication and an addition as two.
+Matrix products and convolutions are counted, a multiplication and an addition as two FLOPs.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -23,54 +23,58 @@ from dit_ds.planning.memory.tracker import LiveTensors
 
 
 class Passes(NamedTuple):
-    """FLOPs a sample of the two passes of a training step."""
+    """FLOPs per sample of the two passes of a training step."""
 
     forward: int
     backward: int
 
 
 def step_flops(config: RunConfig) -> int:
-    """Model FLOPs of one step a sample: unfolded attention, nothing computed twice. What an MFU is measured by.
+    """Model FLOPs of one training step per sample, by which an MFU is measured.
 
-    Frozen parts count with the products that training needs of them. The count takes seconds, ViT-H's too, needs
-    neither weights nor a GPU, and leaves random numbers, process groups and real models alone.
+    Attention counts at the heads' width, without positions folded in, and nothing is computed twice. Frozen modules count
+    with the products that training needs of them. The count takes seconds, for ViT-H too, needs neither weights nor a
+    GPU, and changes neither the random state nor process groups.
 
     Raises:
-        UserError: the text encoder's configuration isn't there.
+        UserError: the text encoder's configuration is missing.
     """
     return sum(_passes(config, "eager", "none"))
 
 
-def hardware_flops(config: RunConfig, watch: Callable[[nn.Module], object] | None = None) -> Passes:
-    """What is really computed a sample: with the run's activation checkpointing and a GPU's attention kernels.
+def hardware_flops(config: RunConfig, inspect: Callable[[nn.Module], object] | None = None) -> Passes:
+    """FLOPs that a GPU computes per sample, with the run's activation checkpointing and fused attention kernels.
 
-    Those multiply queries and keys again in the backward pass.
+    Those kernels recompute the product of queries and keys in the backward pass.
 
     Args:
-        watch: called with the model, before the step is taken on fake tensors.
+        inspect: called with the model in training mode before the step, as `ModuleTrace.record`.
     Raises:
-        UserError: the text encoder's configuration isn't there.
+        UserError: the text encoder's configuration is missing.
     """
-    return _passes(config, "sdpa_efficient", config.train.activation_checkpointing, watch)
+    return _passes(config, "sdpa_efficient", config.train.activation_checkpointing, inspect)
 
 
 def _passes(
-    config: RunConfig, attention: str, policy: str, watch: Callable[[nn.Module], object] | None = None
+    config: RunConfig,
+    attention: Literal["eager", "sdpa_efficient"],
+    policy: str,
+    inspect: Callable[[nn.Module], object] | None = None,
 ) -> Passes:
-    one = config.model_copy(deep=True)
-    one.model.attention, one.text.cache = attention, 0
+    config = config.model_copy(deep=True)
+    config.model.attention, config.text.cache = attention, 0
     with (
-        offline_text(one),
+        offline_text(config),
         torch.random.fork_rng(_cuda_devices()),
         fake_tensors(LiveTensors()),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", message=".*backward hook")  # of modules without a gradient, as it must be
-        model = build_model(one, text_weights=False)
+        warnings.filterwarnings("ignore", message=".*backward hook")  # modules whose inputs need no gradient
+        model = build_model(config, text_weights=False)
         model.checkpoint_activations(policy)
-        if watch is not None:
-            watch(model.train())
-        d = one.data
+        if inspect is not None:
+            inspect(model.train())
+        d = config.data
         inputs, mask, weight = fake_batch(1, d.image_size, d.tokens, Prompts.of(d.prompts, d.points))
         with count_flops() as counter:
             loss = model.loss(model(**inputs), mask, weight)
@@ -80,8 +84,5 @@ def _passes(
 
 
 def _cuda_devices() -> list[int]:
-    """Whose random state to keep: the device in use, if CUDA is; elsewhere there is none yet."""
+    """Devices whose random state is restored: the current one, if CUDA is initialized; else there is none yet."""
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-
-
-# --- GPUs -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""GPUs by name: peak FLOP/s, memory, bandwidth."""
+"""GPUs by name: peak FLOP/s, memory size and memory bandwidth, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from dit_ds.errors import UserError
 from dit_ds.files import GIB
 
-# Dense TFLOP/s from the vendors' data sheets (where those give sparse ones, half of them): bf16, fp16, tf32, fp32.
+# Dense TFLOP/s (half of the figure where a data sheet gives sparse ones): bf16, fp16, tf32, fp32; None: no such rate.
 # On GeForce, 16-bit products are summed in fp32, as PyTorch does. A plain name is the SXM module where there is one.
 PEAKS: dict[str, tuple[float | None, ...]] = {
     "V100": (None, 125, None, 15.7),
@@ -38,8 +38,8 @@ PEAKS: dict[str, tuple[float | None, ...]] = {
 }
 
 
-# GiB that CUDA finds free of the driver's share, rounded down. A100 is the one of 80 GB, V100 that of 16: a name that
-# says its size ("A100-SXM4-40GB") wins, see `memory_gib`.
+# GiB that CUDA reports as total, without the driver's share, rounded down. A100 is the variant of 80 GB, V100 that of
+# 16; a size within the name ("A100-SXM4-40GB") takes precedence, see `memory_gib`.
 MEMORY_GIB: dict[str, float] = {
     "V100": 15.7, "V100 PCIe": 15.7, "T4": 14.5, "A100": 79.1, "A30": 23.5, "A10": 22.0, "A40": 44.4,
     "RTX A6000": 47.4, "H100": 79.1, "H100 PCIe": 79.1, "H100 NVL": 93.0, "GH200": 94.5, "H200": 139.7,
@@ -58,21 +58,21 @@ BANDWIDTH: dict[str, float] = {
 
 
 def memory_gib(device_name: str) -> float | None:
-    """GiB that a GPU offers; None where the name isn't known. A size within the name counts before the table."""
+    """GiB of a GPU's memory; None if the name is not known. A size within the name takes precedence over the table."""
     name = known_gpu(device_name)
     if name is None:
         return None
-    said = re.search(r"(\d+) ?GB\b", device_name, re.IGNORECASE)
-    # a variant of another size: as much of it is free as of a usual one
-    other = said is not None and not 0.9 < float(said[1]) / MEMORY_GIB[name] < 1.1
-    return 0.985 * float(said[1]) if other else MEMORY_GIB[name]
+    size = re.search(r"(\d+) ?GB\b", device_name, re.IGNORECASE)
+    if size and not 0.9 < float(size[1]) / MEMORY_GIB[name] < 1.1:
+        return 0.985 * float(size[1])  # a variant of another size, with the usual share for the driver
+    return MEMORY_GIB[name]
 
 
 def memory_of(device_name: str) -> float:
-    """Bytes of the memory of a GPU that must be known.
+    """Bytes of a GPU's memory.
 
     Raises:
-        UserError: it isn't.
+        UserError: the GPU is not known; the message lists those that are.
     """
     found = memory_gib(device_name)
     if found is None:
@@ -83,11 +83,11 @@ def memory_of(device_name: str) -> float:
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Dense FLOP/s that a GPU's data sheet promises; None where the name or its rate in that type isn't known.
+    """Dense FLOP/s of a GPU's data sheet; None if the name or its rate in that type is not known.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it, or short, as "H100 PCIe".
-        dtype: bf16, fp16 or fp32; the last by TF32 where PyTorch's settings of the moment allow it.
+        dtype: bf16, fp16 or fp32; the last with TF32 if `torch.get_float32_matmul_precision` allows it.
     """
     name = known_gpu(device_name)
     if name is None:
@@ -99,10 +99,10 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def require_peak(device_name: str, dtype: torch.dtype) -> float:
-    """`peak_flops` of a GPU that must be known.
+    """As `peak_flops`, for a GPU that must be known.
 
     Raises:
-        UserError: it isn't, or doesn't compute in that type; the message lists those that are.
+        UserError: it is not, or it does not compute in that type; the message lists those that are known.
     """
     peak = peak_flops(device_name, dtype)
     if peak is None:
@@ -114,7 +114,7 @@ def require_peak(device_name: str, dtype: torch.dtype) -> float:
 
 
 def known_gpu(device_name: str) -> str | None:
-    """The key of `PEAKS` that a name means, the most specific one; slices (MIG) and laptops' parts have none."""
+    """The most specific key of `PEAKS` whose words the name contains; None for MIG slices and laptop GPUs."""
     words = _words(device_name)
     if words & {"mig", "laptop"}:
         return None
@@ -140,10 +140,10 @@ _UNITS = {
 
 
 def parse_memory(text: str) -> float:
-    """`80GiB`, `80GB`, `81559MiB` or `80` (GiB) to bytes.
+    """Bytes of `80GiB`, `80GB`, `81559MiB` or `80` (GiB).
 
     Raises:
-        UserError: it doesn't read as a size.
+        UserError: the text is not a positive size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-zA-Z]*)", text.strip())
     if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:

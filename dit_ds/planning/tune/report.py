@@ -1,4 +1,4 @@
-"""A search's answer for people."""
+"""The result of a search as text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 _COLUMNS = f"{'candidate':<44} {'a GPU':>7} {'GiB':>6} {'samples/s':>10} {'measured':>9}"
 
 
-def lines(found: SearchResult, result: dict[str, Any], explain: bool) -> list[str]:
-    """What was assumed, the front with the chosen one, and where the files are."""
-    a, place = found.assumed.as_dict(), found.place
-    fitting, measured = sum(r.fits for r in found.rows), sum(_measured(r) for r in found.rows)
+def lines(result: SearchResult, written: dict[str, Any], explain: bool) -> list[str]:
+    """The assumptions, the front with the chosen candidate, and where the files are.
+
+    Args:
+        written: what `output.write` returned.
+        explain: say why the others were not chosen.
+    """
+    a, cluster = result.assumed.as_dict(), result.cluster
+    fitting = sum(s.fits for s in result.candidates)
+    measured = sum(s.measured is not None for s in result.candidates)
     out = [
-        f"predicted, {f'{measured} of them' if measured else 'not'} measured: {len(found.rows)} candidates for "
-        f"{place.nodes} x {place.gpus} {a['gpu']} of {place.capacity / GIB:.1f} GiB, of which {fitting} fit; {result['seconds']:.0f} s",
+        f"predicted, {f'{measured} of them' if measured else 'not'} measured: {len(result.candidates)} candidates for "
+        f"{cluster.nodes} x {cluster.gpus} {a['gpu']} of {cluster.capacity / GIB:.1f} GiB, of which {fitting} fit; "
+        f"{written['seconds']:.0f} s",
         f"assumed: {a['mfu']:.0%} of the GPU's peak, half of that at {a['half_tokens']} tokens a micro-batch; "
         f"{a['hbm_share']:.0%} of {a['hbm_gb_s']:g} GB/s of its memory; {a['link_gbit']:g} Gbit/s out of a node, "
         f"{a['intra_gb_s']:g} GB/s a GPU inside, {a['overlap']:.0%} of a pass hides communication, {a['latency_us']:g} us a "
@@ -26,34 +33,26 @@ def lines(found: SearchResult, result: dict[str, Any], explain: bool) -> list[st
         "",
         _COLUMNS,
     ]
-    shown = {id(r): r for r in (*found.front, found.chosen, *filter(None, [found.own]))}
-    shown |= {id(r): r for r in found.rows if r.trial}
-    out += [_line(found, r) for r in sorted(shown.values(), key=found.rows.index)]
+    shown = {id(s): s for s in (*result.front, result.chosen, *filter(None, [result.configured]))}
+    shown |= {id(s): s for s in result.candidates if s.trial}
+    out += [_line(result, s) for s in sorted(shown.values(), key=result.candidates.index)]
     out += ["GiB: of a GPU, with 5% for the allocator, context and NCCL; ~: by rule, not by its own profile"]
     if explain:
-        out += ["", *explained(found)]
-    out += [
-        "",
-        f"written: {', '.join(v for k, v in result['files'].items() if k != 'sbatch')}",
-        result["files"]["sbatch"],
-    ]
-    return out
+        out += ["", *explained(result)]
+    files = [path for name, path in written["files"].items() if name != "sbatch"]
+    return [*out, "", f"written: {', '.join(files)}", written["files"]["sbatch"]]
 
 
-def _line(found: SearchResult, row: ScoredCandidate) -> str:
-    c = row.candidate
-    marks = [word for word, is_it in (("chosen", row is found.chosen), ("as configured", row is found.own)) if is_it]
-    marks += ["does not fit"] * (not row.fits)
-    measured = ""
-    if row.trial:
-        measured = f"{row.trial['samples_per_second']:.1f}" if _measured(row) else "failed"
-    memory = f"{'' if row.footprint.exact else '~'}{found.memory(row) / GIB:.1f}"
-    each = f"{c.micro_batch} x {c.accumulation}"
-    return f"{c.name:<44} {each:>7} {memory:>6} {row.speed:>10.0f} {measured:>9}  {', '.join(marks)}".rstrip()
-
-
-def _measured(row: ScoredCandidate) -> bool:
-    return row.trial is not None and row.trial["status"] == 0
+def _line(result: SearchResult, scored: ScoredCandidate) -> str:
+    c = scored.candidate
+    marks = ["chosen"] * (scored is result.chosen) + ["as configured"] * (scored is result.configured)
+    marks += ["does not fit"] * (not scored.fits)
+    measured = "failed" if scored.failure is not None else ""
+    if scored.measured is not None:
+        measured = f"{scored.measured:.1f}"
+    memory = f"{'' if scored.footprint.exact else '~'}{result.memory(scored) / GIB:.1f}"
+    samples = f"{c.micro_batch} x {c.accumulation}"
+    return f"{c.name:<44} {samples:>7} {memory:>6} {scored.speed:>10.0f} {measured:>9}  {', '.join(marks)}".rstrip()
 
 
 _DIMENSIONS = {
@@ -65,26 +64,30 @@ _DIMENSIONS = {
 }
 
 
-def explained(found: SearchResult) -> list[str]:
-    """For every other value of every dimension: the chosen candidate with that one alone changed, and why it lost."""
-    rows = {tuple(r.candidate.choices().values()): r for r in found.rows}
-    chosen = found.chosen.candidate.choices()
-    out = [f"why not otherwise than {found.chosen.candidate.name}: one thing changed at a time"]
+def explained(result: SearchResult) -> list[str]:
+    """For every other value of every dimension: the chosen candidate with only that one changed, and why it lost."""
+    by_choices = {tuple(s.candidate.choices().values()): s for s in result.candidates}
+    chosen = result.chosen.candidate.choices()
+    out = [f"why not otherwise than {result.chosen.candidate.name}: one thing changed at a time"]
     for dimension, title in _DIMENSIONS.items():
-        values = sorted({r.candidate.choices()[dimension] for r in found.rows} - {chosen[dimension]}, key=str)
-        changed = [(v, rows.get(_changed(chosen, dimension, v))) for v in values]
-        if any(row for _, row in changed):
+        values = sorted({s.candidate.choices()[dimension] for s in result.candidates} - {chosen[dimension]}, key=str)
+        changed = [(v, by_choices.get(_changed(chosen, dimension, v))) for v in values]
+        if any(s for _, s in changed):
             out.append(f"  {title} (chosen: {chosen[dimension]})")
-        out += [f"    {value}: {row.why}" for value, row in changed if row]
-    unfit = [r for r in found.rows if not r.fits]
+        out += [f"    {value}: {s.reason}" for value, s in changed if s]
+    unfit = [s for s in result.candidates if not s.fits]
     if unfit:
-        out.append(f"  {len(unfit)} do not fit, from {found.memory(min(unfit, key=found.memory)) / GIB:.1f} GiB up")
-    failed = [r for r in found.rows if r.trial and r.trial["status"]]
-    return out + [f"  {r.candidate.name}: {r.why}" for r in failed] + ["  of every candidate: candidates.json, 'why'"]
+        out.append(f"  {len(unfit)} do not fit, from {min(map(result.memory, unfit)) / GIB:.1f} GiB up")
+    failed = [s for s in result.candidates if s.failure is not None]
+    return [
+        *out,
+        *(f"  {s.candidate.name}: {s.reason}" for s in failed),
+        "  of every candidate: candidates.json, 'why'",
+    ]
 
 
 def _changed(chosen: dict[str, Any], dimension: str, value: Any) -> tuple:
     other = chosen | {dimension: value}
-    if dimension == "setting":  # a stage without buckets has none, and one with has the usual
+    if dimension == "setting":  # stage 0 has no buckets; from stage 0 to another, the usual size
         other["bucket"] = 0 if value == "zero0" else other["bucket"] or BUCKETS[0]
     return tuple(other.values())

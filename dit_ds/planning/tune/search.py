@@ -1,12 +1,13 @@
-"""The search: all candidates get a footprint and a step time, what does not fit goes, the fastest is chosen.
+"""The search: every candidate gets a footprint and a step time; of those that fit, the fastest is chosen.
 
-The footprints of the chosen one and of the Pareto front (no candidate is both smaller and faster) are then replaced by
-exact profiles, until nothing changes any more or the front's limit is reached.
+The footprints of the chosen candidate and of the Pareto front (no candidate is both smaller and faster) are then replaced
+by exact profiles, until nothing changes any more or the limit of profiles for the front is reached.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from dit_ds.planning.tune.candidates import Candidate, candidates, configured_ca
 from dit_ds.planning.tune.memory_model import Footprint, ProfilerPool
 from dit_ds.planning.tune.time_model import Assumptions, Predictor
 
-_VERIFIED = 4  # of the front at most get exact profiles, seconds each; the chosen one always does
+_VERIFIED = 4  # exact profiles for the front at most, seconds each; the chosen candidate always gets one
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Cluster:
     """The GPUs to tune for.
 
     Attributes:
-        nodes, gpus: nodes, and GPUs a node; a rank each.
-        capacity: bytes of a GPU.
-        host: bytes of a node's memory; None where it is not looked at.
+        nodes: of the job.
+        gpus: of a node, one rank each.
+        capacity: bytes of a GPU's memory.
+        host: bytes of a node's memory; None for no limit.
     """
 
     nodes: int
@@ -40,55 +42,75 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
-        """All GPUs."""
+        """One for each GPU of all nodes."""
         return self.nodes * self.gpus
 
 
 @dataclass
 class ScoredCandidate:
-    """A candidate with what is known of it.
+    """A candidate with its predicted memory and time.
 
     Attributes:
         step: seconds and their parts, see `Predictor.step`.
-        own: whether it is what the configuration says.
-        why: it was not chosen, in words.
-        trial: what a measured trial found; see `trials`.
+        fits: into the cluster's memory.
+        configured: it equals the run's present settings.
+        reason: why it was or was not chosen, for people.
+        trial: result of its measured trial; None without one; see `trials`.
     """
 
     candidate: Candidate
     footprint: Footprint
     step: dict[str, Any]
     fits: bool = False
-    own: bool = False
-    why: str = ""
+    configured: bool = False
+    reason: str = ""
     trial: dict[str, Any] | None = None
 
     @property
     def speed(self) -> float:
-        """Samples a second, predicted."""
+        """Predicted samples a second."""
         return self.step["samples_per_second"]
+
+    @property
+    def measured(self) -> float | None:
+        """Samples a second of a successful trial; None without one."""
+        return self.trial["samples_per_second"] if self.trial and self.trial["status"] == 0 else None
+
+    @property
+    def failure(self) -> str | None:
+        """The error of a failed trial; None without one."""
+        return self.trial["error"] if self.trial and self.trial["status"] else None
 
 
 @dataclass
 class SearchResult:
-    """The answer: every candidate, the fastest first."""
+    """The scored candidates and the choice among them.
 
-    place: Cluster
-    rows: list[ScoredCandidate]
+    Attributes:
+        candidates: those that fit first, the fastest first.
+        chosen: the best of them.
+        front: the Pareto front of memory and speed, the smallest first.
+        configured: the run's present settings, if they are among the candidates.
+    """
+
+    cluster: Cluster
+    candidates: list[ScoredCandidate]
     chosen: ScoredCandidate
     front: list[ScoredCandidate]
-    own: ScoredCandidate | None
+    configured: ScoredCandidate | None
     assumed: Assumptions
     notes: list[str] = field(default_factory=list)
 
-    def memory(self, row: ScoredCandidate) -> float:
-        """Bytes that a GPU must have for it."""
-        return needed(row.footprint.peak, self.place.ranks)
+    def memory(self, scored: ScoredCandidate) -> float:
+        """Bytes that a GPU must have for a candidate."""
+        return needed(scored.footprint.peak, self.cluster.ranks)
 
 
-def check(config: RunConfig, place: Cluster, assumed: Assumptions) -> dict[str, Any]:
-    """Refuse what can't be; return the run's DeepSpeed JSON.
+def check(config: RunConfig, cluster: Cluster, assumed: Assumptions) -> dict[str, Any]:
+    """Refuse impossible requests.
 
+    Returns:
+        The run's DeepSpeed JSON.
     Raises:
         UserError: another model, an unknown GPU, an impossible number or type, a batch that does not divide.
     """
@@ -96,122 +118,132 @@ def check(config: RunConfig, place: Cluster, assumed: Assumptions) -> dict[str, 
         raise UserError(
             f"dit-ds tune knows dit_sam only: dit-ds memory plan predicts {model}'s memory, dit-ds scaling its step time"
         )
-    if place.nodes < 1 or place.gpus < 1:
-        raise UserError(f"--nodes {place.nodes} --gpus {place.gpus}: there is at least one node, with one GPU")
+    if cluster.nodes < 1 or cluster.gpus < 1:
+        raise UserError(f"--nodes {cluster.nodes} --gpus {cluster.gpus}: there is at least one node, with one GPU")
     assumed.check()
     ds = read_deepspeed_json(config)
     require_peak(assumed.machine.gpu, DeepSpeedJson(ds).dtype)
-    if place.ranks > config.train.batch_size:
+    if cluster.ranks > config.train.batch_size:
         raise UserError(
-            f"{place.ranks} GPUs share train.batch_size {config.train.batch_size}: use at most so many, "
-            f"or set train.batch_size {place.ranks} or a multiple"
+            f"{cluster.ranks} GPUs share train.batch_size {config.train.batch_size}: use at most so many, "
+            f"or set train.batch_size {cluster.ranks} or a multiple"
         )
     return ds
 
 
 def search(
-    config: RunConfig, place: Cluster, assumed: Assumptions, jobs: ProfilerPool, among: list[Candidate] | None = None
+    config: RunConfig, cluster: Cluster, assumed: Assumptions, pool: ProfilerPool, among: list[Candidate] | None = None
 ) -> SearchResult:
     """Predict all candidates and choose.
 
+    Args:
+        among: by default all candidates of the run.
     Raises:
         UserError: see `check`.
-        RunFailed: nothing fits; it says what would.
+        NothingFits: no candidate does.
     """
-    ds = check(config, place, assumed)
+    ds = check(config, cluster, assumed)
     gpu = known_gpu(assumed.machine.gpu) or ""
-    among = candidates(config, ds, place.ranks, gpu) if among is None else among
-    footprints, counted = jobs.survey(among, config, ds, place.ranks)
-    predictor = Predictor(config, ds, DeepSpeedJson(ds).dtype, counted, assumed)
-    rows = [ScoredCandidate(c, footprints.of(c), predictor.step(c, place.ranks)) for c in among]
+    among = candidates(config, ds, cluster.ranks, gpu) if among is None else among
+    memory_model, counts = pool.survey(among, config, ds, cluster.ranks)
+    predictor = Predictor(config, ds, DeepSpeedJson(ds).dtype, counts, assumed)
+    configured = configured_candidate(config, ds, among)
+    scored = [
+        ScoredCandidate(c, memory_model.predict(c), predictor.step(c, cluster.ranks), configured=c == configured)
+        for c in among
+    ]
 
-    def exact(some: list[ScoredCandidate]) -> None:
-        profiles = jobs.profiles([r.candidate for r in some], config, ds, place.ranks)
-        for row, profile in zip(some, profiles):
-            row.footprint = profile.footprint()
+    def verify(some: list[ScoredCandidate]) -> None:
+        profiles = pool.profiles([s.candidate for s in some], config, ds, cluster.ranks)
+        for s, profile in zip(some, profiles):
+            s.footprint = profile.footprint()
 
-    mine = configured_candidate(config, ds, among)
-    for row in rows:
-        row.own = row.candidate == mine
-    return choose(rows, place, assumed, exact)
+    return choose(scored, cluster, assumed, verify)
 
 
-def choose(rows: list[ScoredCandidate], place: Cluster, assumed: Assumptions, exact: Any) -> SearchResult:
-    """Prune, rank, verify.
+def choose(
+    scored: list[ScoredCandidate],
+    cluster: Cluster,
+    assumed: Assumptions,
+    verify: Callable[[list[ScoredCandidate]], None],
+) -> SearchResult:
+    """Drop what does not fit, rank the rest, and verify the footprints that decide.
 
     Args:
-        exact: called with rows, to put exact footprints in.
+        verify: replaces the footprints of the candidates it is called with by exact ones.
     Raises:
-        NothingFits: with the smallest.
+        NothingFits: no candidate does.
     """
     verified = 0
     while True:
-        _judge(rows, place)
-        fitting = [r for r in rows if r.fits]
+        _judge(scored, cluster)
+        fitting = [s for s in scored if s.fits]
         chosen = min(fitting, key=_order, default=None)
         front = pareto(fitting)
-        # what decides first: the chosen one, or else the smallest of those that don't fit; then the front, from the fast end
-        first = chosen or min(rows, key=lambda r: r.footprint.peak)
-        rest = [r for r in reversed(front) if r is not first and not r.footprint.exact][: max(0, _VERIFIED - verified)]
-        unsure = [r for r in (first, *rest) if not r.footprint.exact]
-        if not unsure:
+        # first the candidate that decides, chosen or the smallest of those that do not fit; then the front's fast end
+        first = chosen or min(scored, key=lambda s: s.footprint.peak)
+        rest = [s for s in reversed(front) if s is not first and not s.footprint.exact][: max(0, _VERIFIED - verified)]
+        inexact = [s for s in (first, *rest) if not s.footprint.exact]
+        if not inexact:
             break
-        exact(unsure)
-        verified += len(unsure)
+        verify(inexact)
+        verified += len(inexact)
     if chosen is None:
-        raise NothingFits(first, place)
-    for row in rows:
-        row.why = why(row, chosen, place)
-    rows.sort(key=lambda r: (not r.fits, *_order(r)))
-    mine = next((r for r in rows if r.own), None)
-    return SearchResult(place, rows, chosen, front, mine, assumed)
+        raise NothingFits(first, cluster)
+    for s in scored:
+        s.reason = reason(s, chosen, cluster)
+    scored.sort(key=lambda s: (not s.fits, *_order(s)))
+    configured = next((s for s in scored if s.configured), None)
+    return SearchResult(cluster, scored, chosen, front, configured=configured, assumed=assumed)
 
 
 class NothingFits(RunFailed):
-    """No candidate does; `row` is the smallest."""
+    """No candidate fits.
 
-    def __init__(self, row: ScoredCandidate, place: Cluster):
-        self.row = row
-        super().__init__(f"no setting fits: {too_large(row, place)}")
+    Attributes:
+        smallest: the candidate with the lowest peak.
+    """
 
-
-def _order(row: ScoredCandidate) -> tuple:
-    """The fastest first; of equals the smallest, then the one that was configured, then the simplest."""
-    return (round(row.step["step_seconds"], 9), row.footprint.peak // 2**22, not row.own, row.candidate.stage)
-
-
-def _judge(rows: list[ScoredCandidate], place: Cluster) -> None:
-    for row in rows:
-        row.fits = needed(row.footprint.peak, place.ranks) <= place.capacity and _host_fits(row, place)
+    def __init__(self, smallest: ScoredCandidate, cluster: Cluster):
+        self.smallest = smallest
+        super().__init__(f"no setting fits: {too_large(smallest, cluster)}")
 
 
-def _host_fits(row: ScoredCandidate, place: Cluster) -> bool:
-    return place.host is None or row.footprint.host * place.gpus <= place.host
+def _order(scored: ScoredCandidate) -> tuple[float, float, bool, int]:
+    """The fastest first; among equals the smallest, then the configured one, then the lowest ZeRO stage."""
+    seconds = round(scored.step["step_seconds"], 9)
+    return (seconds, scored.footprint.peak // 2**22, not scored.configured, scored.candidate.stage)
 
 
-def pareto(rows: list[ScoredCandidate]) -> list[ScoredCandidate]:
-    """Those than which none is smaller and as fast, by memory."""
+def _judge(scored: list[ScoredCandidate], cluster: Cluster) -> None:
+    for s in scored:
+        on_host = cluster.host is None or s.footprint.host * cluster.gpus <= cluster.host
+        s.fits = needed(s.footprint.peak, cluster.ranks) <= cluster.capacity and on_host
+
+
+def pareto(scored: list[ScoredCandidate]) -> list[ScoredCandidate]:
+    """The candidates than which none is smaller and as fast, the smallest first."""
     front: list[ScoredCandidate] = []
-    for row in sorted(rows, key=lambda r: (r.footprint.peak, *_order(r))):
-        if not front or row.speed > front[-1].speed * (1 + 1e-9):
-            front.append(row)
+    for s in sorted(scored, key=lambda s: (s.footprint.peak, *_order(s))):
+        if not front or s.speed > front[-1].speed * (1 + 1e-9):
+            front.append(s)
     return front
 
 
-def too_large(row: ScoredCandidate, place: Cluster) -> str:
-    """What a candidate needs, against what there is."""
-    f = row.footprint
-    if needed(f.peak, place.ranks) > place.capacity:
+def too_large(scored: ScoredCandidate, cluster: Cluster) -> str:
+    """The memory that a candidate needs, against what the cluster has."""
+    f, need = scored.footprint, needed(scored.footprint.peak, cluster.ranks)
+    if cluster.host is None or need > cluster.capacity:
         return (
-            f"needs {needed(f.peak, place.ranks) / GIB:.1f} of {place.capacity / GIB:.1f} GiB a GPU, "
+            f"needs {need / GIB:.1f} of {cluster.capacity / GIB:.1f} GiB a GPU, "
             f"{f.activations / GIB:.1f} of them activations and {f.states / GIB:.1f} parameters and states"
         )
-    return f"needs {f.host * place.gpus / GIB:.1f} of {place.host / GIB:.1f} GiB of a node's memory"
+    return f"needs {f.host * cluster.gpus / GIB:.1f} of {cluster.host / GIB:.1f} GiB of a node's memory"
 
 
-_IN_WORDS = {
+_PARTS = {
     "compute": "the kernel computes more",
-    "recompute": "computes activations again",
+    "recompute": "recomputes activations",
     "small_micro_batch": "smaller micro-batches",
     "attention_maps": "attention's maps go through memory",
     "gradients": "gradients to send",
@@ -221,52 +253,71 @@ _IN_WORDS = {
 }
 
 
-def why(row: ScoredCandidate, chosen: ScoredCandidate, place: Cluster) -> str:
+def reason(scored: ScoredCandidate, chosen: ScoredCandidate, cluster: Cluster) -> str:
     """Why a candidate was not chosen, with numbers."""
-    if row is chosen:
+    if scored is chosen:
         return "chosen"
-    if not row.fits:
-        return f"does not fit: {too_large(row, place)}"
-    step, best = row.step["step_seconds"], chosen.step["step_seconds"]
-    more = (row.footprint.peak - chosen.footprint.peak) / GIB
-    of_memory = f"{abs(more):.1f} GiB {'more' if more > 0 else 'less'}"
+    if not scored.fits:
+        return f"does not fit: {too_large(scored, cluster)}"
+    step, best = scored.step["step_seconds"], chosen.step["step_seconds"]
+    more = (scored.footprint.peak - chosen.footprint.peak) / GIB
+    memory = f"{abs(more):.1f} GiB {'more' if more > 0 else 'less'}"
     if step / best - 1 < 1e-6:
-        return f"as fast, with {of_memory} at the peak" if abs(more) >= 0.05 else "as fast and as large"
-    parts = {k: row.step["parts"][k] - chosen.step["parts"][k] for k in _IN_WORDS}
+        return f"as fast, with {memory} at the peak" if abs(more) >= 0.05 else "as fast and as large"
+    parts = {k: scored.step["parts"][k] - chosen.step["parts"][k] for k in _PARTS}
     worst = sorted((k for k in parts if parts[k] > 0.05 * (step - best)), key=lambda k: -parts[k])[:3]
-    reasons = ", ".join(f"{_IN_WORDS[k]} (+{parts[k] * 1e3:.2g} ms)" for k in worst)
-    return f"{step / best - 1:.0%} slower ({(step - best) * 1e3:.2g} ms a step): {reasons}; {of_memory}"
+    causes = ", ".join(f"{_PARTS[k]} (+{parts[k] * 1e3:.2g} ms)" for k in worst)
+    return f"{step / best - 1:.0%} slower ({(step - best) * 1e3:.2g} ms a step): {causes}; {memory}"
 
 
-def closest(config: RunConfig, place: Cluster, assumed: Assumptions, nothing: NothingFits, jobs: ProfilerPool) -> str:
-    """What the smallest candidate would fit on, computed: other GPUs, more nodes, smaller images."""
-    ds, c = read_deepspeed_json(config), nothing.row.candidate
-    dtype = DeepSpeedJson(ds).dtype
+def closest(config: RunConfig, cluster: Cluster, assumed: Assumptions, nothing: NothingFits, pool: ProfilerPool) -> str:
+    """The message of `NothingFits` with what the smallest candidate would fit on: other GPUs, more nodes, smaller images."""
+    ds, c = read_deepspeed_json(config), nothing.smallest.candidate
     options = []
-    need = needed(nothing.row.footprint.peak, place.ranks)
-    if need > place.capacity:
+    need = needed(nothing.smallest.footprint.peak, cluster.ranks)
+    if need > cluster.capacity:
         enough = sorted((gib, name) for name, gib in MEMORY_GIB.items() if gib * GIB >= need)
-        enough = [(gib, n) for gib, n in enough if peak_flops(n, dtype)]
+        enough = [(gib, name) for gib, name in enough if peak_flops(name, DeepSpeedJson(ds).dtype)]
         options += [f"a GPU of {gib:.0f} GiB (as {name})" for gib, name in enough[:1]]
-    asked = []
-    batch = config.train.batch_size
-    for nodes in (2 * place.nodes, 4 * place.nodes, 8 * place.nodes):
-        other = dataclasses.replace(place, nodes=nodes)
-        if batch % other.ranks == 0:
-            smaller = dataclasses.replace(c, micro_batch=1, accumulation=batch // other.ranks)
-            asked.append((f"{nodes} nodes of {place.gpus} GPUs", config, smaller, other))
+    changes = [*_more_nodes(config, cluster, c), *_smaller_images(config, cluster, c)]
+    futures = [pool.profile(x.candidate, x.config, ds, x.cluster.ranks) for x in changes]
+    kinds = set()
+    for change, future in zip(changes, futures):
+        scored = ScoredCandidate(change.candidate, future.result().footprint(), {})
+        _judge([scored], change.cluster)
+        if scored.fits and change.kind not in kinds:
+            kinds.add(change.kind)
+            options.append(f"{change.text} ({needed(scored.footprint.peak, change.cluster.ranks) / GIB:.1f} GiB)")
+    remedy = "; it would fit with " + ", or ".join(options) if options else "; nothing tried would fit"
+    return f"{nothing} (the smallest found: {c.name}){remedy}"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of the request with which a candidate might fit."""
+
+    kind: str
+    text: str
+    config: RunConfig
+    candidate: Candidate
+    cluster: Cluster
+
+
+def _more_nodes(config: RunConfig, cluster: Cluster, c: Candidate) -> list[_Change]:
+    changes, batch = [], config.train.batch_size
+    for nodes in (2 * cluster.nodes, 4 * cluster.nodes, 8 * cluster.nodes):
+        larger = dataclasses.replace(cluster, nodes=nodes)
+        if batch % larger.ranks == 0:
+            smaller = dataclasses.replace(c, micro_batch=1, accumulation=batch // larger.ranks)
+            changes.append(_Change("nodes", f"{nodes} nodes of {cluster.gpus} GPUs", config, smaller, larger))
+    return changes
+
+
+def _smaller_images(config: RunConfig, cluster: Cluster, c: Candidate) -> list[_Change]:
+    changes = []
     for size in (config.data.image_size * 3 // 4 // 16 * 16, config.data.image_size // 2 // 16 * 16):
         if size:
             data = config.data.model_copy(update={"image_size": size})
-            asked.append((f"--data.image_size {size}", config.model_copy(update={"data": data}), c, place))
-    futures = [jobs.profile(cand, conf, ds, there.ranks) for _, conf, cand, there in asked]
-    kinds = set()
-    for (what, _, cand, there), future in zip(asked, futures):
-        kind = what.startswith("--")
-        row = ScoredCandidate(cand, future.result().footprint(), {})
-        _judge([row], there)
-        if row.fits and kind not in kinds:
-            kinds.add(kind)
-            options.append(f"{what} ({needed(row.footprint.peak, there.ranks) / GIB:.1f} GiB)")
-    what = "; it would fit with " + ", or ".join(options) if options else "; nothing tried would fit"
-    return f"{nothing} (the smallest found: {c.name}){what}"
+            smaller = config.model_copy(update={"data": data})
+            changes.append(_Change("images", f"--data.image_size {size}", smaller, c, cluster))
+    return changes

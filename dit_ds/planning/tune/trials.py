@@ -1,7 +1,7 @@
-"""Short real trainings of the most promising candidates, one after another, each in processes of its own.
+"""Short real trainings of the most promising candidates, one after another, each in its own processes.
 
-A trial's folder is its run's: `OUT/trials/NAME`. `trial.json` is written when it is over, so that one that was
-interrupted is not there and is made again; one that failed (out of memory, a crash, a refusal) is a result.
+The run folder of a trial is `OUT/trials/NAME`. `trial.json` is written at its end: an interrupted trial has none and is
+repeated; a failed one (out of memory, a crash, a refusal) is a result.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dit_ds.planning.tune.output import write_run
 from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
 _log = logging.getLogger("dit_ds")
-_TRY_AGAIN = 75  # a training that a signal stopped
-_REFUSED = 2  # a request that was wrong
-_GRACE = 200  # seconds for a training to stop when asked to
+_INTERRUPTED = 75  # exit status of a training that a signal stopped
+_REFUSED = 2  # exit status of a wrong request
+_GRACE = 200  # seconds for a training to stop after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,26 @@ class Trials:
 
     Attributes:
         folder: `OUT/trials`.
-        count: of candidates that are tried.
+        count: candidates to try.
         steps: optimizer steps of each.
-        launch: the command before `python -m dit_ds.cli train`, as words; it starts a rank on each GPU.
-        again: whether failed ones are tried again.
+        launch: the command up to `dit_ds.cli train`, as a list of arguments; it starts a rank on each GPU.
+        retry_failed: repeat trials that failed before.
     """
 
     folder: Path
     count: int
     steps: int
     launch: tuple[str, ...] = ()
-    again: bool = False
+    retry_failed: bool = False
 
 
 def launcher(launch: str | None, nodes: int, gpus: int) -> tuple[str, ...]:
-    """The words that start the ranks.
+    """The command that starts the ranks, up to the module's name.
 
+    Args:
+        launch: a user's command, as `srun --ntasks-per-node 8`; by default torchrun, or plain Python for one GPU.
     Raises:
-        UserError: several nodes, and nobody who starts ranks on them.
+        UserError: several nodes without a launch command.
     """
     if launch is not None:
         return (*shlex.split(launch), sys.executable, "-m")
@@ -69,67 +71,72 @@ def launcher(launch: str | None, nodes: int, gpus: int) -> tuple[str, ...]:
     return (sys.executable, *(torchrun if gpus > 1 else ()), "-m")
 
 
-def promising(rows: list[ScoredCandidate], count: int) -> list[ScoredCandidate]:
-    """The fastest that fit; those that differ in their buckets alone only once."""
-    seen, found = set(), []
-    for row in rows:
-        key = tuple((k, v) for k, v in row.candidate.choices().items() if k != "bucket")
-        if row.fits and key not in seen:
+def promising(scored: list[ScoredCandidate], count: int) -> list[ScoredCandidate]:
+    """The fastest candidates that fit; of those that differ in the bucket size alone only the first."""
+    seen, chosen = set(), []
+    for s in scored:
+        key = tuple((k, v) for k, v in s.candidate.choices().items() if k != "bucket")
+        if s.fits and key not in seen:
             seen.add(key)
-            found.append(row)
-    return found[:count]
+            chosen.append(s)
+    return chosen[:count]
 
 
-def measure(found: SearchResult, trials: Trials, config_path: str, config: RunConfig, ds: dict[str, Any]) -> None:
-    """Try the most promising ones; the fastest of them becomes the chosen one.
+def measure(result: SearchResult, trials: Trials, config_path: str, config: RunConfig, ds: dict[str, Any]) -> None:
+    """Try the most promising candidates; the fastest of them becomes the chosen one.
 
+    Args:
+        config_path, config, ds: as of `output.write_run`.
     Raises:
-        Interrupted: a signal came; what is finished is kept.
+        Interrupted: a signal came; finished trials are kept.
         RunFailed: every trial failed.
     """
-    tried = promising(found.rows, trials.count)
-    for i, row in enumerate(tried, 1):
-        row.trial = _trial(row.candidate, trials, config_path, config, ds)
-        what = row.trial.get("error") or f"{row.trial['samples_per_second']:.1f} samples/s"
-        _log.info(f"trial {i} of {len(tried)}: {row.candidate.name}: {what}")
-    good = [r for r in tried if r.trial and r.trial["status"] == 0]
-    if not good:
-        raise RunFailed(f"all {len(tried)} trials failed, the first: {tried[0].trial['error']}")
-    rank(found)
+    tried = promising(result.candidates, trials.count)
+    for i, s in enumerate(tried, 1):
+        s.trial = _trial(s.candidate, trials, config_path, config, ds)
+        outcome = s.failure or f"{s.trial['samples_per_second']:.1f} samples/s"
+        _log.info(f"trial {i} of {len(tried)}: {s.candidate.name}: {outcome}")
+    rank(result, tried)
 
 
-def rank(found: SearchResult) -> None:
-    """Order by what was measured, then by what was predicted; what failed comes after what fits."""
+def rank(result: SearchResult, tried: list[ScoredCandidate]) -> None:
+    """Order by measured speed, then by predicted speed; candidates whose trial failed come after those that fit.
 
-    def order(row: ScoredCandidate) -> tuple:
-        if row.trial and row.trial["status"] == 0:
-            return (0, -row.trial["samples_per_second"])
-        return (1 if row.fits and not row.trial else 2 if row.trial else 3, 0)
+    Raises:
+        RunFailed: every trial failed.
+    """
 
-    found.rows.sort(key=order)  # stable: within each, as predicted
-    found.chosen = best = found.rows[0]
-    rate = best.trial["samples_per_second"]
-    for row in found.rows:
-        if row is best:
-            row.why = f"chosen: the fastest of the trials, {rate:.1f} samples/s measured"
-        elif row.trial and row.trial["status"]:
-            row.why = f"failed in its trial: {row.trial['error']}"
-        elif row.trial:
-            row.why = f"measured {row.trial['samples_per_second'] / rate - 1:+.1%} against the chosen one"
-        elif row.fits:
-            row.why = f"not tried; by the prediction {row.why}"
+    def order(s: ScoredCandidate) -> tuple[int, float]:
+        if s.measured is not None:
+            return (0, -s.measured)
+        return (1 if s.fits and not s.trial else 2 if s.trial else 3, 0)
+
+    result.candidates.sort(key=order)  # stable: otherwise as predicted
+    best = result.candidates[0]
+    if best.measured is None:
+        raise RunFailed(f"all {len(tried)} trials failed, the first: {tried[0].failure}")
+    result.chosen = best
+    for s in result.candidates:
+        if s is best:
+            s.reason = f"chosen: the fastest of the trials, {best.measured:.1f} samples/s measured"
+        elif s.failure is not None:
+            s.reason = f"failed in its trial: {s.failure}"
+        elif s.measured is not None:
+            s.reason = f"measured {s.measured / best.measured - 1:+.1%} against the chosen one"
+        elif s.fits:
+            s.reason = f"not tried; by the prediction {s.reason}"
 
 
 def _trial(c: Candidate, trials: Trials, config_path: str, config: RunConfig, ds: dict[str, Any]) -> dict[str, Any]:
-    """The result of one, made now or before."""
+    """The result of a candidate's trial, made now or before."""
     folder = trials.folder / c.name
     overrides = write_run(folder, c, config_path, config, ds)
-    of = _fingerprint(folder, config, trials)
+    fingerprint = _fingerprint(folder, config, trials)
     if (folder / "trial.json").exists():
         before = read_json(folder / "trial.json", "trial")
-        # a refusal may be due to what has been put right since: a missing file, a busy machine
-        final = before["status"] == 0 or (before["status"] != _REFUSED and not trials.again)
-        if before["of"] == of and final:
+        # the cause of a refusal may be gone: a missing file, a busy machine
+        final = before["status"] == 0 or (before["status"] != _REFUSED and not trials.retry_failed)
+        if before["of"] == fingerprint and final:
             return before
     _clear(folder)
     command = [
@@ -141,31 +148,34 @@ def _trial(c: Candidate, trials: Trials, config_path: str, config: RunConfig, ds
     start = time.monotonic()
     with open(folder / "trial.log", "wb") as log:
         status = _run(command, log)
-    status = _of_ranks(folder / "trial.log", status)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # large, and of no use
-    if status == _TRY_AGAIN:
+    status = _rank_status(folder / "trial.log", status)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # large and not needed
+    if status == _INTERRUPTED:
         raise Interrupted(f"{c.name} was stopped by a signal: the same command goes on with it")
-    result = {"of": of, "status": status, "seconds": round(time.monotonic() - start, 1)}
+    result = {"of": fingerprint, "status": status, "seconds": round(time.monotonic() - start, 1)}
     result |= {"error": _error(folder / "trial.log", status)} if status else _figures(folder)
     write_json(folder / "trial.json", result)
     return result
 
 
-def _of_ranks(log: Path, status: int) -> int:
-    """The training's own status where a launcher ended with another: of the rank that, it reports, failed first."""
-    report = r"^Root Cause.*\n(?:.*\n){0,6}? *exitcode *: (\d+) "  # torchrun's, which itself ends with 1
+def _rank_status(log: Path, status: int) -> int:
+    """The exit status of the training's ranks, from that of its launcher.
+
+    torchrun ends with 1 whatever its ranks end with, and reports the status of the first rank that failed.
+    """
+    report = r"^Root Cause.*\n(?:.*\n){0,6}? *exitcode *: (\d+) "
     reported = [int(code) for code in re.findall(report, log.read_text(errors="replace"), re.MULTILINE)]
-    return reported[-1] if reported and status == 1 and reported[-1] in (_REFUSED, _TRY_AGAIN) else status
+    return reported[-1] if reported and status == 1 and reported[-1] in (_REFUSED, _INTERRUPTED) else status
 
 
 def _fingerprint(folder: Path, config: RunConfig, trials: Trials) -> str:
-    """Of all that a trial's result depends on."""
-    what = [config.model_dump_json(), (folder / "deepspeed.json").read_text(), str(trials.steps), *trials.launch]
-    return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
+    """A hash of everything that a trial's result depends on."""
+    inputs = [config.model_dump_json(), (folder / "deepspeed.json").read_text(), str(trials.steps), *trials.launch]
+    return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
 
 
 def _clear(folder: Path) -> None:
-    """Leave what the next trial starts from only."""
+    """Remove everything but the files that the next trial starts from."""
     for path in folder.iterdir():
         if path.name in ("overrides.yaml", "deepspeed.json"):
             continue
@@ -173,10 +183,10 @@ def _clear(folder: Path) -> None:
 
 
 def _run(command: list[str], log: Any) -> int:
-    """A command's status, 128 + the signal where one ended it.
+    """Run a command; return its exit status, 128 + the signal if one ended it.
 
     Raises:
-        Interrupted: this process was asked to stop; the command was, too, and has.
+        Interrupted: this process got SIGTERM or SIGUSR2; the command has been stopped.
     """
     with _terminated_as_interrupt():
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -195,7 +205,7 @@ def _run(command: list[str], log: Any) -> int:
 
 @contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """TERM and USR2 raise `Interrupted` inside."""
+    """In this context SIGTERM and SIGUSR2 raise `Interrupted`."""
 
     def stop(number: int, _: object) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}: the same command goes on")
@@ -209,10 +219,10 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    """Samples a second and memory of a finished trial."""
+    """Samples a second and peak memory of a finished trial."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
-    steady = lines[1:] or lines  # the first window holds what happens once: allocation, compilation, autotuning
+    steady = lines[1:] or lines  # the first window includes allocation, compilation and autotuning
     return {
         "samples_per_second": statistics.median(line["samples_per_second"] for line in steady),
         "peak_memory_gib": max(line["peak_memory_gib"] for line in lines),
@@ -223,7 +233,7 @@ _ERRORS = (r"^dit-ds.*?error: (.*)", r"^\S*?((?:\w+\.)*\w*(?:Error|Exception)\b.
 
 
 def _error(log: Path, status: int) -> str:
-    """The line that says why, as far as one does."""
+    """The line of the log that says why a trial failed, else its last line."""
     text = log.read_text(errors="replace")
     for pattern in _ERRORS:
         if lines := re.findall(pattern, text, re.MULTILINE):
