@@ -63,7 +63,7 @@ def test_no_function_is_long():
 def our_names() -> set[str]:
     """Functions, methods and classes that are defined in the package, but for names that builtins or libraries share."""
     defined = {n.name for f in SOURCES for n in ast.walk(tree(f)) if isinstance(n, (*_FUNCTIONS, ast.ClassDef))}
-    return defined - set(dir(builtins)) - {"forward", "apply", "backward"}  # PyTorch's, called through its modules
+    return defined - set(dir(builtins)) - {"forward", "apply", "backward", "view"}  # PyTorch's
 
 
 def test_no_call_of_ours_has_many_positional_arguments():
@@ -71,9 +71,9 @@ def test_no_call_of_ours_has_many_positional_arguments():
     for f in SOURCES:
         for call in (n for n in ast.walk(tree(f)) if isinstance(n, ast.Call)):
             name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", None)
-            if name in ours and len(call.args) > 5:
+            if name in ours and len(call.args) > 5 and not ast.unparse(call.func).startswith("torch."):
                 wrong.append(f"{where(f, call)} {name} has {len(call.args)}")
-    assert wrong == []
+    assert wrong == [], wrong
 
 
 def _bases(name: str, classes: dict[str, list[ast.ClassDef]]) -> Iterator[ast.ClassDef]:
@@ -129,9 +129,9 @@ def test_no_attribute_is_born_later_than_its_object():
                 static = isinstance(m, _FUNCTIONS) and any(
                     ast.unparse(d) in ("staticmethod", "classmethod") for d in m.decorator_list
                 )
-                if isinstance(m, _FUNCTIONS) and not static and m.name not in _CONSTRUCTORS[:3]:
+                if isinstance(m, _FUNCTIONS) and not static and m.name not in (*_CONSTRUCTORS[:3], "_apply"):
                     wrong += [f"{where(f, a)} {c.name}.{a.attr}" for a in _self_attributes(m) if a.attr not in made]
-    assert wrong == []
+    assert wrong == [], wrong
 
 
 def _public(path: Path) -> Iterator[tuple[str, ast.AST]]:
@@ -163,7 +163,7 @@ def test_what_is_public_has_a_docstring():
             method = name.rpartition(".")[2] if "." in name else ""
             if not ast.get_docstring(n) and method not in inherited and not _overrides(name):
                 wrong.append(f"{f.relative_to(ROOT)} {name}")
-    assert wrong == []
+    assert wrong == [], wrong
 
 
 @pytest.mark.parametrize("name", FORMER_NAMES)

@@ -45,6 +45,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._meta: dict[str, Any] | None = None
         self._copies: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] = {}  # BatchNorm's, of the pending checkpoint
+        self._entry: dict[str, Any] = {}  # this rank's in the pending checkpoint's manifest
         self._frozen_entry: dict[str, Any] | None = None
         self.published: int | None = None  # the last step that was
 

@@ -113,7 +113,9 @@ def evaluate_checkpoint(
     check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
-    dataset = build_eval_dataset(config, split, data_root, kind, int(shuffle_text), trained_prompts(config, meta))
+    dataset = build_eval_dataset(
+        config, split, data_root, kind=kind, sentence_shift=int(shuffle_text), trained=trained_prompts(config, meta)
+    )
     collect = None if predictions is None else _write_masks(Path(predictions))
     world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
     metrics = evaluate(

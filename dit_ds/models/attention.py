@@ -173,7 +173,7 @@ def _operands(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, words: Tensor | None, w
     of_columns = torch.einsum("bhwnc,wkc->bhwnk", on_grid, rel_w).flatten(1, 2)  # (B, N, heads, W)
     if words is not None:
         k, v = torch.cat([words[:, :, 0], k], dim=1), torch.cat([words[:, :, 1], v], dim=1)
-    return Operands(q, k, v, of_rows, of_columns, word_mask)
+    return Operands(q, k, v, rel_h=of_rows, rel_w=of_columns, word_mask=word_mask)
 
 
 def _at(x: Tensor | None, s: slice) -> Tensor | None:

@@ -160,7 +160,7 @@ def _unfold(of_q: Tensor, of_k: Tensor, of_v: Tensor, x: Operands) -> Operands:
     """Gradients of the folded operands to those of the operands; the one-hot part has none."""
     d, h, w = x.q.shape[-1], x.rel_h.shape[-1], x.rel_w.shape[-1]
     of_rel_h, of_rel_w = (of_q[..., d : d + h + w] * d**0.5).split([h, w], dim=-1)
-    return Operands(of_q[..., :d], of_k[..., :d], of_v, of_rel_h, of_rel_w, None)
+    return Operands(of_q[..., :d], of_k[..., :d], of_v, rel_h=of_rel_h, rel_w=of_rel_w, word_mask=None)
 
 
 def _sdpa(forward: Callable, backward: Callable, padded: bool) -> Kernel:
@@ -278,7 +278,7 @@ def _failure(name: str, device: str, dtype: torch.dtype) -> str | None:
     try:
         kernel = KERNELS[name](device)
         of_places, of_keys, of_sides = (torch.zeros(1, *s, device=device, dtype=dtype) for s in _PROBE)
-        x = Operands(of_places, of_keys, of_keys, of_sides, of_sides, None)
+        x = Operands(of_places, of_keys, of_keys, rel_h=of_sides, rel_w=of_sides, word_mask=None)
         kernel.backward(x, of_places, *kernel.forward(x))
         return None
     except ImportError:

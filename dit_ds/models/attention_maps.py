@@ -133,7 +133,7 @@ def attention_of_picture(
         if layers is None or layer in layers:
             maps = layer_maps(attn, x, given, mask)
             window = encoder.blocks[layer].window_size
-            found[layer] = _summary(maps, grid, picture, words, inputs["token_mask"][0], window)
+            found[layer] = _summary(maps, grid, picture, words=words, tokens=inputs["token_mask"][0], window=window)
 
     with observed(encoder, observer):
         logits = model(**inputs)

@@ -21,7 +21,9 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
     m, t = config.model, config.text
     torch.manual_seed(config.seed)
     text_config(t.name, t.layers, config.data.tokens)
-    text = TextEncoder(t.name, t.layers, t.random_init or not text_weights, t.freeze, t.cache, m.mask_padding)
+    text = TextEncoder(
+        t.name, t.layers, t.random_init or not text_weights, frozen=t.freeze, cache=t.cache, zero_padding=m.mask_padding
+    )
     if m.name != "dit_sam":
         windows = "eager" if m.attention == "eager" else "sdpa"
         return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)

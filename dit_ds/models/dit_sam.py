@@ -73,12 +73,12 @@ class DITSAM(Segmenter):
             image_size,
             s.patch_size,
             s.embed_dim,
-            s.depth,
-            s.num_heads,
-            s.prompt_dim,
-            attention,
-            window_size,
-            s.global_layers,
+            depth=s.depth,
+            num_heads=s.num_heads,
+            out_chans=s.prompt_dim,
+            backend=attention,
+            window_size=window_size,
+            global_layers=s.global_layers,
         )
         options = Options(zero_words, adapters, word_dropout)
         self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)

@@ -75,7 +75,7 @@ class WordAttention(Attention):
         queries = of_words[:, :, 0] if flow else None
         of_words = of_words[:, :, 1:] if flow else of_words
         out = relative_position_attention(
-            qkv, self.rel_pos_h, self.rel_pos_w, (h, w), of_words, word_mask, self.backend
+            qkv, self.rel_pos_h, self.rel_pos_w, grid=(h, w), words=of_words, word_mask=word_mask, backend=self.backend
         )  # (B, N, heads, d)
         out = self.proj(out.reshape(b, h, w, dim))
         if not flow:

@@ -48,8 +48,34 @@ class Size:
 
 
 SIZES = {
-    "swin_t_tiny": Size(32, (1, 1, 2, 1), (1, 2, 2, 4), 2, 0.1, 32, 32, 4, 64, 64, 1, 3),  # for CPUs and tests
-    "swin_b": Size(128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 0.3, 512, 256, 8, 2048, 1024, 6, 9),
+    "swin_t_tiny": Size(
+        32,
+        (1, 1, 2, 1),
+        (1, 2, 2, 4),
+        window_size=2,
+        drop_path=0.1,
+        lavt_dim=32,
+        rela_dim=32,
+        rela_heads=4,
+        rela_ffn=64,
+        rela_pixel_ffn=64,
+        rela_pixel_layers=1,
+        rela_layers=3,
+    ),  # for CPUs and tests
+    "swin_b": Size(
+        128,
+        (2, 2, 18, 2),
+        (4, 8, 16, 32),
+        window_size=12,
+        drop_path=0.3,
+        lavt_dim=512,
+        rela_dim=256,
+        rela_heads=8,
+        rela_ffn=2048,
+        rela_pixel_ffn=1024,
+        rela_pixel_layers=6,
+        rela_layers=9,
+    ),
 }
 
 

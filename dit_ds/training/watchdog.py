@@ -61,7 +61,9 @@ class Watchdog:
         while not self._closed.wait(interval):
             try:
                 key, host = f"rank{self.world.rank}", socket.gethostname()
-                heartbeat = Heartbeat(self._phases, self._step, self._phase, self._since, time.time(), host)
+                heartbeat = Heartbeat(
+                    self._phases, self._step, self._phase, since=self._since, posted=time.time(), host=host
+                )
                 self._store.set(key, json.dumps(heartbeat))
                 self._store.get(key)  # set() does not wait for an answer, so it cannot time out
                 if self.world.main and time.time() - max(warned, self._since) > self.seconds:
@@ -79,7 +81,7 @@ class Watchdog:
         heartbeats = {r: Heartbeat(*json.loads(self._store.get(f"rank{r}"))) for r in posted}
         silent = [r for r in ranks if r not in heartbeats or now - heartbeats[r].posted > self.seconds / 2]
         rank = silent[0] if silent else min(heartbeats, key=lambda r: heartbeats[r].phases)
-        stalled = heartbeats.get(rank, Heartbeat(0, 0, "starting", now, now, "an unknown host"))
+        stalled = heartbeats.get(rank, Heartbeat(0, 0, "starting", since=now, posted=now, host="an unknown host"))
         how = "its process does not answer" if silent else f"it is {stalled.phase}"
         waiting = "; the others wait for it" if self.world.world_size > 1 else ""
         _log.warning(

@@ -91,9 +91,9 @@ class SplitIndex:
             [file_of(folder, e["name"]) for e in entries],
             np.array(images, np.int64).reshape(-1, 8),
             np.array(refs, np.int64).reshape(-1, 2),
-            np.array(lengths, np.int64),
-            hashlib.sha256(data).hexdigest(),
-            f"{manifest['dataset']}/{manifest['split_by']}",
+            lengths=np.array(lengths, np.int64),
+            sha=hashlib.sha256(data).hexdigest(),
+            name=f"{manifest['dataset']}/{manifest['split_by']}",
             generalized=manifest["splits"][split].get("no_target", 0) > 0,
         )
 
@@ -120,7 +120,9 @@ class SplitIndex:
         name, sha = self.parts[0].name, self.manifest_sha
         if not keep.all():  # what is left depends on other sets' manifests, too
             sha = hashlib.sha256(sha.encode() + np.packbits(keep).tobytes()).hexdigest()
-        return self._of(self.shards, self.images, refs[:, :2], refs[:, 3], sha, name, generalized=self.generalized)
+        return self._of(
+            self.shards, self.images, refs[:, :2], lengths=refs[:, 3], sha=sha, name=name, generalized=self.generalized
+        )
 
     @classmethod
     def chain(cls, indices: list[SplitIndex], weights: list[float]) -> SplitIndex:

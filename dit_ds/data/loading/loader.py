@@ -90,6 +90,7 @@ def make_loader(
 
 
 def worker_init_fn(_: int) -> None:
+    """Set up a loader worker: one thread, kept memory, an end with its training process, no share in its signals."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -145,6 +146,7 @@ class _Watch:
 
     def __init__(self, workers: list[Any], seconds: float):
         self.workers, self.seconds, self.stalled = workers, seconds, False
+        self._timer = threading.Timer(seconds, self._end)
 
     def __enter__(self) -> None:
         self._timer = threading.Timer(self.seconds, self._end)
