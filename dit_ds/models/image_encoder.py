@@ -207,6 +207,7 @@ class ImageEncoder(ImageEncoderViT):
             out_chans=out_chans,
             norm_layer=norm,
         )
+        self._policy = "none"  # of activation checkpointing
         grid = (image_size // patch_size, image_size // patch_size)
         self.blocks = nn.ModuleList(
             WordBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)

@@ -101,14 +101,16 @@ def _of_paper(
     for s in scored if others else []:
         if not fits[id(s)]:
             lines.append(_line([(s, None)], table.columns, others))
-    return _finished(table.number, table.title, table.labels, table.columns, lines, table.note)
+    return _finished(table.number, table.title, table.labels, columns=table.columns, lines=lines, note=table.note)
 
 
 def _alone(scored: list[Scored], fits: dict[int, list[Experiment]], rows: list[Experiment]) -> dict[str, Any]:
     found = dict.fromkeys(c for s in scored for c in s.scores)
     columns = tuple(sorted(found, key=lambda c: (c.dataset, c.split != "val", c.split)))
     lines = [_line([(s, (fits[id(s)] or [None])[0])], columns, rows) for s in scored]
-    return _finished(None, "All runs", ("Run",), columns, lines, "no table of the paper has a row for some")
+    return _finished(
+        None, "All runs", ("Run",), columns=columns, lines=lines, note="no table of the paper has a row for some"
+    )
 
 
 def _side_by_side(here: list[tuple[Scored, Experiment]]) -> Iterable[list[tuple[Scored, Experiment]]]:

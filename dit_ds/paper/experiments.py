@@ -68,7 +68,7 @@ def experiments(number: int | None = None, folder: str | Path = FOLDER) -> list[
                     raise UserError(f"no {path} here: run from dit-ds's folder, or give --configs")
                 config = load_config(path)
                 settings = settings_of(config, row.prompt, row.trained)
-                found.append(Experiment(t, row, dataset, path, config, settings))
+                found.append(Experiment(t, row, dataset, path=path, config=config, settings=settings))
     return found
 
 

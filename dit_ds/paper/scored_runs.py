@@ -90,7 +90,7 @@ def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict
         if e[metric] is not None
     }
     settings = settings_of(config, prompt, trained=max(steps.values()) > 0)
-    scored = Scored(str(folder), config, prompt, settings, steps, scores)
+    scored = Scored(str(folder), config, prompt, settings=settings, steps=steps, scores=scores)
     for split, e in splits.items():
         full = EXPRESSIONS.get(dataset, {}).get(split)
         if e["n"] != full:

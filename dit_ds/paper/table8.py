@@ -81,8 +81,8 @@ def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
     released = merge(_ZERO_0, _RELEASED_LDIT if method == "L-DIT" else {"model": {"attention": "eager"}})
     for form, changes in {"released": released, "ours": _OURS}.items():
         config = _changed(base, changes)
-        yield _row(method, form, "literal", config, batch, 1, paper_gb)
-        yield _row(method, form, "inferred", config, each, gpus, paper_gb)
+        yield _row(method, form, "literal", config=config, each=batch, gpus=1, paper_gb=paper_gb)
+        yield _row(method, form, "inferred", config=config, each=each, gpus=gpus, paper_gb=paper_gb)
 
 
 def _more(folder: Path) -> Iterable[Row]:
@@ -101,7 +101,7 @@ def _more(folder: Path) -> Iterable[Row]:
     for stage in range(4):
         changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
         for gpus in (1, 2, 4, 8, 16):
-            yield _row("L-DIT", "ours", "more", _changed(tuned, changes), 8, gpus)
+            yield _row("L-DIT", "ours", "more", config=_changed(tuned, changes), each=8, gpus=gpus)
 
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -112,7 +112,7 @@ def _row(
     method: str, form: str, reading: str, config: RunConfig, each: int, gpus: int = 1, paper_gb: float | None = None
 ) -> Row:
     batch = {"train": {"batch_size": each * gpus}, "deepspeed": {"override": {"train_micro_batch_size_per_gpu": each}}}
-    return Row(method, form, reading, _changed(config, batch), each, gpus, paper_gb)
+    return Row(method, form, reading, config=_changed(config, batch), batch_per_gpu=each, gpus=gpus, paper_gb=paper_gb)
 
 
 def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str, Any]:

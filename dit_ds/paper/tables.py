@@ -80,9 +80,9 @@ def _row(entry: dict[str, Any], columns: tuple[Column, ...]) -> Row:
         entry["line"],
         tuple(str(x) for x in entry["label"]),
         {c: float(x) for c, x in zip(columns, figures) if x != "-"},
-        configs,
-        entry.get("prompt", "text"),
-        entry.get("trained", True),
+        configs=configs,
+        prompt=entry.get("prompt", "text"),
+        trained=entry.get("trained", True),
     )
 
 
@@ -95,10 +95,10 @@ def _table(entry: dict[str, Any]) -> Table:
         entry["table"],
         entry["title"],
         entry["section"],
-        entry.get("note", ""),
-        tuple(entry["labels"]),
-        tuple(columns),
-        tuple(_row(row, tuple(columns)) for row in entry["rows"]),
+        note=entry.get("note", ""),
+        labels=tuple(entry["labels"]),
+        columns=tuple(columns),
+        rows=tuple(_row(row, tuple(columns)) for row in entry["rows"]),
     )
 
 
@@ -123,7 +123,7 @@ class MemoryRow(NamedTuple):
 def _memory_row(row: Row) -> MemoryRow:
     method, visual, text, batch = row.label
     (gb,), (config,) = row.values.values(), row.configs.values()
-    return MemoryRow(method, visual == "frozen", text == "frozen", int(batch), gb, config)
+    return MemoryRow(method, visual == "frozen", text == "frozen", batch=int(batch), gpu_gb=gb, config=config)
 
 
 TABLE_8 = tuple(_memory_row(row) for row in TABLES[8].rows)

@@ -167,9 +167,8 @@ def fake_cluster(ranks: int, rank: int = 0) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    ds.import_deepspeed()
-    import deepspeed.runtime.zero as zero
-    from deepspeed.accelerator import get_accelerator
+    deepspeed = ds.import_deepspeed()
+    zero, get_accelerator = deepspeed.runtime.zero, deepspeed.accelerator.get_accelerator
 
     device = torch.device(_gpu(), 0)
     accelerator = {

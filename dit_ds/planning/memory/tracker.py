@@ -183,6 +183,7 @@ class MemoryTracker(LiveTensors):
         self._passing: list[Block] = []  # made in the forward pass under way
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
+        self._hooks: list[Any] = []
 
     # --- what is made
 
@@ -266,10 +267,6 @@ class MemoryTracker(LiveTensors):
         """Undo `watch`."""
         for hook in self._hooks:
             hook.remove()
-
-    def bytes_of(self, *categories: str) -> int:
-        """Bytes alive on the device of these categories."""
-        return sum(b.size for _, b in self._alive.values() if b.category in categories and not b.host)
 
     def profile(self) -> Profile:
         """The phases entered since the start or `restart`, replayed with what is known by now."""
