@@ -336,7 +336,7 @@ def _kind(file: str) -> str:
 
 
 _FILES = {
-    "/dit_ds/memory/": "",
+    "/dit_ds/planning/memory/": "",
     "/deepspeed/runtime/zero/linear": "model",
     "/deepspeed/": "deepspeed",
     "/torch/optim/": "optimizer",
