@@ -59,7 +59,7 @@ def test_a_row_is_what_the_paper_says(name, settings):
     assert settings.items() <= settings_of(config).items()
     if config.model.name == "dit_sam":  # section 4.2 holds for all
         t, d = config.train, config.data
-        assert (t.batch_size, t.lr, t.epochs, t.milestones, t.decay, t.warmup_epochs) == (
+        assert (t.batch_size, t.lr, t.epochs, t.milestones, t.lr_decay, t.warmup_epochs) == (
             64,
             1e-4,
             40,

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 from dit_ds.files import write_json
@@ -29,11 +28,13 @@ def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) ->
         path: as for `load_model`.
         result: with the keys `split`, `prompt` and `step`.
     """
+    from dit_ds.checkpointing import reader  # imports torch, which readers of results do not need
+
     if Path(path).suffix in (".yaml", ".yml"):
         run = Path(config.run_dir)
         if (run / "checkpoints").exists():  # the result would be read as one of the trained run
             return
-    elif Path(path).is_dir() and (found := checkpoint.find(path).resolve()).parent.name == "checkpoints":
+    elif Path(path).is_dir() and (found := reader.find(path).resolve()).parent.name == "checkpoints":
         run = found.parent.parent
     else:
         return

@@ -1,4 +1,4 @@
-"""What `dit-ds compare` found as text, Markdown, CSV or JSON."""
+"""The result of `dit-ds compare` as text, Markdown, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ _LEGEND = "best and second best of a column; in brackets: minus the paper's row 
 
 
 def format_of(path: str | None) -> str:
-    """The format that a file's ending asks for; text by default."""
+    """The format by a file's suffix; text by default."""
     return _ENDINGS.get(Path(path).suffix.lower(), "text") if path else "text"
 
 
 def render(result: dict[str, Any], form: str) -> str:
-    """`compare.compare`'s result as text, markdown, csv or json."""
+    """The result of `compare.compare` in a format.
+
+    Args:
+        form: text, markdown, csv or json.
+    """
     if form == "json":
         return json.dumps(result) + "\n"
     if form == "csv":
@@ -32,10 +36,12 @@ def render(result: dict[str, Any], form: str) -> str:
 
 
 def write(result: dict[str, Any], form: str, path: str) -> str:
-    """Write it, whole or not at all; return the path.
+    """Write the result atomically; return the path.
 
+    Args:
+        form: as in `render`.
     Raises:
-        UserError: it can't be written.
+        UserError: the file can't be written.
     """
     if Path(path).is_dir():
         raise UserError(f"--out {path} is a folder: name a file, as {path}/tables.md")
@@ -59,7 +65,7 @@ def _label(row: dict[str, Any]) -> list[str]:
 
 
 def _number(row: dict[str, Any], i: int, column: dict[str, str]) -> tuple[str, str]:
-    """A cell's figure, and what stands behind it."""
+    """A cell's figure, and its spread and its difference from the paper."""
     value, delta, spread = row["values"][i], row["deltas"][i], row["spread"][i]
     if value is None:
         return "-", ""
@@ -69,7 +75,7 @@ def _number(row: dict[str, Any], i: int, column: dict[str, str]) -> tuple[str, s
 
 
 def _text(table: dict[str, Any]) -> str:
-    """Aligned columns, the split above the metric."""
+    """Aligned columns under two header lines, split and metric."""
     columns = table["columns"]
     several = len({c["dataset"] for c in columns}) > 1
     splits = [f"{c['dataset']} {c['split']}" if several else c["split"] for c in columns]
@@ -87,7 +93,7 @@ def _text(table: dict[str, Any]) -> str:
 
 
 def _markdown(table: dict[str, Any]) -> str:
-    """Best in bold, second best underlined, as the paper has it."""
+    """The best in bold and the second best underlined, as in the paper."""
     columns = table["columns"]
     several = len({c["dataset"] for c in columns}) > 1
     heads = [
@@ -110,7 +116,7 @@ def _markdown(table: dict[str, Any]) -> str:
 
 
 def _csv(result: dict[str, Any]) -> str:
-    """One line a figure, for spreadsheets and data frames."""
+    """One line per figure, for spreadsheets and data frames."""
     sheet = io.StringIO()
     out = csv.writer(sheet, lineterminator="\n")
     out.writerow(["table", "row", "kind", "runs", "dataset", "split", "metric", "value", "delta", "spread", "mark",

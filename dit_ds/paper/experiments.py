@@ -1,4 +1,4 @@
-"""The rows of the paper's tables as runs: which configuration each is, and what makes two runs the same experiment."""
+"""The rows of the paper's tables as runs: the configuration of each, and when two runs are the same experiment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dit_ds.paper.tables import MISPRINTS, TABLES, Row, Table
 
 FOLDER = "configs/paper"
 
-# What two runs may differ in and still be the same experiment: where things are, how they are computed, and which draw.
-_OF_NO_MATTER = {
+# keys in which two runs may differ and still be the same experiment: paths, how it is computed, and the seed
+_IGNORED_KEYS = {
     "run_dir", "seed", "checkpoint", "log", "deepspeed", "data.root", "data.workers", "model.attention",
     "text.tokenizer", "text.cache", "train.activation_checkpointing", "train.compile", "train.on_nonfinite",
     "eval.every_epochs", "eval.batch_size",
@@ -24,7 +24,13 @@ _OF_NO_MATTER = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of a table on one dataset: its configuration, the file that has it, and what `settings_of` says of it."""
+    """A row of a table on one dataset.
+
+    Attributes:
+        path: of its configuration file.
+        config: the configuration.
+        settings: see `settings_of`.
+    """
 
     table: Table
     row: Row
@@ -46,7 +52,7 @@ def table(number: int) -> Table:
     """The paper's table of that number.
 
     Raises:
-        UserError: it has none.
+        UserError: there is none.
     """
     if number not in TABLES:
         raise UserError(f"the paper has no table {number}: its tables are {min(TABLES)} to {max(TABLES)}")
@@ -54,8 +60,11 @@ def table(number: int) -> Table:
 
 
 def experiments(number: int | None = None, folder: str | Path = FOLDER) -> list[Experiment]:
-    """The rows that have a configuration, of one table or of all.
+    """The rows that have a configuration.
 
+    Args:
+        number: of a table; by default those of all tables.
+        folder: of the configurations.
     Raises:
         UserError: no such table, or the configurations are not in this folder.
     """
@@ -73,11 +82,11 @@ def experiments(number: int | None = None, folder: str | Path = FOLDER) -> list[
 
 
 def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -> dict[str, Any]:
-    """What the rows of the paper's tables differ in. Runs with the same settings are the same experiment.
+    """The settings in which the rows of the paper's tables differ. Runs with the same settings are the same experiment.
 
     Args:
-        prompt: what it is evaluated with.
-        trained: False for a model as it was released; then nothing of training counts.
+        prompt: kind of prompt in the evaluation: text, point or box.
+        trained: False for a model as it was released; the settings of training are then left out.
     """
     m, d = config.model, config.data
     settings = {
@@ -104,7 +113,7 @@ def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -
 
 
 def text_encoder(name: str) -> str:
-    """clip or bert: by what the folder `text.name` says of itself, or by its name where it is no folder."""
+    """clip or bert: by the `model_type` in the folder `text.name`, else by the name."""
     try:
         kind = json.loads((Path(name) / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -113,7 +122,11 @@ def text_encoder(name: str) -> str:
 
 
 def differences(config: RunConfig, other: RunConfig) -> list[str]:
-    """Keys that `settings_of` doesn't compare and that change what is learned or scored, where the two differ."""
+    """The keys in which two configurations differ, without those that do not change the experiment (`_IGNORED_KEYS`).
+
+    Args:
+        config, other: of runs with the same `settings_of`.
+    """
     mine, others = _flat(config.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
     for values in (mine, others):
         values["model.checkpoint"] = bool(values["model.checkpoint"])
@@ -121,7 +134,7 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
     return [
         key
         for key, value in mine.items()
-        if value != others[key] and key not in _OF_NO_MATTER and key.partition(".")[0] not in _OF_NO_MATTER
+        if value != others[key] and key not in _IGNORED_KEYS and key.partition(".")[0] not in _IGNORED_KEYS
     ]
 
 
@@ -133,7 +146,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def listing(number: int | None = None, folder: str | Path = FOLDER) -> dict[str, Any]:
-    """`dit-ds experiments`: `experiments`, and where the paper disagrees with itself, `misprints`."""
+    """`dit-ds experiments`: `experiments`, and `misprints`, where the paper disagrees with itself."""
     rows = [
         {
             "config": str(e.path),
@@ -150,7 +163,7 @@ def listing(number: int | None = None, folder: str | Path = FOLDER) -> dict[str,
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """For people: by table, each row's configuration, what it is, its run's folder, and the paper's oIoU."""
+    """The result of `listing` as text: by table, each row's configuration, name, run folder and the paper's oIoU."""
     out: list[str] = []
     for number in dict.fromkeys(e["table"] for e in result["experiments"]):
         of_table = [e for e in result["experiments"] if e["table"] == number]
@@ -170,7 +183,7 @@ def _what(experiment: dict[str, Any]) -> str:
 
 
 def _figures(paper: dict[str, dict[str, float]]) -> str:
-    """The oIoU of each split, or what else there is."""
+    """The oIoU of each split; for Table 8 the GPU's memory."""
     if "gpu" in paper:
         return f"{paper['gpu']['gb']:g} GB"
     return "oIoU " + ", ".join(f"{split} {values['oiou']:.2f}" for split, values in paper.items() if "oiou" in values)

@@ -1,4 +1,4 @@
-"""What a run's folder says of its figures: its configuration and its evaluations."""
+"""A run's evaluation results, read from its folder."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from dit_ds.paper.tables import EXPRESSIONS, Column
 
 
 class NotEvaluated(UserError):
-    """A run without figures."""
+    """A run that has not been evaluated."""
 
 
 @dataclass
-class Scored:
-    """A run as evaluated with one kind of prompt.
+class ScoredRun:
+    """A run's results with one kind of prompt.
 
     Attributes:
         run: its folder.
+        prompt: text, point or box.
         settings: see `experiments.settings_of`.
-        steps: the step that each split was evaluated at.
-        scores: in percent, rounded as the paper's.
-        comparable: whether every split has as many expressions as the paper's.
-        notes: what a reader of the figures should know.
+        steps: the training step that was evaluated, by split.
+        scores: in percent, with two digits as in the paper.
+        comparable: every split has as many expressions as the paper's.
+        notes: reservations about the figures, for people.
     """
 
     run: str
@@ -42,15 +43,15 @@ class Scored:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(folder: str | Path) -> list[Scored]:
-    """The run's newest evaluation of each split, one entry for each kind of prompt it was evaluated with.
+def read_run(folder: str | Path) -> list[ScoredRun]:
+    """The newest results of a run on each split, one entry for each kind of prompt.
 
-    They are `evaluations/*.json`, which `dit-ds eval` writes; for the split that training evaluates, where they have
-    none, the line of metrics.jsonl of the same step, else the last.
+    Results are `evaluations/*.json`, which `dit-ds eval` writes. If these lack the split that training evaluates, its
+    result is the line of metrics.jsonl of the same step, else the last line.
 
     Raises:
-        NotEvaluated: there is none yet.
-        UserError: no run, or a damaged file.
+        NotEvaluated: there is no result yet.
+        UserError: no run folder, or a damaged file.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -58,12 +59,12 @@ def read_run(folder: str | Path) -> list[Scored]:
     config = load_config(folder / "config.yaml")
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((folder / "evaluations").glob("*.json")):
-        e = checked_evaluation(read_json(path, "evaluation"), config)
-        if e is None:
+        found = checked_evaluation(read_json(path, "evaluation"), config)
+        if found is None:
             raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
-        newest = by_prompt.setdefault(e["prompt"], {})
-        if not e.get("shuffle_text") and e["step"] >= newest.get(e["split"], {"step": -1})["step"]:
-            newest[e["split"]] = e
+        newest = by_prompt.setdefault(found["prompt"], {})
+        if not found.get("shuffle_text") and found["step"] >= newest.get(found["split"], {"step": -1})["step"]:
+            newest[found["split"]] = found
     in_training = evaluations_in_training(folder, config)
     if in_training:
         newest = by_prompt.setdefault(in_training[-1]["prompt"], {})
@@ -78,7 +79,7 @@ def read_run(folder: str | Path) -> list[Scored]:
     return scored
 
 
-def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict[str, Any]]) -> Scored:
+def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict[str, Any]]) -> ScoredRun:
     d = config.data
     dataset = d.val_set.split("/")[0]
     splits = dict(sorted(splits.items(), key=lambda item: (item[0] != d.val_split, item[0])))
@@ -90,7 +91,7 @@ def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict
         if e[metric] is not None
     }
     settings = settings_of(config, prompt, trained=max(steps.values()) > 0)
-    scored = Scored(str(folder), config, prompt, settings=settings, steps=steps, scores=scores)
+    scored = ScoredRun(str(folder), config, prompt, settings=settings, steps=steps, scores=scores)
     for split, e in splits.items():
         full = EXPRESSIONS.get(dataset, {}).get(split)
         if e["n"] != full:

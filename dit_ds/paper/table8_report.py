@@ -34,15 +34,15 @@ What the paper's figures mean, as far as its released code and plain counting te
   fragmentation, which are not counted, are the likely rest. **ReLA** is counted above its 12 GB: with windows' maps of
   attention kept and everything but the pixel decoder in bf16 it allocates 11.0 GiB, and gradients, buckets and context
   come on top; its authors' fp16 autocast and PyTorch of the time may have kept less.
-- **Ours**, of L-DIT, keeps queries, keys, values and the output of attention instead of its maps, leaves out the words'
-  rows that nobody reads (both exact, but for rounding), computes in bf16 with fp32 masters, and each layer once more in
-  the backward pass. Of LAVT and ReLA, ours is bf16 and recomputation.
-- **Measured** rows of what was released are our engine's runs of it, without `beyond_ours`.
+- **Ours**, of L-DIT, keeps queries, keys, values and the output of attention instead of its maps, leaves out the text
+  tokens' rows that are not used (both exact, but for rounding), computes in bf16 with fp32 masters, and recomputes each
+  layer in the backward pass. Of LAVT and ReLA, ours is bf16 and recomputation.
+- **Measured** rows of the released form are runs of it in our engine, without `beyond_ours`.
 """
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Two tables, the paper's rows and others, and what explains them."""
+    """The result of `table8.table8` as Markdown: the paper's rows, other rows, and an explanation."""
     kinds = {"The paper's rows": lambda r: r["paper_gb"], "More": lambda r: not r["paper_gb"]}
     text = f"# Table 8: GPU memory\n\n{result['machine']}, {result['date']}. "
     text += f"Predicted step times: {result['assumed']['step_time_of']} (fp32 without TF32). "
@@ -63,7 +63,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(result: dict[str, Any], folder: str | Path) -> list[str]:
-    """`table8.md`, `.csv`, `.json` and `.png` in a folder; returns their paths."""
+    """Write `table8.md`, `.csv`, `.json` and `.png` into a folder; return their paths.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
     folder, sheet = Path(folder), io.StringIO()
     rows = csv.DictWriter(
         sheet, [k for k in result["rows"][0] if k not in ("categories", "beyond_ours")], extrasaction="ignore"
@@ -80,7 +84,7 @@ def write(result: dict[str, Any], folder: str | Path) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The paper's figure of each row beside the predicted ones, and the measured where there are."""
+    """A bar chart of the paper's figure of each row beside ours, measured if available, else predicted."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
     rows = [r for r in result["rows"] if r["paper_gb"]]
@@ -100,8 +104,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis = figure.subplots()
     width = 0.8 / len(bars)
     for i, (label, (color, values)) in enumerate(bars.items()):
-        places = [k + (i - (len(bars) - 1) / 2) * width for k in range(len(names))]
-        drawn = axis.bar(places, values, width, label=label, color=color)
+        positions = [k + (i - (len(bars) - 1) / 2) * width for k in range(len(names))]
+        drawn = axis.bar(positions, values, width, label=label, color=color)
         axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylabel("GiB a GPU (the paper: GB)")
@@ -114,7 +118,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """For people, on a terminal."""
+    """The result of `table8.table8` as text, a line per row."""
     out = []
     for r in result["rows"]:
         paper = f"paper {r['paper_gb']:5.1f} GB" if r["paper_gb"] else " " * 14

@@ -10,7 +10,7 @@ import yaml
 
 
 class Column(NamedTuple):
-    """What a column holds: `oiou`, `miou`, `p@X` of a dataset's split, in percent; or Table 6's `ms`, Table 8's `gb`."""
+    """A column: `oiou`, `miou` or `p@X` on a dataset's split, in percent; `ms` in Table 6, `gb` in Table 8."""
 
     dataset: str
     split: str
@@ -18,7 +18,7 @@ class Column(NamedTuple):
 
     @property
     def is_score(self) -> bool:
-        """Whether more is better, and `dit-ds eval` gives it."""
+        """Whether it is a metric of `dit-ds eval`, of which more is better."""
         return self.metric not in ("ms", "gb")
 
 
@@ -27,11 +27,11 @@ class Row:
     """A row as printed.
 
     Attributes:
-        line: where it stands in the paper's text, as converted to Markdown.
-        label: its leading cells.
-        values: by column; no entry where the paper has none.
-        configs: by dataset, the names of its configurations in configs/paper; none for methods that aren't here.
-        prompt: what it is evaluated with: text, point or box.
+        line: line number in the paper's text, as converted to Markdown.
+        label: the leading cells.
+        values: by column; no entry for an empty cell.
+        configs: names of its configurations in configs/paper, by dataset; empty for methods that are not implemented.
+        prompt: kind of prompt in the evaluation: text, point or box.
         trained: False for SAM as it was released.
     """
 
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as printed; `section` is where the paper speaks of it."""
+    """A table as printed; `section` is the paper's section about it."""
 
     number: int
     title: str
@@ -62,7 +62,7 @@ class Table:
 
 
 class Misprint(NamedTuple):
-    """Where the paper disagrees with itself or with the data, what it says there, and what is so."""
+    """A place where the paper disagrees with itself or with the data, what it says, and what is correct."""
 
     where: str
     says: str
@@ -77,9 +77,9 @@ def _row(entry: dict[str, Any], columns: tuple[Column, ...]) -> Row:
     if isinstance(configs, str):
         configs = {columns[0].dataset: configs}
     return Row(
-        entry["line"],
-        tuple(str(x) for x in entry["label"]),
-        {c: float(x) for c, x in zip(columns, figures) if x != "-"},
+        line=entry["line"],
+        label=tuple(str(x) for x in entry["label"]),
+        values={c: float(x) for c, x in zip(columns, figures) if x != "-"},
         configs=configs,
         prompt=entry.get("prompt", "text"),
         trained=entry.get("trained", True),
@@ -92,9 +92,9 @@ def _table(entry: dict[str, Any]) -> Table:
         dataset, split, *metrics = line.split()
         columns += [Column(dataset, split, metric) for metric in metrics]
     return Table(
-        entry["table"],
-        entry["title"],
-        entry["section"],
+        number=entry["table"],
+        title=entry["title"],
+        section=entry["section"],
         note=entry.get("note", ""),
         labels=tuple(entry["labels"]),
         columns=tuple(columns),
@@ -109,8 +109,14 @@ MISPRINTS = tuple(Misprint(**entry) for entry in _DATA["misprints"])
 
 
 class MemoryRow(NamedTuple):
-    """A row of Table 8 (appendix A.1): which encoders are frozen, the batch it gives, the GPU's memory in GB, and the
-    name of its configuration in configs/paper."""
+    """A row of Table 8 (appendix A.1).
+
+    Attributes:
+        visual_frozen, text_frozen: which encoders are.
+        batch: samples, as printed.
+        gpu_gb: memory of the GPU in GB.
+        config: name of its configuration in configs/paper.
+    """
 
     method: str
     visual_frozen: bool
@@ -123,7 +129,14 @@ class MemoryRow(NamedTuple):
 def _memory_row(row: Row) -> MemoryRow:
     method, visual, text, batch = row.label
     (gb,), (config,) = row.values.values(), row.configs.values()
-    return MemoryRow(method, visual == "frozen", text == "frozen", batch=int(batch), gpu_gb=gb, config=config)
+    return MemoryRow(
+        method=method,
+        visual_frozen=visual == "frozen",
+        text_frozen=text == "frozen",
+        batch=int(batch),
+        gpu_gb=gb,
+        config=config,
+    )
 
 
 TABLE_8 = tuple(_memory_row(row) for row in TABLES[8].rows)

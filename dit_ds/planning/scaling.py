@@ -206,7 +206,7 @@ def _fixed_and_grown(work: Work, machine: Machine, nodes: int) -> dict[str, dict
     one_node = split_batch(work.batch, machine.gpus_per_node, work.micro_batch)
     grown = one_node or BatchSplit(work.micro_batch, 1, machine.gpus_per_node)
     return {
-        "fixed": fixed and predict(work, machine, nodes, fixed.micro_batch, fixed.accumulation),
+        "fixed": predict(work, machine, nodes, fixed.micro_batch, fixed.accumulation) if fixed else None,
         "grown": predict(work, machine, nodes, grown.micro_batch, grown.accumulation),
     }
 
