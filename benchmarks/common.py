@@ -6,7 +6,6 @@ import ctypes
 import datetime
 import gc
 import json
-import os
 import platform
 import statistics
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dit_ds.files import usable_cores
 from dit_ds.planning.memory.tracker import LiveTensors
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,7 +97,7 @@ def conditions(device: str) -> dict[str, object]:
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
         platform.processor(),
     )
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{len(os.sched_getaffinity(0))} cores, {cpu}"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{usable_cores()} cores, {cpu}"
     return {"date": str(datetime.date.today()), "machine": machine, "torch": torch.__version__}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from dit_ds.errors import RunFailed
+from dit_ds.files import usable_cores
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 
 
@@ -22,7 +22,7 @@ def predict(questions: Iterable[MemoryRequest], processes: int | None = None) ->
         RunFailed: a process died.
     """
     questions = list(questions)
-    processes = min(len(questions), processes or len(os.sched_getaffinity(0)))
+    processes = min(len(questions), processes or usable_cores())
     # a server that has imported everything is forked for each question: the imports take longer than many an answer
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dit_ds.planning.memory.worker"])

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from typing import Any
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
 from dit_ds.engine.zero_presets import SETTINGS
-from dit_ds.files import write_json
+from dit_ds.files import usable_cores, write_json
 from dit_ds.planning.communication import ModuleTrace
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
 from dit_ds.planning.memory.request import MemoryRequest
@@ -188,9 +187,7 @@ class ProfilerPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["dit_ds.planning.memory.worker", "dit_ds.planning.tune.memory_model"])
         self.folder = tempfile.TemporaryDirectory()  # for candidates' DeepSpeed JSON files
-        self.pool = ProcessPoolExecutor(
-            processes or len(os.sched_getaffinity(0)), context, initializer=_quiet, max_tasks_per_child=1
-        )
+        self.pool = ProcessPoolExecutor(processes or usable_cores(), context, initializer=_quiet, max_tasks_per_child=1)
 
     def __enter__(self) -> ProfilerPool:
         return self
