@@ -1,4 +1,4 @@
-"""The ways a command can end other than well, and nothing else."""
+"""Exceptions that end a command, and their exit statuses."""
 
 
 class UserError(Exception):
@@ -10,8 +10,8 @@ class RunFailed(Exception):
 
 
 class RankFailed(Exception):
-    """As RunFailed, of one rank alone: the others don't know, so nothing is done together any more. Exit status 1."""
+    """RunFailed on one rank alone: the others continue, so no collective may follow. Exit status 1."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; it saved and can go on with --resume. Exit status 75: try again."""
+    """A signal stopped the run after it saved a checkpoint; --resume continues it. Exit status 75."""

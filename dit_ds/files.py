@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and reading them with answers in one line."""
+"""Atomic writes, JSON files and digests, with errors of one line; the cores of this process; and units of memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ def replace_on_success(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" while writing `path` into a `UserError` that says so."""
+    """Turn an operating system's error while writing `path` (disk full, no permission, no folder) into a `UserError`.
+
+    Raises:
+        UserError: names `path` and the reason. Other errors pass unchanged.
+    """
     try:
         yield
     except OSError as e:
@@ -60,13 +64,24 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Write `value` as JSON, atomically, with sorted keys (the same value gives the same bytes)."""
+    """Write `value` as JSON, atomically, with sorted keys (the same value gives the same bytes).
+
+    Raises:
+        UserError: as of `atomic_write`.
+    """
     with atomic_write(path) as f:
         f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
 
 
 def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read JSON; a missing or damaged file is a `UserError` that names it as `what`."""
+    """Read a JSON file.
+
+    Args:
+        what: names the file's content in messages, as "manifest".
+        object_hook: as for `json.load`.
+    Raises:
+        UserError: the file is missing, can't be read, or is not JSON.
+    """
     try:
         with open(path, encoding="utf-8-sig") as f:
             return json.load(f, object_hook=object_hook)
@@ -85,10 +100,10 @@ def sha256_of(path: str | Path) -> str:
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on, which on a cluster are fewer than the node has."""
+    """Number of cores that this process may run on; on a cluster, often fewer than the node has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_url(root: str | Path) -> bool:
-    """Whether files there can be read from front to back only."""
+    """Whether `root` is a URL or a `pipe:` command, whose files can be read as streams only."""
     return "://" in str(root) or str(root).startswith("pipe:")

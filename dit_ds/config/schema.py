@@ -12,13 +12,13 @@ from dit_ds.files import atomic_write, is_url
 
 
 class Section(BaseModel):
-    """Keys that are not declared are refused."""
+    """A section of the configuration; keys that are not declared are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class DataConfig(Section):
-    """Which expressions, at what size, in what order."""
+    """The dataset, its prompts, augmentation and loading."""
 
     root: str = Field("data_shards", description="folder that `dit-ds data shard` wrote to")
     dataset: str = Field("refcoco", description="refcoco, refcoco+, refcocog, ...")
@@ -83,7 +83,7 @@ class DataConfig(Section):
     )
     blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
     flip: float = Field(
-        0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the words"
+        0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the text"
     )
 
     @property
@@ -93,28 +93,28 @@ class DataConfig(Section):
 
     @property
     def train_sets(self) -> dict[str, float]:
-        """DATASET/SPLIT_BY of what is trained on, and its weight."""
+        """DATASET/SPLIT_BY of each training set, and its weight."""
         return self.mixture or {f"{self.dataset}/{self.split_by}": 1.0}
 
     @property
     def val_set(self) -> str:
-        """DATASET/SPLIT_BY of what is evaluated: by default the first that is trained on, also of a combined set."""
+        """DATASET/SPLIT_BY of the evaluation set: by default the first training set, or the first part of a combined one."""
         dataset, split_by = (part.split(",")[0] for part in next(iter(self.train_sets)).split("/"))
         return f"{self.val_dataset or dataset}/{self.val_split_by or split_by}"
 
     @property
     def streamed(self) -> bool:
-        """Whether shards are read from front to back."""
+        """Whether shards are read as streams, from front to back."""
         return self.reader == "stream" or self.reader == "auto" and is_url(self.root)
 
     @property
     def sample_order(self) -> str:
-        """global or shards."""
+        """`global` or `shards`, `auto` resolved."""
         return ("shards" if self.streamed else "global") if self.order == "auto" else self.order
 
 
 class ModelConfig(Section):
-    """SAM and how words enter it; or another method, to compare with."""
+    """SAM and how text enters it; or another method, to compare with."""
 
     name: Literal["dit_sam", "lavt", "rela"] = Field("dit_sam", description="the method; LAVT and ReLA to compare with")
     size: Literal["vit_t", "vit_b", "vit_l", "vit_h", "swin_b", "swin_t_tiny"] = Field(
@@ -122,24 +122,23 @@ class ModelConfig(Section):
     )
     scheme: Literal["default", "end_to_end", "layer_wise", "cascade", "cross_attention", "cross_attention_ffn"] = Field(
         "layer_wise",
-        description="default: words meet the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
+        description="default: text meets the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
         "layer_wise: L-DIT, equation 8; cascade: Table 9's; cross_attention, cross_attention_ffn: Table 4's",
     )
     word_init: Literal["auto", "zero", "uniform"] = Field(
         "auto",
-        description="what the words' projections into the ViT start from: zero weights, much as the paper's released "
-        "code, so that all words are one blank token at first; uniform, PyTorch's; auto: zero where model.checkpoint is "
-        "given",
+        description="initial weights of the text's projections into the ViT: zero, much as the paper's released code, so "
+        "that all text tokens are equal at first; uniform, PyTorch's; auto: zero where model.checkpoint is given",
     )
     adapters: Literal["frozen", "always", "never"] = Field(
         "frozen",
-        description="end_to_end's linear layer on the words between two layers: where the ViT is frozen (the paper), "
+        description="end_to_end's linear layer on the text between two layers: where the ViT is frozen (the paper), "
         "always (its released code), or never",
     )
-    static_tokens: int = Field(0, ge=0, description="learnable tokens beside the words in each layer (Table 2)")
+    static_tokens: int = Field(0, ge=0, description="learnable tokens beside the text in each layer (Table 2)")
     static_form: Literal["concat", "add"] = Field(
         "concat",
-        description="concat: beside the words; add: onto them, one for each of data.tokens (the released code)",
+        description="concat: beside the text tokens; add: onto them, one for each of data.tokens (the released code)",
     )
     decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
     checkpoint: str | None = Field(
@@ -151,8 +150,8 @@ class ModelConfig(Section):
     freeze_mask_decoder: bool = Field(False, description="don't train the mask decoder and the prompts' embeddings")
     freeze_projections: bool = Field(
         False,
-        description="freeze the words' way into the ViT together with it, as the paper's released code: with "
-        "word_init zero, what they say then never enters",
+        description="freeze the text's projections into the ViT together with it, as the paper's released code: with "
+        "word_init zero, the text then never enters",
     )
     mask_padding: bool = Field(
         True,
@@ -175,7 +174,7 @@ class ModelConfig(Section):
         description="0: all layers of the ViT attend globally (the paper's code); 14: all but four in windows, as SAM",
     )
     word_dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout of the words that enter the ViT; 0.1 in the paper's released code"
+        0.0, ge=0, lt=1, description="dropout of the text that enters the ViT; 0.1 in the paper's released code"
     )
 
 
@@ -257,7 +256,7 @@ class DeepSpeedConfig(Section):
         "configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch"
     )
     precision: Literal["bf16", "fp16", "fp32"] | None = Field(
-        None, description="of weights, gradients and communication, over what that JSON says; none leaves it"
+        None, description="of weights, gradients and communication, overrides that JSON; none leaves it"
     )
     override: dict[str, Any] = Field(
         default_factory=dict,
@@ -266,7 +265,7 @@ class DeepSpeedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is saved, when, and what is kept."""
+    """When checkpoints are saved, of what, and how many are kept."""
 
     every_epochs: int = Field(1, ge=1, description="save after so many epochs, and after the last")
     every_steps: int | None = Field(None, ge=1, description="save after so many steps, too")
@@ -277,8 +276,8 @@ class CheckpointConfig(Section):
     )
     frozen: Literal["store", "leave_out"] = Field(
         "store",
-        description="weights that don't train: one file a run, by its hash, linked into each checkpoint; or left out, to "
-        "be found again in model.checkpoint and text.name",
+        description="weights that don't train: one file a run, by its hash, linked into each checkpoint; or left out, and "
+        "read from model.checkpoint and text.name when the checkpoint is loaded",
     )
     on_full_disk: Literal["stop", "go_on"] = Field(
         "stop", description="when a checkpoint can't be written; the former one stays whole either way"
@@ -286,7 +285,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is reported."""
+    """Metrics, logs and the watchdog's limit."""
 
     every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")

@@ -1,4 +1,4 @@
-"""Which settings of a run's configuration go together."""
+"""Refuses combinations of settings that the schema alone allows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _DIT_SAM_ONLY = {
 
 
 def validate_combinations(config: RunConfig) -> None:
-    """Refuse what does not go together.
+    """Refuse settings that do not go together.
 
     Raises:
-        UserError: what does not, and what to set.
+        UserError: names the first such settings, and what to set.
     """
     _check_data(config)
     swin = config.model.size.startswith("swin")
@@ -76,10 +76,10 @@ def _check_scheme(config: RunConfig) -> None:
         raise UserError(f"model.adapters are of model.scheme end_to_end, not of {m.scheme}: leave them out")
     if m.freeze_projections and not m.freeze_image_encoder:
         raise UserError("model.freeze_projections goes with model.freeze_image_encoder: set both, or neither")
-    words = "text" in config.data.prompts
-    words_enter = words and m.scheme != "default" and not m.freeze_projections
-    text_trains = words and not config.text.freeze
-    if m.freeze_image_encoder and m.freeze_mask_decoder and not text_trains and not words_enter:
+    has_text = "text" in config.data.prompts
+    text_enters = has_text and m.scheme != "default" and not m.freeze_projections
+    text_trains = has_text and not config.text.freeze
+    if m.freeze_image_encoder and m.freeze_mask_decoder and not text_trains and not text_enters:
         raise UserError(
             "nothing is left to train: set one of model.freeze_image_encoder, model.freeze_mask_decoder and "
             "text.freeze to false, or model.scheme to layer_wise"
@@ -98,6 +98,6 @@ def _check_other_method(config: RunConfig) -> None:
         )
     for section, keys in _DIT_SAM_ONLY.items():
         for key in keys:
-            of = getattr(config, section)
-            if getattr(of, key) != type(of).model_fields[key].default:
+            values = getattr(config, section)
+            if getattr(values, key) != type(values).model_fields[key].default:
                 raise UserError(f"model.name {m.name} knows no {section}.{key}: leave it out")
