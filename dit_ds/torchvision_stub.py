@@ -1,11 +1,6 @@
 """Lets `segment_anything.modeling` be imported quickly, and `torchvision` beside a CPU build of torch.
 
-<<<<<<< HEAD
 `dit_ds.models` imports this module before all others.
-=======
-PyPI's torchvision is a CUDA build. Where its extension cannot load, its import fails on two operators that are not
-registered with torch. Declaring them suffices, as nothing here calls them. Where the extension loads, nothing is done.
->>>>>>> 7d31622 (Configuration, files and errors in plain terms)
 """
 
 from __future__ import annotations
