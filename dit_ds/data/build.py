@@ -1,4 +1,4 @@
-"""What a run trains on and what it is evaluated on: splits of one set, or of several."""
+"""The training and evaluation datasets that a configuration names: splits of one dataset, or a mixture of several."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from dit_ds.models.text_encoder import load_tokenizer
 def train_index(d: DataConfig) -> SplitIndex:
     """The training split, or those of `data.mixture`.
 
-    Where there is a mixture, or another set to evaluate on, images that are in another split than the training
-    split of any of them are left out, if both sets are of the same pictures; the index's `notes` say how many.
+    With a mixture, or another dataset to evaluate on, images that are in a split to evaluate on of any of them are left
+    out, among datasets of one image set; the index's `notes` say how many.
 
     Raises:
-        UserError: a set isn't there or not whole; nothing is left of one.
+        UserError: a dataset is missing or incomplete, or nothing is left of one.
     """
     folders = {name: locate(d.root, *name.split("/")) for name in d.train_sets}
-    named = dict.fromkeys([*folders.values(), val_folder(d)])
+    named = list(dict.fromkeys([*folders.values(), val_folder(d)]))
     if len(named) == 1 and not d.mixture:
-        return SplitIndex.load(*named, d.train_split)
+        return SplitIndex.load(named[0], d.train_split)
     manifests = {folder: load_manifest(folder) for folder in named}
     held_out = _held_out(list(manifests.values()), d.train_split)
     indices, notes = [], []
     for name, folder in folders.items():
-        whole = SplitIndex.load(folder, d.train_split)
-        index = whole.without_images(held_out.get(manifests[folder]["image_set"], np.zeros(0, np.int64)))
-        left_out = len(whole.refs) - len(index.refs)
+        full = SplitIndex.load(folder, d.train_split)
+        index = full.without_images(held_out.get(manifests[folder]["image_set"], np.zeros(0, np.int64)))
+        left_out = len(full.refs) - len(index.refs)
         if not len(index.refs):
             raise UserError(f"every image of {name} {d.train_split} is one that is evaluated on: train on another set")
         if left_out:
-            notes.append(f"{name}: {left_out} of {len(whole.refs)} refs left out, their images are evaluated on")
+            notes.append(f"{name}: {left_out} of {len(full.refs)} refs left out, their images are evaluated on")
         indices.append(index)
     return replace(SplitIndex.chain(indices, list(d.train_sets.values())), notes=notes)
 
 
 def val_folder(d: DataConfig) -> Path | str:
-    """Where the set is that is evaluated."""
+    """The folder or URL of the dataset that a run is evaluated on."""
     return locate(d.root, *d.val_set.split("/"))
 
 
@@ -58,21 +58,25 @@ def _held_out(manifests: list[dict[str, Any]], train_split: str) -> dict[str, np
     """The image ids of all splits but the one to train on, by image set."""
     ids: dict[str, list[int]] = {}
     for manifest in manifests:
-        of_set = ids.setdefault(manifest["image_set"], [])
+        image_ids = ids.setdefault(manifest["image_set"], [])
         for name, split in manifest["splits"].items():
             if name != train_split:
-                of_set += [sample[0] for entry in split["shards"] for sample in entry["samples"]]
+                image_ids += [sample[0] for entry in split["shards"] for sample in entry["samples"]]
     return {image_set: np.unique(x) for image_set, x in ids.items()}
 
 
 def build_train_dataset(config: RunConfig) -> ExpressionDataset:
-    """What a run trains on."""
+    """A run's training dataset.
+
+    Raises:
+        UserError: as of `train_index`.
+    """
     d = config.data
     return ExpressionDataset(
         train_index(d),
         d.unit,
         d.image_size,
-        tokenize=make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens),
+        make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens),
         augmentation=Augmentation(d.color_jitter, d.blur, d.flip),
         seed=config.seed,
         resize=d.resize,
@@ -95,16 +99,21 @@ def build_eval_dataset(
     """A split to evaluate on, with prompts of one kind.
 
     Args:
-        data_root: where its shards are, if not where the run had them.
-        trained: the kinds of prompts that the model was trained with, none of SAM's own weights; by default the run's.
+        split: its name.
+        data_root: of the shards, by default the run's.
+        kind: of the prompts: text, point or box; by default `DataConfig.default_prompt`.
+        sentence_shift: see `ExpressionDataset`.
+        trained: the kinds of prompts that the model was trained with, by default the run's; empty for SAM's weights.
+    Raises:
+        UserError: no such dataset or split, or it is incomplete.
     """
     d = config.data
-    if data_root is not None:  # by whichever reader can read there
+    if data_root is not None:  # the run's reader may not support it
         d = d.model_copy(update={"root": data_root, "reader": "auto"})
     index = SplitIndex.load(val_folder(d), split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
     trained = d.prompts if trained is None else trained
-    asked = Prompts.of(trained, d.points, [kind or d.default_prompt])
+    prompts = Prompts.of(trained, d.points, [kind or d.default_prompt])
     return ExpressionDataset(
         index,
         "sentence",
@@ -112,6 +121,6 @@ def build_eval_dataset(
         tokenize,
         sentence_shift=sentence_shift,
         resize=d.resize,
-        prompts=asked,
+        prompts=prompts,
         streamed=d.streamed,
     )

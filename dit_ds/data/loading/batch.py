@@ -1,8 +1,7 @@
-"""A micro-batch, written once, where the training process will read it."""
+"""A micro-batch, written once, in the memory that the training process reads."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,64 +14,72 @@ from dit_ds.errors import UserError
 
 
 class PackedMasks:
-    """(H, W) uint8 masks of 0 and 1 whose sizes differ, `masks[i]`; kept as bits, and of one that several expressions
-    share once, so that a worker's queue has little to carry."""
+    """(H, W) uint8 masks of 0 and 1 of different sizes, as `masks[i]`.
+
+    Packed to bits, and a mask of several expressions once, so that little goes through the workers' queue.
+    """
 
     def __init__(self, masks: Sequence[np.ndarray]):
         distinct = {id(m): m for m in masks}
-        place = {key: i for i, key in enumerate(distinct)}
-        self._which = [place[id(m)] for m in masks]
-        self._packed = [(m.shape, np.packbits(m.T)) for m in distinct.values()]  # column by column, as they lie
+        position = {key: i for i, key in enumerate(distinct)}
+        self._positions = [position[id(m)] for m in masks]
+        self._packed = [(m.shape, np.packbits(m.T)) for m in distinct.values()]  # column-major, as in memory
 
     def __len__(self) -> int:
-        return len(self._which)
+        return len(self._positions)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        (height, width), bits = self._packed[self._which[i]]
+        (height, width), bits = self._packed[self._positions[i]]
         return np.unpackbits(bits, count=height * width).reshape(width, height).T
 
 
 class BatchBuilder:
-    """Rows of a batch, put in one by one.
+    """A batch that is filled row by row.
 
-    Pictures are written pixel by pixel, as decoders give them, and handed out with the channels in front without being
-    transposed: what comes after reads either. Rows that nothing was put in hold anything.
+    Images are stored as decoders write them, (B, S, S, 3), and returned as a (B, 3, S, S) view in channels-last memory
+    format, without a copy. Rows that aren't filled have undefined contents.
 
     Args:
         rows: samples in the batch.
-        side: of the padded square, in pixels.
+        side: S, of the padded square, in pixels.
         mask_type: of the masks.
     """
 
     def __init__(self, rows: int, side: int, mask_type: torch.dtype = torch.uint8):
-        image, mask = (rows, side, side, 3), (rows, side, side)
-        start = -(-math.prod(image) // 64) * 64  # the mask's, behind the image, where any type may begin
-        storage, self._clean = batch_memory(start + math.prod(mask) * mask_type.itemsize)
-        self._image = torch.empty(0, dtype=torch.uint8).set_(storage, 0, image)
-        self._mask = torch.empty(0, dtype=mask_type).set_(storage, start // mask_type.itemsize, mask)
-        self._in_numpy = self._image.numpy(), self._mask.numpy()
+        image_bytes = rows * side * side * 3
+        mask_bytes = rows * side * side * mask_type.itemsize
+        start = -(-image_bytes // 64) * 64  # of the masks, aligned for any type
+        storage, self._zeroed = batch_memory(start + mask_bytes)
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._image = memory[:image_bytes].view(rows, side, side, 3)
+        self._mask = memory[start : start + mask_bytes].view(mask_type).view(rows, side, side)
+        self._arrays = self._image.numpy(), self._mask.numpy()
         self._rows: list[dict[str, Any]] = [{} for _ in range(rows)]
 
     def put(self, row: int, write_image: Callable[[np.ndarray], None], mask: np.ndarray, **values: Any) -> None:
-        """One sample.
+        """Fill one row.
 
         Args:
-            write_image: is given the (h, w, 3) uint8 to fill.
+            write_image: fills the (h, w, 3) uint8 array that it is given.
             mask: (h, w).
-            values: what else there is, the same names in each row.
+            values: the sample's other values, with the same keys in each row.
         """
         h, w = mask.shape
-        image, masks = (array[row, :h, :w] for array in self._in_numpy)
+        image, masks = (array[row, :h, :w] for array in self._arrays)
         write_image(image)
         masks[:] = mask
-        for array in self._in_numpy:
-            if not self._clean:
+        for array in self._arrays:
+            if not self._zeroed:
                 array[row, h:] = array[row, :h, w:] = 0
         self._rows[row] = {"size": np.array([h, w])} | values
 
     def collated(self) -> dict[str, Any]:
-        """`image` (B, 3, S, S) uint8, channels last in memory, `mask` (B, S, S), `size` (B, 2): h and w before padding,
-        and the values: arrays stacked, (B, ...), `original` as `PackedMasks`, others as lists."""
+        """The batch.
+
+        Returns:
+            `image` (B, 3, S, S) uint8 in channels-last memory format, `mask` (B, S, S), `size` (B, 2): h and w before
+            padding; and the rows' values: arrays stacked to (B, ...), `original` as `PackedMasks`, others as lists.
+        """
         batch: dict[str, Any] = {"image": self._image.permute(0, 3, 1, 2), "mask": self._mask}
         for key in self._rows[0]:
             values = [r[key] for r in self._rows]
@@ -85,24 +92,31 @@ class BatchBuilder:
         return batch
 
 
-def join(shares: list[dict[str, Any] | UserError]) -> dict[str, Any] | UserError | None:
-    """One micro-batch of which each worker read every so manieth sample; of one alone it is as it is, of none None."""
-    errors = [s for s in shares if isinstance(s, UserError)]
-    if errors or len(shares) < 2:
-        return (errors or shares or [None])[0]
-    batch: dict[str, Any] = {}
-    for key, first in shares[0].items():
-        parts = [s[key] for s in shares]
-        if key == "bad":
-            batch[key] = sum(parts, [])
-            continue
-        n = sum(map(len, parts))
-        # pictures stay channels last in memory
-        form = torch.channels_last if isinstance(first, Tensor) and first.dim() == 4 else torch.contiguous_format
-        joined: Any = [None] * n
-        if isinstance(first, Tensor):
-            joined = torch.empty((n, *first.shape[1:]), dtype=first.dtype, memory_format=form)
-        for worker, part in enumerate(parts):
-            joined[worker :: len(parts)] = part
-        batch[key] = joined
-    return batch
+def join_slices(slices: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError | None:
+    """One micro-batch from its slices: slice i of n has rows i, i + n, i + 2n, ...
+
+    Returns:
+        The batch; the first error among the slices; None without slices.
+    """
+    batches: list[dict[str, Any]] = []
+    for item in slices:
+        if isinstance(item, UserError):
+            return item
+        batches.append(item)
+    if len(batches) < 2:
+        return batches[0] if batches else None
+    return {key: _join_values(key, [b[key] for b in batches]) for key in batches[0]}
+
+
+def _join_values(key: str, parts: list[Any]) -> Any:
+    if key == "bad":
+        return sum(parts, [])
+    rows, first = sum(map(len, parts)), parts[0]
+    joined: Any = [None] * rows
+    if isinstance(first, Tensor):
+        # images stay in channels-last memory format
+        layout = torch.channels_last if first.dim() == 4 else torch.contiguous_format
+        joined = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, memory_format=layout)
+    for i, part in enumerate(parts):
+        joined[i :: len(parts)] = part
+    return joined

@@ -1,4 +1,4 @@
-"""Map-style samples: read from the tars by member offset, decoded, augmented, laid out as the model reads them."""
+"""The dataset of referring expressions: samples read from shards, decoded, resized, augmented and tokenized."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.batch import BatchBuilder
 from dit_ds.data.loading.decoded_image import DecodedImage
 from dit_ds.data.loading.index import JPG, JSON, BadSample, SplitIndex
-from dit_ds.data.loading.prompts import WORDS, Prompts, on_resized
+from dit_ds.data.loading.prompts import TEXT_ONLY, Prompts, prompt_mask
 from dit_ds.data.loading.readers import make_reader
+from dit_ds.data.loading.sampler import Item
 from dit_ds.data.loading.transforms import Augmentation, SampledAugmentation
 from dit_ds.errors import UserError
 
-Item = tuple[int, int, float]  # epoch, sample, weight
-Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]  # words -> ids (T,) int64, real (T,) bool
-_PROMPT, _SCALE = 1, 2  # streams of random numbers beside the augmentation's, so that they don't shift its draws
+Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> input ids (T,) int64, attention mask (T,) bool
+_PROMPT, _SCALE = 1, 2  # seeds of random streams beside the augmentation's, so that they don't shift its draws
 
 
-class _Place(NamedTuple):
-    """Where a sample is: its image, its ref, which of the ref's sentences; and the generator that augments it."""
+class _Location(NamedTuple):
+    """A sample's image, ref, position among the ref's sentences, and the generator for its augmentation."""
 
     image: int
     ref: int
-    nth: int
+    sentence: int
     rng: np.random.Generator
 
 
 class ExpressionDataset(Dataset):
-    """Map-style samples, read from the tars by member offset.
+    """A map-style dataset of referring expressions.
 
-    `dataset[item]` is one sample in numpy, `dataset.__getitems__(items)` a batch, for which a DataLoader asks: there an
-    image is read and decoded once for all its expressions, and once more only if others come in between.
+    `dataset[item]` is one sample in numpy; `dataset.__getitems__(items)` a batch, which PyTorch's DataLoader prefers. In
+    a batch an image is read and decoded once for all its expressions; consecutive batches share the last image, too.
 
     Args:
         index: the split.
-        unit: `ref` or `image`, one sentence per ref drawn anew each epoch (as the paper's code), or `sentence`, every one.
-        image_size: the longer side after resizing, and the side of the padded square.
+        unit: `ref` or `image`: one sentence of each ref, drawn in each epoch (as the paper's code); or `sentence`: each.
+        image_size: the longer side after resizing, and the side of the padded square, in pixels.
+        tokenize: text to input ids and attention mask.
+        augmentation: None for evaluation: no augmentation, and samples have their full-size mask, text and image_id.
+        seed: of sentence draws and augmentations.
+        sentence_shift: take each expression from the image this many images further on: a control experiment that shows
+            whether a model uses the text.
         resize: pad, which keeps the aspect ratio, or stretch.
-        tokenize: words to ids.
-        augmentation: None evaluates: no augmentation, and the sample carries its full-size mask.
-        seed: what sentence draws and augmentations derive from.
-        sentence_shift: an expression is taken from the image this many further on: the control experiment that
-            shows whether a model listens to the words.
-        prompts: what tells the model which object is meant.
-        mask_rule: of the mask to train on, see `resize_mask`.
-        scales: where there are any, the longer side is drawn from them in augmentation, in a square that stays.
-        streamed: shards are read from front to back, see `readers`.
-        skip_bad: a damaged sample becomes zeros of weight 0 without words, and the batch tells of it under `bad`.
+        prompts: that tell the model which object to segment.
+        mask_rule: of resized masks, see `resize_mask`.
+        scales: with augmentation, the longer side is drawn from these, within the same padded square.
+        streamed: read shards sequentially, see `readers`.
+        skip_bad: a damaged sample becomes zeros of weight 0 without text, and `bad` of the batch names it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ExpressionDataset(Dataset):
         seed: int = 0,
         sentence_shift: int = 0,
         resize: str = "pad",
-        prompts: Prompts = WORDS,
+        prompts: Prompts = TEXT_ONLY,
         mask_rule: str = "half",
         scales: Sequence[int] = (),
         streamed: bool = False,
@@ -78,7 +78,7 @@ class ExpressionDataset(Dataset):
         self.scales = list(scales) if augmentation is not None and scales else [image_size]
         self.skip_bad = skip_bad
         self.reader = make_reader(index, streamed)
-        self._last: tuple[int, DecodedImage] | None = None  # the image that was opened last
+        self._last: tuple[int, DecodedImage] | None = None  # the image that was decoded last
 
     def __len__(self) -> int:
         return len(self.index.sentences if self.unit == "sentence" else self.index.refs)
@@ -91,12 +91,16 @@ class ExpressionDataset(Dataset):
         return {k: (v.numpy() if isinstance(v, torch.Tensor) else v)[0] for k, v in batch.items() if k != "bad"}
 
     def __getitems__(self, items: Sequence[Item]) -> dict[str, Any] | UserError:
-        """A batch, see `BatchBuilder.collated`. What the user must mend is returned, not raised: see `checked`."""
+        """A batch, see `BatchBuilder.collated`; a UserError is returned, not raised, for `iterate` to raise.
+
+        PyTorch would raise it in the training process with the worker's traceback as its message.
+        """
         batch = BatchBuilder(len(items), self.image_size, torch.float32 if self.mask_rule == "soft" else torch.uint8)
-        places, bad = [self._locate(epoch, sample) for epoch, sample, _ in items], []
-        for row in sorted(range(len(items)), key=lambda r: places[r].image):  # an image's rows together
+        locations = [self._locate(epoch, sample) for epoch, sample, _ in items]
+        bad: list[str] = []
+        for row in sorted(range(len(items)), key=lambda r: locations[r].image):  # an image's rows together
             try:
-                sample = self._sample(*items[row], places[row])
+                sample = self._sample(items[row], locations[row])
             except BadSample as e:
                 if not self.skip_bad:
                     return e
@@ -107,104 +111,111 @@ class ExpressionDataset(Dataset):
             batch.put(row, **sample)
         return batch.collated() | ({"bad": bad} if self.skip_bad else {})
 
-    def _sample(self, epoch: int, sample: int, weight: float, at: _Place) -> dict[str, Any]:
-        """What `BatchBuilder.put` takes."""
-        kind, side, of_prompt = self._draw_kind_and_side(epoch, sample)
-        picture = self._open(at.image)
-        record = picture.meta["refs"][self.index.refs[at.ref, 1]]
-        text = self._text_of_another_image(at) if self.sentence_shift else record["sentences"][at.nth]["sent"]
-        whole = picture.whole(record["ann_ids"])
-        if kind != "text" and not whole.any():
-            raise self._without_mask(at.image, kind)
-        mask = picture.mask(record["ann_ids"], side)  # what is learned
-        inside = mask if kind == "text" else on_resized(mask, whole)  # what is shown of it
-        drawn = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(at.rng)
+    def _sample(self, item: Item, location: _Location) -> dict[str, Any]:
+        """The arguments of `BatchBuilder.put`."""
+        epoch, sample, weight = item
+        kind, side, prompt_rng = self._draw_kind_and_side(epoch, sample)
+        image = self._decoded(location.image)
+        ref = image.meta["refs"][self.index.refs[location.ref, 1]]
+        text = (
+            self._text_of_another_image(location)
+            if self.sentence_shift
+            else ref["sentences"][location.sentence]["sent"]
+        )
+        full_mask = image.full_mask(ref["ann_ids"])
+        if kind != "text" and not full_mask.any():
+            raise self._without_mask(location.image, kind)
+        mask = image.resized_mask(ref["ann_ids"], side)  # to predict
+        shown = mask if kind == "text" else prompt_mask(mask, full_mask)  # to draw the prompt from
+        augmentation = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(location.rng)
         out = {
-            "write_image": functools.partial(drawn.picture, picture.resized(side)),
-            "mask": drawn.mask(mask),
+            "write_image": functools.partial(augmentation.apply_image, image.resized(side)),
+            "mask": augmentation.apply_mask(mask),
             "weight": np.float32(weight),
             "sample": np.int64(sample),
         }
-        out |= self._prompt(kind, drawn.words(text), drawn.mask(inside), of_prompt)
+        out |= self._prompt(kind, augmentation.apply_text(text), augmentation.apply_mask(shown), prompt_rng)
         if self.augmentation is None:
-            out |= self._evaluated(at.image, whole, text)
+            out |= self._evaluation_values(location.image, full_mask, text)
         return out
 
     def _blank(self, epoch: int, sample: int) -> dict[str, Any]:
-        """In a damaged sample's place: a row like the others, of the kind that it would have been."""
-        kind, _, of_prompt = self._draw_kind_and_side(epoch, sample)
-        nothing = np.zeros((self.image_size, self.image_size), np.uint8)
+        """The arguments of `BatchBuilder.put` for a damaged sample: zeros, with the prompt's kind unchanged."""
+        kind, _, prompt_rng = self._draw_kind_and_side(epoch, sample)
+        zeros = np.zeros((self.image_size, self.image_size), np.uint8)
         out = {
             "write_image": lambda pixels: pixels.fill(0),
-            "mask": nothing,
+            "mask": zeros,
             "weight": np.float32(0),
             "sample": np.int64(sample),
         }
-        out |= self._prompt(kind, "", np.ones((1, 1), np.uint8), of_prompt)
+        out |= self._prompt(kind, "", np.ones((1, 1), np.uint8), prompt_rng)
         if self.augmentation is None:
-            out |= self._evaluated(self._locate(epoch, sample).image, nothing, "")
+            out |= self._evaluation_values(self._locate(epoch, sample).image, zeros, "")
         return out
 
     def _draw_kind_and_side(self, epoch: int, sample: int) -> tuple[str, int, np.random.Generator | None]:
-        """The kind of prompt, the longer side, and the generator that draws points; words need none."""
-        kind, of_prompt, side = "text", None, self.scales[0]
+        """The kind of prompt, the longer side in pixels, and the generator for points, None with text prompts only."""
+        kind, prompt_rng, side = "text", None, self.scales[0]
         if self.prompts.kinds != ("text",):
-            of_prompt = np.random.default_rng([self.seed, epoch, sample, _PROMPT])
-            kind = self.prompts.choose(of_prompt)
+            prompt_rng = np.random.default_rng([self.seed, epoch, sample, _PROMPT])
+            kind = self.prompts.choose(prompt_rng)
         if len(self.scales) > 1:
-            side = self.scales[
-                int(np.random.default_rng([self.seed, epoch, sample, _SCALE]).random() * len(self.scales))
-            ]
-        return kind, side, of_prompt
+            scale_rng = np.random.default_rng([self.seed, epoch, sample, _SCALE])
+            side = self.scales[int(scale_rng.random() * len(self.scales))]
+        return kind, side, prompt_rng
 
-    def _prompt(
-        self, kind: str, text: str, inside: np.ndarray, of_prompt: np.random.Generator | None
-    ) -> dict[str, Any]:
-        """`tokens` and `token_mask`, (T,) each, `points` (P, 2) and `labels` (P,), where there are any."""
-        out = {}
-        if self.prompts.words:
-            tokens, real = self.tokenize(text if kind == "text" else "")
-            out |= {"tokens": tokens, "token_mask": real if kind == "text" else np.zeros_like(real)}
-        return out | self.prompts.draw(kind, inside, of_prompt)
+    def _prompt(self, kind: str, text: str, mask: np.ndarray, rng: np.random.Generator | None) -> dict[str, Any]:
+        """`tokens` and `token_mask`, (T,) each, `points` (P, 2) and `labels` (P,), as far as the model reads them."""
+        out: dict[str, Any] = {}
+        if self.prompts.has_text:
+            tokens, attention_mask = self.tokenize(text if kind == "text" else "")
+            out["tokens"] = tokens
+            out["token_mask"] = attention_mask if kind == "text" else np.zeros_like(attention_mask)
+        return out | self.prompts.draw(kind, mask, rng)
 
-    def _evaluated(self, image: int, whole: np.ndarray, text: str) -> dict[str, Any]:
-        return {"original": whole, "text": text, "image_id": int(self.index.images[image, 1])}
+    def _evaluation_values(self, image: int, full_mask: np.ndarray, text: str) -> dict[str, Any]:
+        return {"original": full_mask, "text": text, "image_id": int(self.index.images[image, 1])}
 
-    def _locate(self, epoch: int, sample: int) -> _Place:
+    def _locate(self, epoch: int, sample: int) -> _Location:
         rng = np.random.default_rng([self.seed, epoch, sample])
         if self.unit != "sentence":
-            ref, nth = sample, int(rng.random() * self.index.refs[sample, 3])
+            ref, sentence = sample, int(rng.random() * self.index.refs[sample, 3])
         else:
             ref = int(self.index.sentences[sample])
-            nth = sample - int(self.index.refs[ref, 2])
-        return _Place(int(self.index.refs[ref, 0]), ref, nth, rng)
+            sentence = sample - int(self.index.refs[ref, 2])
+        return _Location(int(self.index.refs[ref, 0]), ref, sentence, rng)
 
-    def images_of(self, items: Sequence[tuple[int, int, float]]) -> np.ndarray:
+    def images_of(self, items: Sequence[Item]) -> np.ndarray:
         """(n,) int64: the image of each item."""
-        return self.index.refs[self.index.ref_of(self.unit, np.array([s for _, s, _ in items], np.int64)), 0]
+        return self.index.refs[self.index.refs_of(self.unit, np.array([s for _, s, _ in items], np.int64)), 0]
 
     def key(self, sample: int) -> str:
         """The WebDataset key of the sample's image."""
         return self.index.key(self._locate(0, sample).image)
 
-    def picture(self, sample: int) -> np.ndarray:
-        """(H, W, 3) uint8: the sample's image as it is in the shard."""
+    def full_image(self, sample: int) -> np.ndarray:
+        """(H, W, 3) uint8: the sample's image in its original size.
+
+        Raises:
+            UserError: it is damaged, or can't be read.
+        """
         image = self._locate(0, sample).image
         return self._decode(self.reader.read(image, JPG), image)
 
-    def _open(self, image: int) -> DecodedImage:
+    def _decoded(self, image: int) -> DecodedImage:
         if self._last is None or self._last[0] != image:
-            self._last = None  # whose memory the next one takes: what stays in the processor's cache is what is quick
+            self._last = None  # free its memory, which the processor has in cache, for the next image
             trains = self.augmentation is not None
             pixels = self._decode(self.reader.read(image, JPG), image, fast=trains)
-            self._last = image, DecodedImage(self._meta(image), pixels, self.resize, self.mask_rule, quick=trains)
+            self._last = image, DecodedImage(self._meta(image), pixels, self.resize, self.mask_rule, fast=trains)
         return self._last[1]
 
-    def _text_of_another_image(self, at: _Place) -> str:
-        other_image = (at.image + self.sentence_shift) % len(self.index.images)
+    def _text_of_another_image(self, location: _Location) -> str:
+        other_image = (location.image + self.sentence_shift) % len(self.index.images)
         refs = np.flatnonzero(self.index.refs[:, 0] == other_image)
-        other = self._meta(other_image)["refs"][int(self.index.refs[at.ref, 1]) % len(refs)]
-        return other["sentences"][at.nth % len(other["sentences"])]["sent"]
+        other = self._meta(other_image)["refs"][int(self.index.refs[location.ref, 1]) % len(refs)]
+        return other["sentences"][location.sentence % len(other["sentences"])]["sent"]
 
     def _meta(self, image: int) -> dict[str, Any]:
         return self.index.parse(image, self.reader.read(image, JSON))

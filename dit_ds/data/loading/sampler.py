@@ -1,8 +1,8 @@
-"""Which samples a batch holds: a pure function of (seed, epoch, manifest).
+"""Batch samplers: the samples of each batch are a pure function of (seed, epoch, manifest).
 
 Global batch k of epoch e holds the same samples for any world size, any number of workers and any point of resumption.
-Every sample is seen exactly once an epoch (in a mixture, as often as its weight says): where a batch is short it is
-filled up with samples of weight 0.
+An epoch has every sample exactly once (in a mixture, as often as its weight says); a batch that isn't full is padded
+with samples of weight 0.
 """
 
 from __future__ import annotations
@@ -17,65 +17,79 @@ import numpy as np
 
 from dit_ds.errors import UserError
 
-Item = tuple[int, int, float]  # which time the sample is seen (its draws' epoch), the sample, its weight in the loss
-_SHARDS, _BATCHES, _PART = 1, 2, 3  # streams of random words beside the one of an epoch's order
+Item = tuple[
+    int, int, float
+]  # repetition (the epoch that the sample's draws are seeded with), sample, weight in the loss
+_SHARDS, _BATCHES, _DATASET = 1, 2, 3  # random streams beside stream 0, an epoch's order; _DATASET + i for dataset i
 
 
-def _words(seed: int, epoch: int, n: int, stream: int = 0) -> np.ndarray:
-    # numpy keeps Philox's raw words fixed for ever
+def _random_words(seed: int, epoch: int, n: int, stream: int = 0) -> np.ndarray:
+    """(n,) uint64."""
+    # numpy guarantees that a bit generator's raw output never changes
     return np.random.Philox(key=[np.uint64(seed), np.uint64(epoch)], counter=[0, 0, 0, stream]).random_raw(n)
 
 
 def epoch_order(seed: int, epoch: int, n: int, stream: int = 0) -> np.ndarray:
-    """(n,) int64: the order of the n samples in this epoch."""
-    return np.argsort(_words(seed, epoch, n, stream), kind="stable")
+    """(n,) int64: a permutation of n samples for this epoch.
+
+    Args:
+        stream: independent permutations of one (seed, epoch).
+    """
+    return np.argsort(_random_words(seed, epoch, n, stream), kind="stable")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What an epoch runs over.
+    """The samples of an epoch.
 
     Attributes:
-        parts: (samples, weight) of each set; an epoch sees weight x samples of them, going on where the last one ended.
-        images: (n,) the image of each sample; given, all samples of an image go in one global batch.
-        shards: (n,) the shard of each sample; given, a batch's samples come from as many places in the shuffled shards,
-            which are read one after the other, and are shuffled within each.
-        manifest_sha: what the order depends on beside the seed.
+        datasets: (samples, weight) of each dataset; an epoch takes weight x samples of it, continuing where the previous
+            epoch ended.
+        images: (n,) int64, the image of each sample; if given, all samples of an image are in one global batch.
+        shards: (n,) int64, the shard of each sample; if given, row i of every batch reads the shuffled shards
+            sequentially from its own starting point, and samples are shuffled within each shard.
+        manifest_sha: the order depends on it and on the seed; a resumed run must have the same.
     """
 
-    parts: list[tuple[int, float]]
+    datasets: list[tuple[int, float]]
     images: np.ndarray | None = None
     shards: np.ndarray | None = None
     manifest_sha: str = ""
 
-    def seen(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Two (m,) int64: the samples of an epoch, and which time each is seen. m is the same in every epoch."""
-        times, samples = [], []
-        starts = np.cumsum([0] + [n for n, _ in self.parts])
-        for part, (n, weight) in enumerate(self.parts):
+    def of_epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples of an epoch, not yet shuffled; equally many in every epoch.
+
+        Returns:
+            Two (m,) int64: samples, and for each its repetition: how often it was taken before.
+        Raises:
+            UserError: there are none.
+        """
+        repetitions, samples = [], []
+        starts = np.cumsum([0] + [n for n, _ in self.datasets])
+        for i, (n, weight) in enumerate(self.datasets):
             if not (take := round(weight * n)):
                 continue
             first, last = epoch * take, (epoch + 1) * take
-            for time in range(first // n, -(-last // n)):
-                a, b = max(first - time * n, 0), min(last - time * n, n)
-                whole = (a, b) == (0, n)
-                chosen = np.arange(n) if whole else np.sort(epoch_order(seed, time, n, _PART + part)[a:b])
-                samples.append(starts[part] + chosen)
-                times.append(np.full(len(chosen), time))
+            for repetition in range(first // n, -(-last // n)):
+                a, b = max(first - repetition * n, 0), min(last - repetition * n, n)
+                complete = (a, b) == (0, n)
+                chosen = np.arange(n) if complete else np.sort(epoch_order(seed, repetition, n, _DATASET + i)[a:b])
+                samples.append(starts[i] + chosen)
+                repetitions.append(np.full(len(chosen), repetition))
         if not samples:
             raise UserError("nothing is left to train on: raise the weights of data.mixture")
-        return np.concatenate(samples), np.concatenate(times)
+        return np.concatenate(samples), np.concatenate(repetitions)
 
 
 class TrainBatchSampler:
-    """Batch sampler: this rank's share of each global batch of one epoch, one micro-batch after the other.
+    """Batch sampler of one epoch: yields this rank's micro-batches of each global batch.
 
     Args:
-        samples: what an epoch runs over; a number is one set of so many.
-        batch_size: the global batch.
-        micro_batch: samples a rank takes at once; `batch_size` is a multiple of `micro_batch * world_size`.
+        samples: of an epoch; a number stands for one dataset of that size.
+        batch_size: of the global batch.
+        micro_batch: samples of a rank's micro-batch; `batch_size` is a multiple of `micro_batch * world_size`.
     Raises:
-        UserError: an image has more refs than go in a batch; nothing is left in an epoch.
+        UserError: an image has more refs than a batch has samples; an epoch has no samples.
     """
 
     def __init__(
@@ -89,24 +103,24 @@ class TrainBatchSampler:
         self.batches_per_epoch = len(bounds) - 1  # global batches, that is optimizer steps
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """The next iteration yields `epoch` from global batch `batch` on."""
+        """Make the next iteration yield `epoch` from global batch `batch` on."""
         self.epoch, self.first_batch = epoch, batch
 
     def state(self, epoch: int, batch: int) -> dict[str, Any]:
-        """All that it takes to go on with global batch `batch` of `epoch`, on any number of ranks and workers."""
+        """The state to resume from before global batch `batch` of `epoch`, on any number of ranks and workers."""
         seen = int(self._order(epoch)[2][batch])
         sha = self.samples.manifest_sha
         return {"epoch": epoch, "samples_seen": seen, "seed": self.seed, "manifest_sha": sha}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`.
+        """Continue from a `state`.
 
         Raises:
             UserError: it is of another manifest, seed or batch size.
         """
-        for key, mine in (("manifest_sha", self.samples.manifest_sha), ("seed", self.seed)):
-            if state[key] != mine:
-                raise UserError(f"the loader's state has {key} {state[key]}, here it is {mine}: resume with the same")
+        for key, value in (("manifest_sha", self.samples.manifest_sha), ("seed", self.seed)):
+            if state[key] != value:
+                raise UserError(f"the loader's state has {key} {state[key]}, here it is {value}: resume with the same")
         bounds = self._order(state["epoch"])[2]
         batch = int(np.searchsorted(bounds, state["samples_seen"]))
         if bounds[batch] != state["samples_seen"]:
@@ -114,15 +128,19 @@ class TrainBatchSampler:
         self.start_at(state["epoch"], batch)
 
     def global_batch(self, order: tuple[np.ndarray, ...], k: int) -> list[Item]:
-        """Global batch `k`; weights make its mean loss the mean over its real samples."""
-        samples, times, bounds = order
+        """Global batch `k`; its mean weighted loss is the mean over its real samples.
+
+        Args:
+            order: as returned by `_order`.
+        """
+        samples, repetitions, bounds = order
         real = slice(bounds[k], bounds[k + 1])
         weight = self.batch_size / (bounds[k + 1] - bounds[k])
-        items = [(t, s, weight) for t, s in zip(times[real].tolist(), samples[real].tolist())]
-        filler = [(items[0][0], items[0][1], 0.0)] * (self.batch_size - len(items))
+        items = [(r, s, weight) for r, s in zip(repetitions[real].tolist(), samples[real].tolist())]
+        padding = [(items[0][0], items[0][1], 0.0)] * (self.batch_size - len(items))
         if self.samples.images is None:
-            return items + filler
-        return _in_bins(items, self.samples.images[samples[real]], self.micro_batch) + filler
+            return items + padding
+        return _pack_micro_batches(items, self.samples.images[samples[real]], self.micro_batch) + padding
 
     def __iter__(self) -> Iterator[list[Item]]:
         order = self._order(self.epoch)
@@ -136,41 +154,49 @@ class TrainBatchSampler:
         return (self.batches_per_epoch - self.first_batch) * micro_steps
 
     def worker_slices(self, worker: int, workers: int) -> list[list[Item]]:
-        """What of each micro-batch one of several readers of a stream takes: always the same places, so that in order
-        `shards` it always reads the same few shards."""
+        """A worker's slice of each micro-batch: always the same rows, so that in order `shards` it reads few shards."""
         return [micro_batch[worker::workers] for micro_batch in self]
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(m,) samples, (m,) which time each is seen, and where the batches begin, (batches + 1,)."""
-        samples, times = self.samples.seen(self.seed, epoch)
+        """An epoch in order: (m,) samples, (m,) their repetitions, and (batches + 1,) bounds of the global batches."""
+        samples, repetitions = self.samples.of_epoch(self.seed, epoch)
         bounds = np.append(np.arange(0, len(samples), self.batch_size), len(samples))
         if self.samples.shards is not None:
-            order = self._along_shards(epoch, self.samples.shards[samples], times)
+            order = self._shard_order(epoch, self.samples.shards[samples], repetitions)
         else:
             order = epoch_order(self.seed, epoch, len(samples))
             if self.samples.images is not None:
-                order, bounds = self._by_image(epoch, order, self.samples.images[samples], times)
-        return samples[order], times[order], bounds
+                order, bounds = self._image_order(epoch, order, self.samples.images[samples], repetitions)
+        return samples[order], repetitions[order], bounds
 
-    def _along_shards(self, epoch: int, shards: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """The shuffled shards, their samples shuffled within each, in one row that is cut into as many equal lanes as a
-        batch has places. A batch takes the next of each lane: each of its places reads one shard after the other."""
+    def _shard_order(self, epoch: int, shards: np.ndarray, repetitions: np.ndarray) -> np.ndarray:
+        """(m,) int64: an order in which row i of every batch reads shards sequentially.
+
+        The shards are shuffled, and the samples within each. The resulting sequence is cut into as many equal lanes as a
+        batch has rows; a batch takes the next sample of each lane.
+        """
         n = len(shards)
-        _, block = np.unique(np.stack([times, shards]), axis=1, return_inverse=True)
-        place = np.argsort(epoch_order(self.seed, epoch, block.max() + 1, _SHARDS))  # of each block in the row
+        _, block = np.unique(np.stack([repetitions, shards]), axis=1, return_inverse=True)
+        rank = np.argsort(epoch_order(self.seed, epoch, block.max() + 1, _SHARDS))  # of each block in the sequence
         shuffled = epoch_order(self.seed, epoch, n)
-        row = shuffled[np.argsort(place[block[shuffled]], kind="stable")]
+        sequence = shuffled[np.argsort(rank[block[shuffled]], kind="stable")]
         lanes = min(self.batch_size, n)
         lengths = np.full(lanes, n // lanes) + (np.arange(lanes) < n % lanes)
-        starts, at = np.cumsum(lengths) - lengths, np.arange(n)
-        return row[starts[at % lanes] + at // lanes]
+        starts, i = np.cumsum(lengths) - lengths, np.arange(n)
+        return sequence[starts[i % lanes] + i // lanes]
 
-    def _by_image(
-        self, epoch: int, order: np.ndarray, images: np.ndarray, times: np.ndarray
+    def _image_order(
+        self, epoch: int, order: np.ndarray, images: np.ndarray, repetitions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images go, the largest first, each to the batch that holds least; how full batches get depends on the images'
-        sizes alone, so there are equally many in every epoch."""
-        _, group, sizes = np.unique(np.stack([times, images]), axis=1, return_inverse=True, return_counts=True)
+        """An order in which all samples of an image are in one global batch, and the batches' bounds.
+
+        Images are assigned, the largest first, to the batch with the fewest samples. The batches' sizes depend on the
+        images' sizes alone, so every epoch has equally many batches.
+
+        Raises:
+            UserError: an image has more samples than a batch.
+        """
+        _, group, sizes = np.unique(np.stack([repetitions, images]), axis=1, return_inverse=True, return_counts=True)
         if sizes.max() > self.batch_size:
             raise UserError(
                 f"an image has {sizes.max()} refs, train.batch_size is {self.batch_size}: raise it, or set data.unit ref"
@@ -180,17 +206,18 @@ class TrainBatchSampler:
         drawn = epoch_order(self.seed, epoch, len(sizes), _SHARDS)
         drawn = drawn[np.argsort(-sizes[drawn], kind="stable")]
         count = math.ceil(len(order) / self.batch_size)
-        while (batches := _spread(sizes[drawn], count, self.batch_size)) is None:
+        while (assigned := _balance(sizes[drawn], count, self.batch_size)) is None:
             count += 1
         shuffled = epoch_order(self.seed, epoch, count, _BATCHES)
-        batches = [[members[drawn[i]] for i in batches[b]] for b in shuffled]
-        bounds = np.cumsum([0] + [sum(map(len, b)) for b in batches])
+        batches = [[members[drawn[i]] for i in assigned[b]] for b in shuffled]
+        bounds = np.cumsum([0, *(sum(len(m) for m in b) for b in batches)])
         return np.concatenate([m for b in batches for m in b]), bounds
 
 
-def _spread(sizes: np.ndarray, bins: int, capacity: int) -> list[list[int]] | None:
-    """Which of the sizes, given the largest first, go in which bin; None if one gets too full."""
-    heap, filled = [(0, b) for b in range(bins)], [[] for _ in range(bins)]
+def _balance(sizes: np.ndarray, bins: int, capacity: int) -> list[list[int]] | None:
+    """Indices of the sizes by bin, each assigned to the least loaded bin; None if that exceeds the capacity."""
+    heap = [(0, b) for b in range(bins)]
+    filled: list[list[int]] = [[] for _ in range(bins)]
     for i, size in enumerate(sizes.tolist()):
         load, b = heapq.heappop(heap)
         if load + size > capacity:
@@ -200,8 +227,8 @@ def _spread(sizes: np.ndarray, bins: int, capacity: int) -> list[list[int]] | No
     return filled
 
 
-def _in_bins(items: list[Item], images: np.ndarray, capacity: int) -> list[Item]:
-    """A batch's items, those of one image in one micro-batch wherever that goes, so that it is decoded once."""
+def _pack_micro_batches(items: list[Item], images: np.ndarray, capacity: int) -> list[Item]:
+    """A batch's items in an order in which, where possible, an image's are in one micro-batch, to decode it once."""
     groups: dict[tuple[int, int], list[Item]] = {}
     for item, image in zip(items, images.tolist()):
         groups.setdefault((item[0], image), []).append(item)
@@ -216,9 +243,9 @@ def _in_bins(items: list[Item], images: np.ndarray, capacity: int) -> list[Item]
 
 
 class EvalBatchSampler:
-    """Batch sampler: each rank takes its part of the batches, whose make-up is the same on any number of ranks.
+    """Batch sampler of an evaluation: each rank takes a range of the batches, which are the same for any world size.
 
-    All ranks get equally many (ZeRO-3 gathers weights in lockstep): the missing ones repeat the last with weight 0.
+    All ranks get equally many (under ZeRO-3 each forward is collective): missing ones repeat the last with weight 0.
     """
 
     def __init__(self, n: int, batch_size: int, rank: int, world_size: int):
@@ -235,6 +262,6 @@ class EvalBatchSampler:
         return math.ceil(math.ceil(self.n / self.batch_size) / self.world_size)
 
     def worker_slices(self, worker: int, workers: int) -> list[list[Item]]:
-        """The batches that one of several readers of a stream takes: neighbours, which lie in the same shards."""
+        """A worker's range of the batches: consecutive ones, which are in the same shards."""
         batches = list(self)
         return batches[worker * len(batches) // workers : (worker + 1) * len(batches) // workers]

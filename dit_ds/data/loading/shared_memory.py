@@ -1,5 +1,7 @@
-"""Shared memory that batches travel in, from a worker to the training process; and that returns, as a page fault for
-each 4 KiB of fresh memory costs about as much as resizing the pictures."""
+"""Shared memory in which batches travel from a worker to the training process, and its reuse.
+
+Fresh memory costs a page fault for each 4 KiB, together about as much as resizing the images.
+"""
 
 from __future__ import annotations
 
@@ -12,79 +14,88 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import get_worker_info
 
-_SLOTS = 8  # a worker's: those that wait, see `prefetch_factor`, the one in use, the one being filled, two to spare
+_SLOTS = 8  # of a worker: `prefetch_factor` batches that wait, one in use, one being filled, and two spare
 
 
 class SharedBatchPool:
-    """A worker's memory for batches. A slot is taken until the training process has dropped every tensor that views it;
-    as long as all are, there is fresh memory, as without a pool."""
+    """A worker's reusable memory for batches.
+
+    A slot is in use until the training process has dropped every tensor that views it. While all slots are, batches get
+    fresh memory.
+    """
 
     def __init__(self) -> None:
-        self._taken = torch.zeros(_SLOTS, dtype=torch.uint8).share_memory_()
+        self._in_use = torch.zeros(_SLOTS, dtype=torch.uint8).share_memory_()
         self._slots: list[torch.UntypedStorage] = []
         self._by_address: dict[int, int] = {}
 
     def take(self, size: int) -> tuple[torch.UntypedStorage, bool]:
-        """At least `size` bytes; and whether they are fresh, which are zeros."""
+        """A shared storage of at least `size` bytes, and whether it is fresh, that is, zeros."""
         for slot, storage in enumerate(self._slots):
-            if not self._taken[slot] and storage.nbytes() >= size:
-                self._taken[slot] = 1
+            if not self._in_use[slot] and storage.nbytes() >= size:
+                self._in_use[slot] = 1
                 return storage, False
         storage = torch.UntypedStorage._new_shared(size)
         if len(self._slots) < _SLOTS:
             slot = len(self._slots)
-            self._taken[slot] = 1
+            self._in_use[slot] = 1
             self._slots.append(storage)
             self._by_address[storage.data_ptr()] = slot
         return storage, True
 
     def share(self, batch: dict[str, Any]) -> SharedBatch:
-        """The batch, ready for the queue to the training process."""
-        return SharedBatch(batch, self._taken, self._by_address.get(batch["image"].untyped_storage().data_ptr()))
+        """Wrap a batch for the queue to the training process."""
+        return SharedBatch(batch, self._in_use, self._by_address.get(batch["image"].untyped_storage().data_ptr()))
 
 
 _pool: SharedBatchPool | None = None  # of this process, if it is a worker
 
 
-def _pool_here() -> SharedBatchPool:
+def _worker_pool() -> SharedBatchPool:
     global _pool
     _pool = _pool or SharedBatchPool()
     return _pool
 
 
 def batch_memory(size: int) -> tuple[torch.UntypedStorage, bool]:
-    """Memory for a batch, in a worker shared; and whether it is zeros."""
-    return (torch.UntypedStorage(size), False) if get_worker_info() is None else _pool_here().take(size)
+    """A storage of at least `size` bytes, shared if this process is a worker; and whether it is zeros."""
+    return (torch.UntypedStorage(size), False) if get_worker_info() is None else _worker_pool().take(size)
 
 
 def share(batch: Any) -> Any:
-    """What a worker made, ready for the queue; without workers, or if it is no batch, as it is."""
-    return batch if get_worker_info() is None or not isinstance(batch, dict) else _pool_here().share(batch)
+    """The loader's `collate_fn`: wraps a worker's batch for the queue; returns anything else unchanged."""
+    return batch if get_worker_info() is None or not isinstance(batch, dict) else _worker_pool().share(batch)
 
 
 class SharedBatch:
-    """A batch on its way: unpickled it is a dict again, and from then on is watched.
+    """A batch in the queue, which is unpickled to a dict whose slot is released once its tensors are dropped.
 
-    Small tensors go through the pipe: a file descriptor each would cost more.
+    Small tensors are sent through the pipe: a file descriptor for each would cost more.
+
+    Args:
+        batch: its `image` and `mask` are in shared memory.
+        in_use: the pool's flags.
+        slot: of `image` and `mask` in the pool; None with fresh memory outside it.
     """
 
-    def __init__(self, batch: dict[str, Any], taken: Tensor, slot: int | None):
+    def __init__(self, batch: dict[str, Any], in_use: Tensor, slot: int | None):
         self._batch = {k: v.numpy() if isinstance(v, Tensor) and not v.is_shared() else v for k, v in batch.items()}
-        self._taken, self._slot = taken, slot
+        self._in_use, self._slot = in_use, slot
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive, (self._batch, self._taken, self._slot)
+        return _receive, (self._batch, self._in_use, self._slot)
 
 
 _lock = threading.Lock()
-_shared: list[tuple[StorageWeakRef, Tensor, int]] = []  # to this process: memory, and where to say that it is dropped
+_received: list[tuple[StorageWeakRef, Tensor, int]] = []  # in the training process: storage, its pool's flags, its slot
 
 
-def _receive(batch: dict[str, Any], taken: Tensor, slot: int | None) -> dict[str, Any]:
-    with _lock:  # a thread that pins memory receives, too
-        for entry in [e for e in _shared if e[0].expired()]:
-            _shared.remove(entry)
+def _receive(batch: dict[str, Any], in_use: Tensor, slot: int | None) -> dict[str, Any]:
+    """The batch; releases the slots of earlier batches that were dropped meanwhile."""
+    with _lock:  # with pinned memory, a thread receives
+        for entry in [e for e in _received if e[0].expired()]:
+            _received.remove(entry)
             entry[1][entry[2]] = 0
         if slot is not None:
-            _shared.append((StorageWeakRef(batch["image"].untyped_storage()), taken, slot))
+            _received.append((StorageWeakRef(batch["image"].untyped_storage()), in_use, slot))
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""From JPEG bytes, a mask and words to what the model reads: sizes, augmentations, padding."""
+"""Transforms of images, masks and expressions: resizing, augmentation, padding."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# the loader's processes share the cores among themselves; and a forked process waits forever for a pool's threads
+# workers are one process a core; and OpenCV's thread pool deadlocks in a forked process
 cv2.setNumThreads(1)
 
 _SIDES = {"left": "right", "right": "left"}
 _SIDE_WORD = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|ward\b|wards\b|side\b)", re.IGNORECASE)
-_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's
-_OWN = np.eye(3)
+_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's
+_IDENTITY = np.eye(3)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The paper's augmentations (section 4.2) and how strong they are; all zero means none.
+    """The paper's augmentations (section 4.2) and their strength; zeros turn them off.
 
     Attributes:
         color: brightness, contrast and saturation are each scaled by a factor from [1 - color, 1 + color].
         blur: the probability of a Gaussian blur with a radius of 0.1 to 1.5 pixels of the resized image.
-        flip: the probability of a horizontal flip, in which "left" and "right" change places in the words.
+        flip: the probability of a horizontal flip, which also swaps "left" and "right" in the expression.
     """
 
     color: float = 0.0
@@ -34,7 +34,7 @@ class Augmentation:
     flip: float = 0.0
 
     def draw(self, rng: np.random.Generator) -> SampledAugmentation:
-        """One sample's. Every draw is made whatever the settings, so that one of them never shifts another."""
+        """Draw one sample's augmentation, with the same number of draws whatever the settings."""
         factors = 1 + self.color * rng.uniform(-1, 1, 3)
         blur, radius, flip = rng.random(), rng.uniform(0.1, 1.5), rng.random()
         return SampledAugmentation(
@@ -44,20 +44,20 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class SampledAugmentation:
-    """What one sample's augmentation is.
+    """The augmentation of one sample.
 
     Attributes:
-        factors: (3,) of brightness, contrast and saturation; None leaves the colors.
-        radius: the standard deviation of the blur in pixels; None is none.
-        flipped: left and right change places.
+        factors: (3,) of brightness, contrast and saturation; None leaves the colors unchanged.
+        radius: the standard deviation of the blur in pixels; None for no blur.
+        flipped: flip horizontally.
     """
 
     factors: np.ndarray | None = None
     radius: float | None = None
     flipped: bool = False
 
-    def picture(self, image: np.ndarray, out: np.ndarray) -> None:
-        """Write an (h, w, 3) uint8 picture, augmented, to `out`, all steps in its memory."""
+    def apply_image(self, image: np.ndarray, out: np.ndarray) -> None:
+        """Write an (h, w, 3) uint8 image, augmented, to `out`; every step after the first is in place."""
         if self.factors is None:
             out[:] = image
         else:
@@ -68,31 +68,39 @@ class SampledAugmentation:
         if self.flipped:
             cv2.flip(out, 1, dst=out)
 
-    def mask(self, mask: np.ndarray) -> np.ndarray:
-        """(h, w), turned as the picture."""
+    def apply_mask(self, mask: np.ndarray) -> np.ndarray:
+        """(h, w): the mask, flipped with the image."""
         return cv2.flip(mask, 1) if self.flipped else mask
 
-    def words(self, text: str) -> str:
-        """The expression as it is true of the picture."""
+    def apply_text(self, text: str) -> str:
+        """The expression, its sides swapped if the image is flipped."""
         return swap_sides(text) if self.flipped else text
 
 
 def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
-    """(3, 4) float32: Pillow's three enhancers, one after the other, as one affine map of a pixel.
+    """(3, 4) float32: the composition of Pillow's three enhancers as one affine map of a pixel.
 
-    Brightness scales, contrast blends with the picture's mean grey, saturation with the pixel's own. Each is affine and
-    grey stays grey, so they compose; only what lies beyond 0 and 255 is cut off once at the end, not in between.
+    Brightness scales, contrast blends with the image's mean grey, saturation with the pixel's grey. Each is affine and
+    maps grey to grey, so they compose. Unlike Pillow's, values are clipped to [0, 255] only once, at the end.
+
+    Args:
+        image: (h, w, 3) uint8, for its mean grey.
+        brightness, contrast, saturation: factors, 1 for no change.
     """
-    grey = brightness * _GREY @ cv2.mean(image[::4])[:3]  # every fourth row tells the mean well enough
+    grey = brightness * _GREY @ cv2.mean(image[::4])[:3]  # every fourth row estimates the mean well enough
     matrix = np.empty((3, 4), np.float32)
-    matrix[:, :3] = brightness * contrast * (saturation * _OWN + (1 - saturation) * _GREY)
+    matrix[:, :3] = brightness * contrast * (saturation * _IDENTITY + (1 - saturation) * _GREY)
     matrix[:, 3] = (1 - contrast) * grey
     return matrix
 
 
 def resized_shape(height: int, width: int, image_size: int, resize: str = "pad") -> tuple[int, int]:
-    """(h, w) with the longer side `image_size` and the aspect ratio kept, rounded as by SAM's `ResizeLongestSide`; the
-    square, where `resize` is stretch."""
+    """(h, w) with the longer side `image_size`, rounded as by SAM's `ResizeLongestSide.get_preprocess_shape`.
+
+    Args:
+        height, width: of the original image.
+        resize: pad, which keeps the aspect ratio, or stretch, to a square.
+    """
     if resize == "stretch":
         return image_size, image_size
     scale = image_size / max(height, width)
@@ -100,36 +108,41 @@ def resized_shape(height: int, width: int, image_size: int, resize: str = "pad")
 
 
 def resize_image(image: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
-    """(H, W, 3) uint8 to `resized_shape`, bit-equal to SAM's own resizing, which is Pillow's: for evaluation."""
-    h, w = resized_shape(*image.shape[:2], image_size, resize)
+    """(H, W, 3) uint8 to `resized_shape`, bit-equal to SAM's resizing, which is Pillow's: for evaluation."""
+    h, w = resized_shape(image.shape[0], image.shape[1], image_size, resize)
     return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
 
 
-def resize_quickly(image: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
-    """(H, W, 3) or (H, W) uint8 to `resized_shape`, for training: an eighth of Pillow's time, and where it aliases a little, that
-    is less than the augmentations change. Below half the size there would be pixels that it never looks at, so there
-    each one is the mean of what it covers."""
-    h, w = resized_shape(*image.shape[:2], image_size, resize)
-    shrinks = min(h / image.shape[0], w / image.shape[1])
-    return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if shrinks >= 0.5 else cv2.INTER_AREA)
+def resize_image_fast(image: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
+    """(H, W, 3) or (H, W) uint8 to `resized_shape`, for training: an eighth of Pillow's time.
+
+    Bilinear without a filter, whose slight aliasing is less than the augmentations change. Below half the size bilinear
+    would skip pixels, so each pixel is the mean of the area that it covers.
+    """
+    h, w = resized_shape(image.shape[0], image.shape[1], image_size, resize)
+    scale = min(h / image.shape[0], w / image.shape[1])
+    return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if scale >= 0.5 else cv2.INTER_AREA)
 
 
-def resize_mask_quickly(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
-    """(H, W) uint8 of 0 and 1 to (h, w), by the rule half: where the picture that `resize_quickly` makes of it is.
-    Quickest column by column, as `decode_rle` has it."""
-    covered = resize_quickly(mask.T * np.uint8(255), image_size, resize)
+def resize_mask_fast(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
+    """(H, W) uint8 of 0 and 1 to (h, w), by the rule half, aligned with `resize_image_fast`.
+
+    Args:
+        mask: in column-major memory, as from `decode_rle`, for speed.
+    """
+    covered = resize_image_fast(mask.T * np.uint8(255), image_size, resize)
     return cv2.threshold(cv2.transpose(covered), 127, 1, cv2.THRESH_BINARY)[1]
 
 
 def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: str = "half") -> np.ndarray:
-    """(H, W) uint8 of 0 and 1 to (h, w); only where the mask is, is there anything to compute.
+    """(H, W) uint8 of 0 and 1 to (h, w), with Pillow's bilinear filter; only the mask's bounding box is computed.
 
     Args:
-        mask: quickest column by column, as `decode_rle` has it.
-        rule: half, uint8 of 0 and 1, a pixel is in where at least half of what it covers was; any, the same where any
-            was; soft, float32, the share that was.
+        mask: in column-major memory, as from `decode_rle`, for speed.
+        rule: of a pixel, by the share of its area that the mask covers: half, uint8, 1 from one half on; any, uint8, 1
+            above zero; soft, float32, the share.
     """
-    shape = resized_shape(*mask.shape, image_size, resize)
+    shape = resized_shape(mask.shape[0], mask.shape[1], image_size, resize)
     out = np.zeros(shape, np.float32 if rule == "soft" else np.uint8)
     y, x, height, width = cv2.boundingRect(mask.T)
     if not width:
@@ -137,7 +150,7 @@ def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: st
     source, target, box = [], [], []
     for low, high, long, short in zip((y, x), (y + height, x + width), mask.shape, shape):
         scale = long / short
-        reach = math.ceil(max(scale, 1)) + 1  # a resized pixel's filter extends so far on either side of its centre
+        reach = math.ceil(max(scale, 1)) + 1  # the filter's extent on either side of a resized pixel's centre
         first = max(0, int((low - reach) / scale))
         last = min(short, math.ceil((high + reach) / scale))
         start, end = max(0, int(first * scale) - reach), min(long, math.ceil(last * scale) + reach)
@@ -145,10 +158,10 @@ def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: st
         target.append(slice(first, last))
         box.append((first * scale - start, last * scale - start))
     part = mask[tuple(source)].T  # (W, H)
-    # in floats where any share counts: of a large mask's in bytes too little would be left to be seen
+    # in floats where the smallest share counts: in bytes it would round to zero
     part = part * np.uint8(255) if rule == "half" else part.astype(np.float32)
     size = tuple(t.stop - t.start for t in target)
-    corners = tuple(np.transpose(box).ravel())  # of what Pillow sees, whose x are our rows
+    corners = tuple(np.transpose(box).ravel())  # of the box in `part`, whose x are the rows
     covered = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, corners)).T
     if rule == "soft":
         out[tuple(target)] = covered.clip(0, 1)
@@ -158,7 +171,7 @@ def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: st
 
 
 def swap_sides(text: str) -> str:
-    """The expression as it reads in the mirror: "left" and "right" change places, also in "leftmost", "right-hand"."""
+    """The expression with "left" and "right" swapped, also in "leftmost", "right-hand"."""
 
     def other(match: re.Match[str]) -> str:
         word = match[0]

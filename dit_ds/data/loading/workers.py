@@ -1,0 +1,160 @@
+"""Worker processes of a DataLoader: their settings, their deadline, their end, and what is reported when one dies.
+
+All private names of PyTorch's DataLoader that this package uses are in `WorkerProcesses`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dit_ds.errors import RankFailed
+
+_PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def worker_init_fn(_: int) -> None:
+    """Set up a worker process: one thread, memory reuse, signals, and death along with its parent."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the training process is killed, its workers are, too
+        # keep freed image memory for the next image: page faults cost as much as resizing it (musl has no mallopt)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's maximum
+            libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+    # SLURM signals all processes of a task; the training process handles these and ends its workers itself
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class WorkerProcesses:
+    """The worker processes of one iterator over a DataLoader; none with `num_workers=0`.
+
+    Raises:
+        RuntimeError: this version of PyTorch lacks one of the private attributes.
+    """
+
+    PRIVATE = ("_workers", "_shutdown", "_shutdown_workers")  # of torch.utils.data.dataloader's multi-process iterator
+
+    def __init__(self, loader: DataLoader, iterator: Any):
+        missing = [name for name in self.PRIVATE if loader.num_workers and not hasattr(iterator, name)]
+        if missing:
+            raise RuntimeError(f"PyTorch {torch.__version__}'s DataLoader iterator has no {', '.join(missing)}")
+        self.persistent = loader.persistent_workers
+        self.processes: list[Any] = iterator._workers if loader.num_workers else []
+        self._iterator = iterator
+
+    def kill(self) -> None:
+        """Kill them; PyTorch then raises that they died."""
+        for process in self.processes:
+            process.kill()
+
+    def end(self, died: bool) -> None:
+        """End them.
+
+        Args:
+            died: one of them died, maybe holding a lock that an orderly shutdown would wait for.
+        """
+        if not died:
+            self._iterator._shutdown_workers()
+            return
+        self._iterator._shutdown = True  # else the iterator's destructor would attempt the orderly shutdown
+        self.kill()
+
+
+class Deadline:
+    """Context manager: the workers are killed if its body takes longer than `seconds`.
+
+    PyTorch raises their death even where it blocks in a read from a worker that wrote half a message.
+
+    Attributes:
+        expired: they were killed.
+    """
+
+    def __init__(self, workers: WorkerProcesses, seconds: float):
+        self.workers, self.seconds, self.expired = workers, seconds, False
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        if self.workers.processes:
+            self._timer = threading.Timer(self.seconds, self._expire)
+            self._timer.start()
+
+    def __exit__(self, *_: Any) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.workers.kill()
+
+
+@contextlib.contextmanager
+def ended_on_error(workers: WorkerProcesses) -> Iterator[None]:
+    """End the workers when the body raises, even while the exception still refers to the iterator.
+
+    Persistent workers stay when the caller merely stops iterating.
+    """
+    try:
+        yield
+    except BaseException as e:
+        if workers.processes and (isinstance(e, RankFailed) or not all(p.is_alive() for p in workers.processes)):
+            workers.end(died=True)
+        elif workers.processes and not (isinstance(e, GeneratorExit) and workers.persistent):
+            workers.end(died=False)
+        raise
+
+
+@contextlib.contextmanager
+def worker_failures(deadline: Deadline | None = None) -> Iterator[None]:
+    """Turn PyTorch's error of a dead worker, raised anywhere in the main thread, into one line.
+
+    Args:
+        deadline: tells a stalled worker from a dead one.
+    Raises:
+        RankFailed: a worker died or stalled.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as e:
+        text = " ".join(str(e).split())
+        if not isinstance(e, RuntimeError):  # it died while it sent a batch
+            text = "DataLoader worker exited unexpectedly"
+        if not text.startswith("DataLoader worker"):
+            raise
+        _ignore_dead_workers()
+        what = f"{text.split('. ')[0].rstrip('.')}: if it was killed, memory may have run out: lower data.workers"
+        if deadline is not None and deadline.expired:
+            what = (
+                f"no batch from {len(deadline.workers.processes)} loader workers for {deadline.seconds:g} s: see whether "
+                "the file system with the shards answers, or raise data.worker_timeout"
+            )
+        raise RankFailed(f"{what}, and go on with --resume") from None
+
+
+def _ignore_dead_workers() -> None:
+    """Restore SIGCHLD's default: PyTorch's handler would raise at each further death, wherever the main thread is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill daemonic children at exit: Python would send SIGTERM, which workers ignore, and wait for them."""
+    children = [c for c in multiprocessing.active_children() if c.daemon]
+    if children:
+        _ignore_dead_workers()
+    for child in children:
+        child.kill()
