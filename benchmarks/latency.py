@@ -54,10 +54,10 @@ def configuration(width: str, scheme: str, image_size: int, window_size: int) ->
 def inputs_of(image_size: int, device: str) -> dict[str, dict[str, Tensor]]:
     """What the model is given, by kind of prompt: 20 tokens of which 8 are words, five points, a box, nothing."""
     rng = np.random.default_rng(0)
-    lay_out = Prompts().lay_out
+    encode = Prompts().points_and_labels
     places = {
-        "points": lay_out(points=rng.integers(0, image_size, (5, 2))),
-        "box": lay_out(box=np.array([0.2, 0.3, 0.6, 0.8]) * image_size),
+        "points": encode(points=rng.integers(0, image_size, (5, 2))),
+        "box": encode(box=np.array([0.2, 0.3, 0.6, 0.8]) * image_size),
     }
     kinds: dict[str, dict[str, Tensor]] = {
         "words": {

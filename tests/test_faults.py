@@ -18,9 +18,10 @@ from conftest import MINILM, ROOT, dit_ds, environment, metrics_of, refused, tin
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.data.loading.loader import iterate, make_loader, worker_failures
+from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
+from dit_ds.data.loading.workers import worker_failures
 from dit_ds.data.shards.storage import locate
 from dit_ds.errors import RankFailed
 from dit_ds.models.text_encoder import load_tokenizer

@@ -259,7 +259,7 @@ def test_a_grid_tells_what_it_shows(checkpoints, call, tmp_path):
         dataset = build_eval_dataset(config, "val", None)
         for s in result["samples"]:
             shared, union = intersection_and_union(
-                segment(model, config, dataset.picture(s["sample"]), text=s["text"]),
+                segment(model, config, dataset.full_image(s["sample"]), text=s["text"]),
                 dataset[0, s["sample"], 1.0]["original"],
             )
             assert s["ious"][k] == pytest.approx(shared / union)

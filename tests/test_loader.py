@@ -178,14 +178,14 @@ def test_a_flip_turns_image_mask_and_words(index, tokenize):
     mask = (image[..., 0] > 0).astype(np.uint8)
     rng = np.random.default_rng(0)
     drawn, out = Augmentation(flip=1.0).draw(rng), np.empty_like(image)
-    drawn.picture(image, out)
+    drawn.apply_image(image, out)
     np.testing.assert_array_equal(out, image[:, ::-1])
-    np.testing.assert_array_equal(drawn.mask(mask), mask[:, ::-1])
-    assert drawn.words("the left man") == "the right man"
+    np.testing.assert_array_equal(drawn.apply_mask(mask), mask[:, ::-1])
+    assert drawn.apply_text("the left man") == "the right man"
     drawn = Augmentation().draw(rng)
-    drawn.picture(image, out)
-    assert np.array_equal(out, image) and np.array_equal(drawn.mask(mask), mask)
-    assert drawn.words("the left man") == "the left man"
+    drawn.apply_image(image, out)
+    assert np.array_equal(out, image) and np.array_equal(drawn.apply_mask(mask), mask)
+    assert drawn.apply_text("the left man") == "the left man"
 
 
 def test_augmentation_draws_from_epoch_and_sample(index, tokenize):

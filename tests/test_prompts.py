@@ -14,7 +14,7 @@ from dit_ds.config.load import validate
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, SplitIndex
 from dit_ds.data.loading.loader import iterate, make_loader
-from dit_ds.data.loading.prompts import Prompts, box_of, on_resized, points_on, scale_places
+from dit_ds.data.loading.prompts import Prompts, mask_to_box, prompt_mask, sample_points, scale_coordinates
 from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation, resize_mask
@@ -74,7 +74,7 @@ def test_points_and_boxes_give_what_segment_anything_gives(what):
     points = torch.randint(0, 40, (2, 5, 2), generator=g) if what != "box" else None
     box = torch.tensor([[3, 5, 20, 31], [10, 2, 33, 30]]) if what != "points" else None
     layout = [
-        Prompts(("point",)).lay_out(
+        Prompts(("point",)).points_and_labels(
             None if points is None else points[i].numpy(), None if box is None else box[i].numpy()
         )
         for i in range(2)
@@ -118,15 +118,15 @@ def test_boxes_are_segment_anythings():
         mask = np.zeros((40, 50), np.uint8)
         y, x = sorted(rng.integers(0, 40, 2)), sorted(rng.integers(0, 50, 2))
         mask[y[0] : y[1] + 1, x[0] : x[1] + 1] = 1
-        assert box_of(mask).tolist() == batched_mask_to_box(torch.from_numpy(mask).bool()[None])[0].tolist()
+        assert mask_to_box(mask).tolist() == batched_mask_to_box(torch.from_numpy(mask).bool()[None])[0].tolist()
 
 
 def test_points_lie_on_the_mask_and_differ_while_they_can():
     mask, rng = np.zeros((30, 20), np.uint8), np.random.default_rng(0)
     mask[5, 3:8] = 1
-    assert sorted(points_on(mask, 5, rng).tolist()) == [[x, 5] for x in range(3, 8)]
+    assert sorted(sample_points(mask, 5, rng).tolist()) == [[x, 5] for x in range(3, 8)]
     mask[5, 4:] = 0
-    assert points_on(mask, 3, rng).tolist() == [[3, 5]] * 3
+    assert sample_points(mask, 3, rng).tolist() == [[3, 5]] * 3
 
 
 def test_what_resizing_left_nothing_of_is_still_found():
@@ -134,8 +134,8 @@ def test_what_resizing_left_nothing_of_is_still_found():
     whole[475, 630] = 1
     small = resize_mask(whole, 64)
     assert not small.any()
-    assert np.argwhere(on_resized(small, whole)).tolist() == [[47, 63]]
-    assert scale_places([[630, 475]], (480, 640), (48, 64)).round(2).tolist() == [[63.0, 47.5]]
+    assert np.argwhere(prompt_mask(small, whole)).tolist() == [[47, 63]]
+    assert scale_coordinates([[630, 475]], (480, 640), (48, 64)).round(2).tolist() == [[63.0, 47.5]]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_prompts_follow_resize_and_flip(index, tokenize, flip, scales, resize):
         assert p["labels"].tolist() == [1] * 5 + [-1] and "tokens" not in p
         x, y = p["points"][:5].astype(int).T
         assert p["mask"][y, x].all() and len({*zip(x, y)}) == 5
-        assert corners(b) == box_of(b["mask"]).tolist() and b["labels"].tolist() == [2, 3]
+        assert corners(b) == mask_to_box(b["mask"]).tolist() and b["labels"].tolist() == [2, 3]
         assert max(w["size"]) == (scales or [64])[0] and w["image"].shape == (3, 64, 64)
 
 
@@ -264,7 +264,9 @@ def test_aligned_corners_in_loss_and_evaluation():
 def mixed_batch():
     """Three samples: words, points, a box."""
     g = torch.Generator().manual_seed(2)
-    layouts = [Prompts.of(MIX, 5).lay_out(*x) for x in ((), (np.full((5, 2), 9),), (None, np.array([2, 3, 30, 40])))]
+    layouts = [
+        Prompts.of(MIX, 5).points_and_labels(*x) for x in ((), (np.full((5, 2), 9),), (None, np.array([2, 3, 30, 40])))
+    ]
     return {
         "image": torch.randint(0, 256, (3, 3, 64, 64), generator=g, dtype=torch.uint8),
         "size": torch.tensor([[64, 64], [64, 32], [32, 64]]),
@@ -322,8 +324,10 @@ def test_every_trained_parameter_has_a_gradient_whatever_was_drawn(kinds, text):
     for kind in kinds:
         batch = mixed_batch()
         row = {"text": 0, "point": 1, "box": 2}[kind]
-        inputs = {k: v[row : row + 1] for k, v in batch.items() if prompts.words or not k.startswith("token")}
-        drawn = prompts.lay_out(*{"text": (), "point": (np.full((5, 2), 9),), "box": (None, np.arange(4))}[kind])
+        inputs = {k: v[row : row + 1] for k, v in batch.items() if prompts.has_text or not k.startswith("token")}
+        drawn = prompts.points_and_labels(
+            *{"text": (), "point": (np.full((5, 2), 9),), "box": (None, np.arange(4))}[kind]
+        )
         inputs = {k: v for k, v in inputs.items() if k not in ("points", "labels")}
         inputs |= {k: torch.from_numpy(v)[None] for k, v in drawn.items()}
         model.zero_grad()
@@ -385,5 +389,5 @@ def test_prompts_get_the_places_they_were_trained_with():
     assert Prompts.of(MIX, 5, ["box"]) == Prompts(("box",), 5, True, 6)
     assert Prompts.of(["text"], 5, ["point"]) == Prompts(("point",), 5, False, 0)  # as SAM
     assert Prompts.of(["box"], 5) == Prompts(("box",), 5, False, 2)
-    assert Prompts.of(["text"], 5, ["text", "point"]).words
+    assert Prompts.of(["text"], 5, ["text", "point"]).has_text
     assert Prompts.of([], 5, ["box"]) == Prompts(("box",), 5, False, 0)  # SAM's own weights

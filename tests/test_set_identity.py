@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_weight_of_one_set_alone_counts(root):
     index = train_index(DataConfig(root=str(root), mixture={"refcoco/unc": 2}))
-    assert index.samples("ref").parts == [(3, 2.0)]
+    assert index.samples("ref").datasets == [(3, 2.0)]
     other = train_index(DataConfig(root=str(root), mixture={"refcoco/unc": 1}))
     assert other.manifest_sha != index.manifest_sha
 

@@ -17,9 +17,9 @@ from dit_ds.data.loading.transforms import (
     Augmentation,
     SampledAugmentation,
     resize_image,
+    resize_image_fast,
     resize_mask,
-    resize_mask_quickly,
-    resize_quickly,
+    resize_mask_fast,
     resized_shape,
 )
 from dit_ds.data.masks import decode_rle
@@ -61,8 +61,8 @@ def test_masks_are_resized_as_whole_ones_in_floats(seed, resize):
 def test_quick_masks_lie_where_quick_pictures_show_them(side):
     for seed in range(2, 8):
         mask = blobs(seed, 240, 320)
-        shown = resize_quickly(np.repeat(mask[..., None] * np.uint8(255), 3, 2), side)[..., 0].astype(int)
-        quick = resize_mask_quickly(mask, side)
+        shown = resize_image_fast(np.repeat(mask[..., None] * np.uint8(255), 3, 2), side)[..., 0].astype(int)
+        quick = resize_mask_fast(mask, side)
         assert quick.dtype == np.uint8 and quick.shape == shown.shape == resized_shape(240, 320, side)
         clear = np.abs(shown - 127.5) > 2
         assert clear.mean() > 0.9 and np.array_equal(quick[clear], shown[clear] > 127)
@@ -72,7 +72,7 @@ def test_quick_pictures_are_close_to_sams_resizing():
     y, x = np.mgrid[:480, :640]
     smooth = np.stack([x / 2.6, y / 2, 128 + 100 * np.sin(x / 40)], -1).astype(np.uint8)
     for side in (150, 512, 800):  # each pixel the mean of what it covers, bilinear, enlarged
-        assert np.abs(resize_quickly(smooth, side).astype(int) - resize_image(smooth, side)).max() <= 3
+        assert np.abs(resize_image_fast(smooth, side).astype(int) - resize_image(smooth, side)).max() <= 3
 
 
 @pytest.mark.parametrize("shape", [(480, 640), (333, 500), (97, 31)])
@@ -94,7 +94,7 @@ def test_rle_decodes_as_by_pycocotools(seed):
 
 def painted(image: np.ndarray, drawn: SampledAugmentation) -> np.ndarray:
     out = np.empty_like(image)
-    drawn.picture(image, out)
+    drawn.apply_image(image, out)
     return out
 
 
@@ -132,7 +132,7 @@ def test_steps_in_one_memory_are_steps_one_after_another():
         ],
     )
     square = np.full((64, 64, 3), 7, np.uint8)
-    SampledAugmentation(steps[0].factors, 1.2, True).picture(image, square[:30, :40])
+    SampledAugmentation(steps[0].factors, 1.2, True).apply_image(image, square[:30, :40])
     for step in steps:
         image = painted(image, step)
     np.testing.assert_array_equal(square[:30, :40], image)

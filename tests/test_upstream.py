@@ -106,7 +106,7 @@ ATTRIBUTES = {
     "torch._ops.OpOverload": "_schema",
     "torch.nn.Module": "_buffers _parameters",
     "torch.storage.UntypedStorage": "_cdata",
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_persistent_workers _shutdown _workers",
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown _workers",
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": "fp32_groups_flat_partition fp32_groups_gradients",
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "basic_optimizer global_samples global_steps micro_steps monitor optimizer skipped_steps"

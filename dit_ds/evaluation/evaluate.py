@@ -130,7 +130,7 @@ def evaluate_checkpoint(
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
     if world.main and not shuffle_text and postprocess.threshold == config.eval.threshold:  # as the run is configured
-        name, _, split_by = dataset.index.parts[0].name.partition("/")
+        name, _, split_by = dataset.index.datasets[0].name.partition("/")
         how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.data.loading.prompts import Prompts, scale_places
+from dit_ds.data.loading.prompts import Prompts, scale_coordinates
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import pad_square, resize_image
 from dit_ds.errors import UserError
@@ -121,10 +121,10 @@ def picture_inputs(
     prompts = Prompts.of(d.prompts if trained is None else trained, d.points, asked)
 
     def scaled(xy: Any) -> np.ndarray:  # (n, 2)
-        return scale_places(np.reshape(xy, (-1, 2)), original=pixels.shape[:2], resized=small.shape[:2])
+        return scale_coordinates(np.reshape(xy, (-1, 2)), original=pixels.shape[:2], resized=small.shape[:2])
 
-    sample = prompts.lay_out(scaled(points) if points else None, None if box is None else scaled(box))
-    if prompts.words:
+    sample = prompts.points_and_labels(scaled(points) if points else None, None if box is None else scaled(box))
+    if prompts.has_text:
         tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
         tokens, real = make_tokenize(tokenizer, d.tokens)(text or "")  # (N,) each
         sample |= {"tokens": tokens, "token_mask": real & (text is not None)}

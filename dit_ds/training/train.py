@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.data.loading.loader import iterate, worker_failures
+from dit_ds.data.loading.loader import iterate
+from dit_ds.data.loading.workers import worker_failures
 from dit_ds.distributed import connect, disconnect, set_environment
 from dit_ds.engine import engine as ds
 from dit_ds.errors import Interrupted, RunFailed, UserError

@@ -67,7 +67,7 @@ def grid(
     titles = titles or [title_of(p.config) for p in predicted]
     table = [
         GridRow(
-            first.dataset.picture(s),
+            first.dataset.full_image(s),
             first.batches[i]["text"][0],
             first.batches[i]["original"][0].astype(bool),
             [p.masks[i] for p in predicted],

@@ -90,7 +90,7 @@ def iterate(loader: Loader) -> Iterator[dict[str, Any]]:
     """
     iterator = iter(loader.loader)
     workers = WorkerProcesses(loader.loader, iterator)
-    deadline = Deadline(workers, loader.timeout)
+    deadline = Deadline(workers.processes, loader.timeout)
     with ended_on_error(workers), worker_failures(deadline):
         while True:
             with deadline:

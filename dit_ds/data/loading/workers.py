@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,11 +56,6 @@ class WorkerProcesses:
         self.processes: list[Any] = iterator._workers if loader.num_workers else []
         self._iterator = iterator
 
-    def kill(self) -> None:
-        """Kill them; PyTorch then raises that they died."""
-        for process in self.processes:
-            process.kill()
-
     def end(self, died: bool) -> None:
         """End them.
 
@@ -71,11 +66,12 @@ class WorkerProcesses:
             self._iterator._shutdown_workers()
             return
         self._iterator._shutdown = True  # else the iterator's destructor would attempt the orderly shutdown
-        self.kill()
+        for process in self.processes:
+            process.kill()
 
 
 class Deadline:
-    """Context manager: the workers are killed if its body takes longer than `seconds`.
+    """Context manager: worker processes are killed if its body takes longer than `seconds`.
 
     PyTorch raises their death even where it blocks in a read from a worker that wrote half a message.
 
@@ -83,22 +79,25 @@ class Deadline:
         expired: they were killed.
     """
 
-    def __init__(self, workers: WorkerProcesses, seconds: float):
-        self.workers, self.seconds, self.expired = workers, seconds, False
+    def __init__(self, processes: Sequence[Any], seconds: float):
+        # not `WorkerProcesses`: the timer's thread must not keep the iterator, whose destructor ends the workers
+        self.processes, self.seconds, self.expired = processes, seconds, False
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> None:
-        if self.workers.processes:
+        if self.processes:
             self._timer = threading.Timer(self.seconds, self._expire)
             self._timer.start()
 
     def __exit__(self, *_: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _expire(self) -> None:
         self.expired = True
-        self.workers.kill()
+        for process in self.processes:
+            process.kill()
 
 
 @contextlib.contextmanager
@@ -138,7 +137,7 @@ def worker_failures(deadline: Deadline | None = None) -> Iterator[None]:
         what = f"{text.split('. ')[0].rstrip('.')}: if it was killed, memory may have run out: lower data.workers"
         if deadline is not None and deadline.expired:
             what = (
-                f"no batch from {len(deadline.workers.processes)} loader workers for {deadline.seconds:g} s: see whether "
+                f"no batch from {len(deadline.processes)} loader workers for {deadline.seconds:g} s: see whether "
                 "the file system with the shards answers, or raise data.worker_timeout"
             )
         raise RankFailed(f"{what}, and go on with --resume") from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.data.loading.prompts import WORDS, Prompts
+from dit_ds.data.loading.prompts import TEXT_ONLY, Prompts
 from dit_ds.distributed import World
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
@@ -19,14 +19,14 @@ from dit_ds.planning.memory.tracker import MemoryTracker, Profile
 
 
 def fake_batch(
-    batch: int, image_size: int, tokens: int, prompts: Prompts = WORDS, soft: bool = False
+    batch: int, image_size: int, tokens: int, prompts: Prompts = TEXT_ONLY, soft: bool = False
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Inputs, mask and weight of the shapes that the loader gives."""
     inputs = {
         "image": torch.zeros(batch, 3, image_size, image_size, dtype=torch.uint8),
         "size": torch.full((batch, 2), image_size),
     }
-    if prompts.words:
+    if prompts.has_text:
         inputs["tokens"] = torch.zeros(batch, tokens, dtype=torch.long)
         inputs["token_mask"] = torch.ones(batch, tokens, dtype=torch.bool)
     if prompts.slots:

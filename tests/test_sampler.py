@@ -98,7 +98,7 @@ def test_each_sample_as_often_as_its_weight_says(run, epochs):
         times.update(s for _, s in real)
     assert lengths == {sampler.batches_per_epoch}
     start = 0
-    for n, weight in samples.parts:
+    for n, weight in samples.datasets:
         counts = [times[s] for s in range(start, start + n)]
         assert sum(counts) == epochs * round(weight * n)
         assert max(counts) - min(counts) <= 1
@@ -113,7 +113,7 @@ def test_an_image_goes_in_one_step(run):
     if samples.images is None:
         return
     sampler = TrainBatchSampler(samples, batch_size, micro, 0, 1, 1)
-    assert sampler.batches_per_epoch <= math.ceil(sum(round(w * n) for n, w in samples.parts) / (batch_size - 4))
+    assert sampler.batches_per_epoch <= math.ceil(sum(round(w * n) for n, w in samples.datasets) / (batch_size - 4))
     in_batch: dict[tuple[int, int], set[int]] = {}
     in_micro: dict[tuple[int, int], set[int]] = {}
     for m, micro_batch in enumerate(sampler):

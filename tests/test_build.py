@@ -58,9 +58,9 @@ def test_a_mixture_leaves_out_what_any_of_its_sets_evaluates_on(two_sets):
     assert held_out & ids(second, "train")  # there is something to leave out
     used = {int(i) for i in index.images[index.refs[:, 0], 1]}
     assert used == allowed
-    assert [p.name for p in index.parts] == ["refcoco/unc", "refcocog/umd"]
+    assert [p.name for p in index.datasets] == ["refcoco/unc", "refcocog/umd"]
     # by hand: the refs of each set's train split whose image is allowed
-    for part, manifest in zip(index.parts, (first, second)):
+    for part, manifest in zip(index.datasets, (first, second)):
         samples = [s for e in manifest["splits"]["train"]["shards"] for s in e["samples"]]
         assert part.refs == sum(len(s[7]) for s in samples if s[0] in allowed)
         assert part.sentences == sum(sum(s[7]) for s in samples if s[0] in allowed)
@@ -70,7 +70,7 @@ def test_a_mixture_leaves_out_what_any_of_its_sets_evaluates_on(two_sets):
     assert [n.split(" refs ")[0] for n in index.notes] == [
         f"refcocog/umd: {lost} of {len(SplitIndex.load(two_sets / 'refcocog/umd', 'train').refs)}"
     ]
-    assert sum(len(p) for p in (index.refs,)) == sum(p.refs for p in index.parts)
+    assert sum(len(p) for p in (index.refs,)) == sum(p.refs for p in index.datasets)
 
 
 def test_another_validation_set_keeps_its_images_out_of_training(two_sets):
@@ -89,7 +89,7 @@ def test_a_mixture_reads_each_sample_from_its_own_set(two_sets):
     mixed = build_train_dataset(config)
     sampler = TrainBatchSampler(mixed.index.samples("sentence"), 16, 4, 0, 1, 0)
     seen = Counter(s for batch in sampler for _, s, w in batch if w)
-    first = mixed.index.parts[0].sentences
+    first = mixed.index.datasets[0].sentences
     assert {seen[s] for s in range(first)} == {1}
     assert {seen[s] for s in range(first, len(mixed))} == {2}
     # the second set's own index, after what was left out of it
