@@ -32,7 +32,7 @@ def unpack(index: SplitIndex, out: Path) -> None:
 
 
 class FieldStyle(Dataset):
-    """Items as `ExpressionDataset`'s; the words come from memory, as from a loaded annotation file."""
+    """Items as `ExpressionDataset`'s; expressions are in memory, as from a loaded annotation file."""
 
     def __init__(self, folder: Path, like: ExpressionDataset):
         from torchvision import transforms as T

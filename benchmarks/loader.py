@@ -2,8 +2,8 @@
 
 Photos as `photos.py` makes them. A share is the loader's samples a second over those of nothing but one simplejpeg
 decode, full size with its default flags, of each sample's image, in the same run; decodes and loaders take turns and
-medians are given. No decode's result is kept, so that each is written where the last one was. Evaluation takes
-expressions in their order, so an image's several follow one another and it is decoded once: `decode_once` are the
+medians are given. No decode's result is kept, so that all reuse one buffer's memory. Evaluation takes expressions in
+their order, so an image's follow one another and it is decoded once: `decode_once` are the
 shares of decoding each image once, and `evaluation_distinct` is evaluation where no two expressions share an image.
 `augmented` is training with all augmentations in the paper's unit, ref, `augmented_by_image` in the unit image.
 `worker` is one worker process through `make_loader`, `in_process` none.
@@ -49,7 +49,7 @@ from dit_ds.models.text_encoder import load_tokenizer
 SIZE, BATCH, TOKENS = 512, 16, 20
 AUGMENTATION = Augmentation(0.4, 0.5, 0.5)  # as configs/base.yaml
 LONG = 16_994  # images of RefCOCO unc's training split; some 120,000 expressions
-FIELD = 16  # batches of the field's loader, whose rate needs no more
+FIELD = 16  # batches to time the field's loader with
 Batches = list[list[tuple[int, int, float]]]
 
 
@@ -68,7 +68,7 @@ def sharded(tree: Path) -> Path:
 
 
 def workloads(index: SplitIndex) -> dict[str, tuple[ExpressionDataset, Batches]]:
-    """Datasets and what is asked of them, by name."""
+    """Datasets and the batches to load from them, by name."""
     training, evaluation = dataset(index, "ref", AUGMENTATION), dataset(index, "sentence")
     by_image = dataset(index, "image", AUGMENTATION)
     first_ref = np.unique(index.refs[:, 0], return_index=True)[1]
@@ -93,7 +93,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def seconds_by_worker(batches: Iterator, count: int) -> float:
-    """For `count` batches, from the rate after the first: starting the process is not its speed."""
+    """Seconds for `count` batches, from the rate after the first, which includes the process's start."""
     next(batches)
     timed = itertools.count()
     seconds = seconds_of(lambda: exhaust(zip(batches, timed)))
@@ -101,12 +101,12 @@ def seconds_by_worker(batches: Iterator, count: int) -> float:
 
 
 def exhaust(results: Iterable) -> None:
-    """Go through, and keep none."""
+    """Iterate, and keep no result."""
     collections.deque(results, maxlen=0)
 
 
 def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int) -> dict[str, Any]:
-    """Shares of the decode bound, and of the field's style."""
+    """Samples a second of each loader, as shares of the decode bound and of the field's style."""
     images = images_of(data, batches)
     jpegs = {i: data.reader.read(i, JPG) for i in sorted(set(images))}
     field = FieldStyle(loose, data)
@@ -131,7 +131,7 @@ def measure(data: ExpressionDataset, batches: Batches, loose: Path, rounds: int)
 
 
 def probe(folder: Path, at: float) -> dict[str, float]:
-    """In a fresh process: seconds from the manifest to a training batch, and what a worker then weighs."""
+    """In a fresh process: seconds from the manifest to the first training batch, and a worker's memory then."""
     tokenize = tokenizer()
     start = time.perf_counter()
     index = SplitIndex.load(folder, "train")

@@ -44,7 +44,7 @@ def family(pid: int) -> list[int]:
 
 
 def weight(pid: int) -> int:
-    """Bytes of the whole family, shared ones once."""
+    """Memory of a process and its descendants in bytes, shared pages counted once."""
     total = 0
     for member in family(pid):
         try:
@@ -76,7 +76,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def load_epoch(folder: Path) -> dict[str, int]:
-    """One training epoch, one sentence a ref, all augmentations; what came."""
+    """Load one training epoch, one sentence a ref, all augmentations; counts of its samples."""
     index = SplitIndex.load(folder, "train")
     data = dataset(index, "ref", AUGMENTATION)
     batches = TrainBatchSampler(index.samples("ref"), BATCH, BATCH, 0, 1, 0)

@@ -70,7 +70,7 @@ def _digest(sample: dict[str, Any]) -> str:
 
 
 def read_epoch(folder: Path, split: str, unit: str, streamed: bool = False) -> list[str | UserError]:
-    """Every sample of an epoch in order, as a digest of all that is in it, or what was said instead of it."""
+    """Every sample of an epoch in order, as a digest of all that is in it, or the error in its place."""
     dataset = ExpressionDataset(SplitIndex.load(folder, split), unit, 64, _tokenize, streamed=streamed)
     samples = [dataset[(0, k, 1.0)] for k in range(len(dataset))]
     return [s if isinstance(s, UserError) else _digest(s) for s in samples]
@@ -99,7 +99,7 @@ def outcome_of_reading(folder: Path, unit: str, streamed: bool, whole: dict[tupl
 
 
 def found_by_verify(folder: Path) -> bool | None:
-    """Whether it is; None: by a traceback."""
+    """Whether `data verify` reports an error; None: it ended with a traceback."""
     try:
         return not verify_shards(folder, processes=1)["ok"]
     except UserError:
@@ -124,14 +124,14 @@ def run(n: int, seed: int, folder: Path, images: int = 48) -> dict[str, Any]:
     for i in range(n):
         kind = list(DAMAGES)[i % len(DAMAGES)]
         rng = random.Random(f"{seed} {i}")
-        said, copy = "", folder / "copy"
-        while not said or _contents(copy) == before:  # what was drawn may have changed nothing
+        description, copy = "", folder / "copy"
+        while not description or _contents(copy) == before:  # a random damage may change nothing
             for p in copy.glob("*"):
                 p.unlink()
             copy.mkdir(exist_ok=True)
             for p in good.iterdir():
                 os.link(p, copy / p.name)
-            said = DAMAGES[kind](copy, rng, other)
+            description = DAMAGES[kind](copy, rng, other)
         found, unit = found_by_verify(copy), ("ref", "sentence")[i // len(DAMAGES) % 2]
         outcomes = {r: outcome_of_reading(copy, unit, streamed, whole) for r, streamed in READERS.items()}
         none = dict.fromkeys(OUTCOMES, 0)
@@ -141,7 +141,7 @@ def run(n: int, seed: int, folder: Path, images: int = 48) -> dict[str, Any]:
         for reader, outcome in outcomes.items():
             row[reader][outcome] += 1
         if not found or {"traceback", "silently wrong"} & set(outcomes.values()):
-            missed.append({"damage": i, "kind": kind, "what": said, "found_by_verify": found} | outcomes)
+            missed.append({"damage": i, "kind": kind, "what": description, "found_by_verify": found} | outcomes)
     assert _contents(good) == before
     total: dict[str, Any] = {k: sum(r[k] for r in by_kind.values()) for k in ("damages", "found_by_verify")}
     for reader in READERS:
@@ -164,7 +164,7 @@ A sharded sample set of {result["images"]} images, damaged in seeded ways, each 
 the damage; and every sample of every split is read as for training, by offset / as a stream, and compared, bit for bit,
 with the undamaged set's. "Identical": the damage lies where that reader never looks (tar headers, padding, the order of
 members) or where only a report comes from.
-"Sealed again": the manifest's checksum was made to match, so only cross-checks can tell.
+"Sealed again": the manifest's checksum was recomputed, so only cross-checks can find the damage.
 
 {common.table(rows, columns)}"""
 

