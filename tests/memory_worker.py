@@ -126,8 +126,8 @@ class CountingAllocator(LiveTensors):
         super().__init__()
         self._capacity = capacity
 
-    def _born(self, size: int, x: Tensor) -> int:
-        super()._born(size, x)
+    def _allocated(self, size: int, x: Tensor) -> int:
+        super()._allocated(size, x)
         if self.now > self._capacity:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.\nOf this GPU's")
         return size

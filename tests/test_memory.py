@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 import torch
 from conftest import ROOT, warm
 from memory_worker import MICRO_BATCH, configuration, storages
+from test_upstream import resolve
 
+import dit_ds.planning.memory.tracker as tracker_module
 from dit_ds.config.load import validate
+from dit_ds.engine.engine import import_deepspeed
+from dit_ds.engine.simulated_rank import replacements
+from dit_ds.errors import RunFailed
 from dit_ds.models.build import build_model
 from dit_ds.models.losses import segmentation_loss
+from dit_ds.planning.memory import fake_cluster
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.profiled_step import fake_batch
 from dit_ds.planning.memory.request import MemoryRequest
@@ -50,6 +57,52 @@ def test_what_autograd_keeps_is_counted_and_freed():
         del y
         assert kept == 2 * 128 * 64 * 4
         assert live.now == 64 * 64 * 4  # the gradient
+
+
+KINDS = {
+    "dit_ds.planning.memory.fake_cluster.fake_tensors": "",
+    "dit_ds.planning.memory.measure.measure": "",
+    "dit_ds.planning.memory.profiled_step.Steps.take": "",
+    "dit_ds.planning.tune.memory_model.MemoryModel.of": "model",
+    "dit_ds.engine.zero_state.TrainingState.update_average": "model",
+    "dit_ds.models.attention.attention_forward": "model",
+    "deepspeed.runtime.engine.DeepSpeedEngine.backward": "deepspeed",
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3.step": "deepspeed",
+    "deepspeed.runtime.zero.linear.LinearFunctionForZeroStage3.forward": "model",
+    "torch.optim.adamw.AdamW.__init__": "optimizer",
+    "torch.optim.adam._fused_adam": "optimizer",
+    "torch.utils.checkpoint.checkpoint": "checkpoint",
+    "torch.autograd.graph._engine_run_backward": "autograd",
+    "torch.autograd.function.FunctionCtx.save_for_backward": "",
+    "torch.nn.functional.gelu": "model",
+    "torch.nn.modules.module.Module.zero_grad": "model",
+    "transformers.models.bert.modeling_bert.BertModel.forward": "model",
+    "segment_anything.modeling.sam.Sam.forward": "model",
+    "conftest.environment": "",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_code_that_makes_a_tensor_is_known(name):
+    """The tracker tells by it which category a tensor is of; an unknown kind would be counted as another one."""
+    import_deepspeed()
+    code = inspect.unwrap(resolve(name)).__code__
+    assert (code.co_name, tracker_module._kind(code.co_filename)) == (name.rpartition(".")[2], KINDS[name])
+
+
+def test_a_module_that_is_gone_stops_the_tracker(monkeypatch):
+    import_deepspeed()
+    monkeypatch.setitem(tracker_module._OPTIONAL_KINDS, "deepspeed.runtime.zero.linear_layers", "model")
+    with pytest.raises(ModuleNotFoundError, match="deepspeed.runtime.zero.linear_layers"):
+        tracker_module._kind("/a/file/not/seen/before.py")
+
+
+def test_a_function_to_replace_that_is_gone_stops_the_prediction(monkeypatch):
+    deepspeed = import_deepspeed()
+    monkeypatch.delattr(deepspeed.runtime.zero.stage3, "assert_ints_same_as_other_ranks")
+    with pytest.raises(RunFailed, match=rf"deepspeed {deepspeed.__version__} has no deepspeed.runtime.zero.stage3.assert_"):
+        with fake_cluster._changed(replacements(torch.device("meta", 0))):
+            raise AssertionError("it was entered")
 
 
 def worker(mode: str, ranks: int, *settings: dict) -> list:

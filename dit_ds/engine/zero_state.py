@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,10 @@ class TrainingState:
             for kind in self.kinds:
                 self.tensor(kind, f).copy_(read(kind if kind in kinds else MASTER, f.name, f.start, f.numel))
             self._moments(f.flat)["step"].fill_(adam_step)
+
+    def averages(self) -> Iterable[Tensor]:
+        """The moving averages, fp32, one of each master tensor's shape; none without a moving average."""
+        return self._average.values()
 
     @torch.no_grad()
     def update_average(self) -> None:

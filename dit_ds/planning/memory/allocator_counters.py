@@ -1,4 +1,4 @@
-"""What the memory's allocator says of itself, and of each phase of a step."""
+"""The memory allocator's own counters, and their peaks in each phase of a step."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ class Allocator(Protocol):
     """A device's memory. All numbers are bytes."""
 
     def reset(self) -> None:
-        """The peaks start anew."""
+        """Start new peaks."""
 
     def peaks(self) -> tuple[int, int]:
-        """Most allocated and most reserved since `reset`."""
+        """The peaks since `reset`: allocated, reserved."""
 
     def used(self) -> int:
-        """In use on the device, by whomever."""
+        """In use on the device, by all processes."""
 
     def capacity(self) -> int:
-        """What the device has."""
+        """The device's memory."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait for the device."""
 
     def record(self) -> None:
-        """From here on note where each allocation is made."""
+        """From now on record each allocation with its stack trace."""
 
     def snapshot(self, path: Path) -> None:
-        """Write what was noted."""
+        """Write the record, as PyTorch's memory snapshot, and end it."""
 
 
 class CudaAllocator:
-    """PyTorch's caching allocator on a GPU. Its peaks are those of the host's order, so that none needs a wait."""
+    """PyTorch's caching allocator on a GPU. It counts in the host's order of calls, so that peaks need no synchronization."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -52,8 +52,8 @@ class CudaAllocator:
         return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
     def used(self) -> int:
-        """As NVML counts; without its package as the driver does, which is nearly the same."""
-        with contextlib.suppress(Exception):  # each lack of NVML is another exception
+        """In use on the device by all processes, from NVML; where that is missing, from the driver, nearly the same."""
+        with contextlib.suppress(Exception):  # its absence shows in several types of exceptions
             return torch.cuda.device_memory_used(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
@@ -71,16 +71,16 @@ class CudaAllocator:
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
         with atomic_write(path) as f:
-            pickle.dump(snapshot, f)  # as torch's _dump_snapshot, which would leave half a file behind
+            pickle.dump(snapshot, f)  # the format of torch's _dump_snapshot, which does not write atomically
 
 
-class Meter:
-    """In the tracker's place: the allocator's peaks in each phase, and no look at any tensor.
+class AllocatorPhasePeaks:
+    """The allocator's peaks in each phase, see `profiled_step.PhasePeaks`; tensors are not tracked.
 
     Attributes:
-        phase: the one under way.
-        warming: what comes counts as warm-up.
-        peaks: (allocated, reserved) bytes at most in each phase so far: load, warmup, forward, backward, step.
+        phase: the current one.
+        warming: whether steps count as warm-up.
+        peaks: peak (allocated, reserved) bytes by phase so far: load, warmup, forward, backward, step.
     """
 
     def __init__(self, allocator: Allocator):
@@ -88,7 +88,7 @@ class Meter:
         self.peaks: dict[str, tuple[int, int]] = {}
 
     def enter(self, phase: str) -> None:
-        """From here on it is another phase."""
+        """Start a phase."""
         if self.phase:
             name = "warmup" if self.warming and self.phase != "load" else self.phase
             (a, r), (a0, r0) = self.allocator.peaks(), self.peaks.get(name, (0, 0))
@@ -97,18 +97,18 @@ class Meter:
         self.phase = phase
 
     def restart(self) -> None:
-        """What was before is over."""
+        """End the current phase."""
         self.enter("")
 
     def profile(self) -> None:
-        """The step is over."""
+        """End the step; its peaks are in `peaks`."""
         self.enter("")
 
     def tag(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Whose they are is not asked, and the tensors aren't looked for."""
+        """Nothing: the allocator knows no categories. The iterable is not consumed."""
 
     def watch(self, model: torch.nn.Module) -> None:
-        """No hooks."""
+        """Nothing."""
 
     def unwatch(self) -> None:
-        """No hooks."""
+        """Nothing."""

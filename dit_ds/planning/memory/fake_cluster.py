@@ -1,8 +1,8 @@
-"""A cluster that is not there: fake tensors on a fake GPU, and a process group of ranks of which only the first exists.
+"""A simulated cluster: fake tensors on a fake GPU, and a process group of which this process is the only rank.
 
-Fake tensors have shapes, types and a device, but no data. PyTorch's custom device type stands for the GPU, so that
-operators choose as they do on one, and what lies in host memory can be told from what doesn't. DeepSpeed's own code runs on
-them; its collectives return at once.
+Fake tensors have shapes, types and a device, but no data. PyTorch's custom device type (PrivateUse1) stands for the GPU,
+so that operators are dispatched as for an accelerator, and host memory can be told from the device's. DeepSpeed's real
+code runs on them; its collectives return at once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from dit_ds.distributed import World
-from dit_ds.engine import engine as ds
+from dit_ds.engine.simulated_rank import replacements
+from dit_ds.errors import RunFailed
 from dit_ds.models import attention
 from dit_ds.models.segmenter import pixel_statistics
 from dit_ds.planning.memory.tracker import LiveTensors
@@ -31,10 +34,13 @@ Live = TypeVar("Live", bound=LiveTensors)
 
 @contextlib.contextmanager
 def fake_tensors(live: Live) -> Iterator[Live]:
-    """All tensors made inside are fake, and counted by `live`.
+    """A context in which all tensors are fake, and counted by `live`.
 
-    A fake module's `.to()` swaps its parameters for others, which optimizers and hooks would not notice; here it sets
-    their data, as a real one does. Attention runs with the kernel asked for, though there is no device for it.
+    A fake module's `.to()` replaces its parameters by others, unknown to optimizers and hooks; here it sets their data,
+    as a real one's does. Attention runs with the requested kernel, though there is no device for it.
+
+    Raises:
+        RunFailed: PyTorch lacks an attribute that is replaced here.
     """
 
     def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -53,7 +59,7 @@ def fake_tensors(live: Live) -> Iterator[Live]:
         return module
 
     def made_on_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """From numbers, which the fake GPU has no operators to take."""
+        """A constructor that makes tensors of numbers on the host: the fake GPU has no operators for it."""
 
         def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
             made = make(data, *args, **kwargs)
@@ -62,7 +68,7 @@ def fake_tensors(live: Live) -> Iterator[Live]:
         return tensor
 
     def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_: Any) -> torch.Tensor:
-        """As CUDA's memory-efficient kernel, which takes what the others don't, does it: no map is kept."""
+        """`scaled_dot_product_attention` by CUDA's memory-efficient kernel, which saves no attention map."""
         if attn_mask is not None:
             mask = torch.zeros_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
             attn_mask = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
@@ -75,9 +81,9 @@ def fake_tensors(live: Live) -> Iterator[Live]:
         nn.functional: {"scaled_dot_product_attention": attend},
         attention: {"require": lambda *_: None},
         torch: {name: made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor")},
-        mode: {"may_turn_const": lambda t: False},  # numbers are computed with for real, which the fake GPU can't
+        mode: {"may_turn_const": lambda t: False},  # constants would be computed on the device, which can't
     }
-    pixel_statistics.cache_clear()  # no fake tensor may stay behind in it, and no real one get in
+    pixel_statistics.cache_clear()  # its tensors are real outside, fake inside
     try:
         with (
             _changed(changed),
@@ -94,7 +100,15 @@ def fake_tensors(live: Live) -> Iterator[Live]:
 
 @contextlib.contextmanager
 def _changed(attributes: dict[Any, dict[str, Any]]) -> Iterator[None]:
-    """Attributes of modules, classes or objects set for a while."""
+    """A context in which attributes of modules, classes or objects have other values.
+
+    Raises:
+        RunFailed: one of them does not exist.
+    """
+    for owner, names in attributes.items():
+        for name in names:
+            if not hasattr(owner, name):
+                raise RunFailed(_gone(owner, name))
     before = {owner: {name: getattr(owner, name) for name in names} for owner, names in attributes.items()}
     for owner, names in attributes.items():
         for name, value in names.items():
@@ -107,9 +121,20 @@ def _changed(attributes: dict[Any, dict[str, Any]]) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
+def _gone(owner: Any, name: str) -> str:
+    """The message about an attribute that a library no longer has."""
+    where = f"{owner.__name__}" if isinstance(owner, (ModuleType, type)) else type(owner).__name__
+    library = (owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
+    version = getattr(sys.modules[library], "__version__", "of unknown version")
+    return (
+        f"{library} {version} has no {where}.{name}, which a memory prediction replaces: install a version of {library} "
+        "that dit-ds' pyproject.toml allows"
+    )
+
+
 @functools.cache
 def _gpu() -> str:
-    """A device type of PyTorch's that nothing drives: fake tensors need none of its operators."""
+    """Register a device type that has no operators: fake tensors need none. Returns its name."""
     from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
     class Backend(_DummyBackendModule):
@@ -117,24 +142,24 @@ def _gpu() -> str:
             return [torch.float16, torch.bfloat16]
 
     _setup_privateuseone_for_python_backend("fakegpu", Backend())
-    _OTHERS.fallback(torch.library.fallthrough_kernel)
-    for names, short in ((_SHORT, True), (_EXACT, False)):
+    _FALLTHROUGH.fallback(torch.library.fallthrough_kernel)
+    for names, low_precision in ((_LOW_PRECISION, True), (_FP32, False)):
         for name in names:
-            _AUTOCAST.impl(name, _cast_before(_overload(name), short))
+            _AUTOCAST.impl(name, _cast_before(_overload(name), low_precision))
     return "fakegpu"
 
 
-# What autocast does on a GPU, as far as our models go: operators that take the short type, and those that take fp32
-_SHORT = (
+# Autocast on CUDA, as far as our models use it: operators that take the autocast type, and those that take fp32
+_LOW_PRECISION = (
     "conv1d", "conv2d", "conv_transpose2d.input", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum",
     "_scaled_dot_product_efficient_attention",
 )  # fmt: skip
-_EXACT = (
+_FP32 = (
     "layer_norm", "group_norm", "softmax.int", "log_softmax.int", "nll_loss", "nll_loss_nd", "cross_entropy_loss", "exp",
     "binary_cross_entropy_with_logits", "grid_sampler", "pow.Tensor_Scalar", "sum", "sum.dim_IntList",
 )  # fmt: skip
 _AUTOCAST = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
-_OTHERS = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+_FALLTHROUGH = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 
 
 def _overload(name: str) -> torch._ops.OpOverload:
@@ -142,11 +167,11 @@ def _overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def _cast_before(operator: torch._ops.OpOverload, short: bool) -> Callable[..., Any]:
+def _cast_before(operator: torch._ops.OpOverload, low_precision: bool) -> Callable[..., Any]:
     this = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype("fakegpu") if short else torch.float32
+        dtype = torch.get_autocast_dtype("fakegpu") if low_precision else torch.float32
 
         def cast(x: Any) -> Any:
             floating = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
@@ -160,31 +185,22 @@ def _cast_before(operator: torch._ops.OpOverload, short: bool) -> Callable[..., 
 
 @contextlib.contextmanager
 def fake_cluster(ranks: int, rank: int = 0) -> Iterator[World]:
-    """One rank of so many, on a fake GPU. For a process of its own: no process group may exist.
+    """A context in which this process is one rank of a simulated cluster, on a fake GPU. No process group may exist.
 
-    DeepSpeed's comparisons between ranks are left out: there is nobody to compare with.
+    Args:
+        ranks: of the cluster, one GPU each.
+        rank: this one.
+    Raises:
+        RunFailed: DeepSpeed lacks an attribute that is replaced for it.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    deepspeed = ds.import_deepspeed()
-    zero, get_accelerator = deepspeed.runtime.zero, deepspeed.accelerator.get_accelerator
-
     device = torch.device(_gpu(), 0)
-    accelerator = {
-        "device_name": lambda index=None: _gpu() if index is None else f"{_gpu()}:{index}",
-        "current_device_name": lambda: str(device),
-        "current_device": lambda: 0,
-        "on_accelerator": lambda tensor: tensor.device == device,
-    }
-    changed: dict[Any, dict[str, Any]] = {get_accelerator(): accelerator}
-    for name in ("utils", "partitioned_param_coordinator", "stage3", "partition_parameters"):
-        module = getattr(zero, name)
-        checks = ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks")
-        changed[module] = {check: lambda *_, **__: None for check in checks if hasattr(module, check)}
+    replaced = replacements(device)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        with _changed(changed):
+        with _changed(replaced):
             yield World(rank, ranks, 0, device)
     finally:
         dist.destroy_process_group()

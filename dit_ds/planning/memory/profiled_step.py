@@ -1,13 +1,14 @@
-"""Training steps whose memory is written down: the real model, loss, backward pass and DeepSpeed engine, on real
-tensors or fake ones."""
+"""Training steps whose memory is tracked: the real model, loss, backward pass and DeepSpeed engine, on real tensors or
+fake ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.data.loading.prompts import TEXT_ONLY, Prompts
@@ -15,13 +16,43 @@ from dit_ds.distributed import World
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.models.build import build_model
-from dit_ds.planning.memory.tracker import MemoryTracker, Profile
+
+ResultT = TypeVar("ResultT")
+ResultCo = TypeVar("ResultCo", covariant=True)
+
+
+class PhasePeaks(Protocol[ResultCo]):
+    """What a step reports its phases to: a `MemoryTracker`, or an `AllocatorPhasePeaks`."""
+
+    def enter(self, phase: str) -> None:
+        """Start a phase."""
+
+    def restart(self) -> None:
+        """Start a step."""
+
+    def profile(self) -> ResultCo:
+        """End the step and return its memory."""
+        ...
+
+    def tag(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Set the category of these tensors."""
+
+    def watch(self, model: nn.Module) -> None:
+        """From now on note the module whose forward allocates a tensor."""
+
+    def unwatch(self) -> None:
+        """Undo `watch`."""
 
 
 def fake_batch(
     batch: int, image_size: int, tokens: int, prompts: Prompts = TEXT_ONLY, soft: bool = False
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs, mask and weight of the shapes that the loader gives."""
+    """A batch of zeros of the loader's shapes.
+
+    Returns:
+        The model's inputs by name (image (B, 3, S, S) uint8; size (B, 2); tokens, token_mask (B, T); points (B, P, 2),
+        labels (B, P)), the mask (B, S, S), uint8 or fp32 where `soft`, and the samples' weight (B,).
+    """
     inputs = {
         "image": torch.zeros(batch, 3, image_size, image_size, dtype=torch.uint8),
         "size": torch.full((batch, 2), image_size),
@@ -36,42 +67,55 @@ def fake_batch(
     return inputs, mask, torch.ones(batch)
 
 
-class Steps:
-    """A run's model in its engine, and steps whose memory the tracker writes down.
+@dataclass
+class Steps(Generic[ResultT]):
+    """Training steps of a run whose memory is tracked.
 
-    Args:
+    Attributes:
         config: the run.
-        world: this rank's place.
-        tracker: active already; or what is told the same in its place, as `allocator.Meter`.
+        world: this rank.
+        tracker: what the phases are reported to. A `MemoryTracker` is active already.
+        engine: DeepSpeed's, with the run's model.
+        state: the engine's fp32 state.
     """
 
-    def __init__(self, config: RunConfig, world: World, tracker: MemoryTracker):
-        self.config, self.world, self.tracker = config, world, tracker
+    config: RunConfig
+    world: World
+    tracker: PhasePeaks[ResultT]
+    engine: Any
+    state: TrainingState
+
+    @classmethod
+    def load(cls, config: RunConfig, world: World, tracker: PhasePeaks[ResultT]) -> Steps[ResultT]:
+        """Build the model and its engine, in the phase "load"."""
         tracker.enter("load")
         model = build_model(config, text_weights=False)
         model.checkpoint_activations(config.train.activation_checkpointing)
-        if config.train.compile and world.device.type == "cuda":  # tensors without data can't be compiled for
+        if config.train.compile and world.device.type == "cuda":  # fake tensors can't be compiled for
             model.compile_blocks()
-        self.engine = ds.initialize(model, config, world)
-        del model
-        self.state = TrainingState(self.engine, config.train.ema_decay)
-        self._tag_state()
-        self.engine.train()
+        engine = ds.initialize(model, config, world)
+        steps = cls(config, world, tracker, engine, TrainingState(engine, config.train.ema_decay))
+        steps.tag_state()
+        engine.train()
+        return steps
 
     def warm_up(self) -> None:
-        """Have everything that the first step makes and the others find: Adam's states, ZeRO-3's order of modules."""
+        """Make what the first step makes and later ones reuse: Adam's states, ZeRO-3's trace of the modules' order."""
         if self.engine.zero_optimization_stage() == 3:
             self.take(1)
         else:
             self.state.make_moments()
-            self._tag_state()
+            self.tag_state()
 
-    def take(self, micro_batch: int, micro_batches: int | None = None) -> Profile:
-        """One optimizer step; its phases are forward, backward and step.
+    def take(self, micro_batch: int, micro_batches: int | None = None) -> ResultT:
+        """Take one optimizer step, in the phases forward, backward and step.
 
         Args:
-            micro_batches: so many. By default of a step of several the last two are taken: what is added up lies there
-                from the second on.
+            micro_batch: samples.
+            micro_batches: of the step. By default at most two, the last of the accumulation: from the second on
+                accumulated gradients are there.
+        Returns:
+            The tracker's profile of it.
         """
         tracker, engine = self.tracker, self.engine
         tracker.restart()
@@ -82,7 +126,7 @@ class Steps:
             self._pass(micro_batch)
         tracker.enter("step")
         ds.step(engine)
-        self._tag_state()
+        self.tag_state()
         self.state.update_average()
         tracker.unwatch()
         return tracker.profile()
@@ -99,29 +143,29 @@ class Steps:
         tracker.enter("backward")
         engine.backward(loss)
         del loss, inputs, mask, weight
-        self._tag_state()
+        self.tag_state()
         if not engine.is_gradient_accumulation_boundary():
             ds.step(engine)
 
-    def _tag_state(self) -> None:
-        """Tag the tensors that stay: parameters, gradients, optimizer states, moving average."""
+    def tag_state(self) -> None:
+        """Tag the tensors that outlive a step: parameters, gradients, optimizer states, moving average."""
         module, optimizer, tag = self.engine.module, self.engine.optimizer, self.tracker.tag
-        # the flat master first: in fp32 at stage 0 it is the parameter itself
+        # a later tag replaces an earlier one: in fp32 at stage 0 the master is the parameter itself
         tag("gradients", _tensors(*(getattr(optimizer, name, None) for name in _GRADIENTS)))
         tag("gradients", (p.grad for p in module.parameters() if p.grad is not None))
         base = self.engine.basic_optimizer
         tag("optimizer", (x for g in base.param_groups for x in g["params"]))
         tag("optimizer", _tensors(dict(base.state)))
         tag("optimizer", (f.flat for f in self.state.fragments))
-        tag("average", self.state._average.values())
+        tag("average", self.state.averages())
         tag("parameters", module.buffers())
         tag("parameters", (p for p in module.parameters()))
         tag("parameters", (p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")))
 
 
-# where DeepSpeed's optimizers keep gradients between the backward pass and the step
+# attributes of DeepSpeed's optimizers that hold gradients between the backward pass and the step, each of some stages
 _GRADIENTS = (
-    "averaged_gradients", "accumulated_grads_in_cpu", "single_partition_of_fp32_groups_grads", "fp32_groups_gradients",
+    "averaged_gradients", "accumulated_grads_in_cpu", "fp32_groups_gradients",
     "grad_partitions_flat_buffer", "temp_grad_buffer_for_cpu_offload",
     "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a memory prediction is asked, and what it answers."""
+"""The request for a memory prediction, and its result."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dit_ds.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """What is asked.
+    """What to predict.
 
     Attributes:
-        config: the run; `model.attention` auto means what a GPU gets.
-        ranks: GPUs, one a rank.
-        micro_batches: those to profile; where there are none, the run's own.
-        capacity: bytes; if given, the largest micro-batch whose peak is at most this is looked for.
+        config: the run; `model.attention` auto means the kernel chosen on a GPU.
+        ranks: of the cluster, one GPU each.
+        micro_batches: those to profile; if empty, the run's.
+        capacity: bytes; if given, the largest micro-batch whose peak is at most this is searched.
         flops: count those of a sample's step, too.
     """
 
@@ -30,9 +30,14 @@ class MemoryRequest:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Profiles by micro-batch; `largest` is 0 where not even one sample fits; None is what was not asked for.
+    """A prediction. What was not requested is None.
 
-    `flops` are those really computed in a sample's step, by this run's kernels and with what it computes again.
+    Attributes:
+        profiles: `tracker.Profile` by micro-batch.
+        parameters: elements of all parameters.
+        trained: elements of the trained ones.
+        largest: the largest micro-batch that fits, 0 where not even one sample does.
+        flops: computed in a sample's step by this run's kernels, activation recomputation included.
     """
 
     profiles: dict[int, Any]
@@ -42,7 +47,7 @@ class MemoryEstimate:
     flops: int | None = None
 
     def peak(self, micro_batch: int) -> float:
-        """Bytes at most at once; between and beyond the profiled micro-batches along a line."""
+        """Peak bytes; between and beyond the profiled micro-batches by linear interpolation."""
         known = sorted((b, p.peak) for b, p in self.profiles.items())
         if len(known) == 1 or micro_batch in self.profiles:
             return float(dict(known).get(micro_batch, known[0][1]))
@@ -53,7 +58,7 @@ class MemoryEstimate:
 
 
 def on_gpu(config: RunConfig) -> RunConfig:
-    """The configuration as it would be on a GPU; xformers' cutlass kernel stands in as torch has it."""
+    """The configuration as it would be on a GPU; for xformers' cutlass kernel torch's copy of it is used."""
     changes: dict[str, Any] = {"text": {"cache": 0}}
     if config.model.name == "dit_sam" and config.model.attention in ("auto", "xformers", "sdpa"):
         changes["model"] = {"attention": "sdpa_efficient"}

@@ -1,53 +1,61 @@
-"""Who holds the memory: every storage that operators make, from its birth to its end, real or fake.
+"""What GPU memory holds: every storage that operators allocate, from allocation to release, real or fake.
 
-A storage is rounded as CUDA's allocator rounds. Its category is known at the latest when it is gone:
+Sizes are rounded as CUDA's caching allocator rounds them. A storage's category is known at the latest when it is freed:
 
     parameters    the model's, as the rank holds them, and its buffers
-    gradients     those that wait for the optimizer
+    gradients     those that wait for the optimizer's step
     optimizer     fp32 masters, Adam's moments, scratch of the update
     average       the moving average of the weights
-    activations   what a forward pass, also one that is made again, leaves behind for the backward pass
+    activations   what a forward pass, also a recomputed one, saves for the backward pass
     inputs        the batch
     buffers       DeepSpeed's: buckets, gathered parameters, copies for communication
-    temporaries   everything else, gone before its pass is over
+    temporaries   everything else, freed before its pass is over
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import os
 import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.autograd.graph
+import torch.optim
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
+import dit_ds
 from dit_ds.models import attention
 
 CATEGORIES = (
     "parameters", "gradients", "optimizer", "average", "activations", "inputs", "buffers", "temporaries"
 )  # fmt: skip
-# operators of ours whose temporaries count: what they are made of is run in their place
-_MADE_OF = {
+# our operators, whose temporaries count: their implementation runs under the mode in their place
+_IMPLEMENTATIONS = {
     torch.ops.dit_ds.attention.default: attention.attention_forward,
     torch.ops.dit_ds.attention_backward.default: attention.attention_backward,
 }
-_ROUND = 512  # bytes, CUDA's allocator's
+_ROUND = 512  # bytes, as CUDA's caching allocator
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is active and not freed yet, real or fake.
+    """A dispatch mode that counts the bytes of the storages allocated under it and not yet freed, real or fake.
 
     Attributes:
-        now: bytes alive.
-        peak: most bytes alive at once since `peak` was last set.
+        now: bytes allocated now.
+        peak: the most bytes allocated at once since `peak` was last set.
     """
 
     def __init__(self) -> None:
@@ -58,10 +66,10 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _MADE_OF:
-            return self._made_of(func, args, kwargs)
+        if func in _IMPLEMENTATIONS:
+            return self._run_implementation(func, args, kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _some_number(args[0].dtype)
+            return _placeholder(args[0].dtype)
         out = func(*args, **kwargs)
         if not _aliases(func):
             for x in tree_leaves(out):
@@ -69,56 +77,59 @@ class LiveTensors(TorchDispatchMode):
                     self._add(x)
         return out
 
-    def _made_of(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The parts of one of our operators. On fake tensors only the first time; then what they took is known."""
+    def _run_implementation(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run one of our operators by its implementation, so that its temporaries are counted.
+
+        On fake tensors only at the first call with such arguments: how much it takes is remembered.
+        """
         leaves = tree_leaves((args, kwargs))
         fake = any(isinstance(x, FakeTensor) for x in leaves)
         key = (func, *((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
         if fake and key in self._transients:
             out = func(*args, **kwargs)
             made = sum(self._add(x) for x in out)
-            self._pass_by(self._transients[key] - made)
+            self._add_transient(self._transients[key] - made)
             return out
         before, peak, self.peak = self.now, self.peak, self.now
         with self:
-            out = _MADE_OF[func](*args, **kwargs)
+            out = _IMPLEMENTATIONS[func](*args, **kwargs)
         self._transients[key] = self.peak - before
         self.peak = max(peak, self.peak)
         return out
 
-    def _pass_by(self, size: int) -> None:
-        """So many bytes are made and freed at once."""
+    def _add_transient(self, size: int) -> None:
+        """Count bytes that are allocated and freed at once."""
         self.peak = max(self.peak, self.now + size)
 
     def _add(self, x: Tensor) -> int:
-        """Count a tensor's storage, unless it is counted; return its bytes then."""
+        """Count a tensor's storage, unless it is counted already; return the bytes added."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return 0
         size = -(-storage.nbytes() // _ROUND) * _ROUND
-        block = self._born(size, x)
-        self._alive[key] = (weakref.ref(storage, lambda _: self._gone(self._alive.pop(key)[1])), block)
+        block = self._allocated(size, x)
+        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(self._alive.pop(key)[1])), block)
         return size
 
-    def _born(self, size: int, x: Tensor) -> Any:
+    def _allocated(self, size: int, x: Tensor) -> Any:
         self.now += size
         self.peak = max(self.peak, self.now)
         return size
 
-    def _gone(self, size: Any) -> None:
+    def _freed(self, size: Any) -> None:
         self.now -= size
 
 
 @functools.cache
 def _aliases(func: torch._ops.OpOverload) -> bool:
-    """Whether it returns views of its arguments, or them themselves: nothing new, even where they are older."""
+    """Whether an operator returns only its arguments or views of them, and so allocates nothing."""
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None for r in returns)
 
 
-def _some_number(dtype: torch.dtype) -> bool | float | int:
-    """What `.item()` of a fake tensor answers: a norm of 1, no overflow, a count of 0."""
+def _placeholder(dtype: torch.dtype) -> bool | float | int:
+    """The value of `.item()` on a fake tensor: a norm of 1, no overflow, a count of 0."""
     if dtype == torch.bool:
         return False
     return 1.0 if dtype.is_floating_point else 0
@@ -126,7 +137,7 @@ def _some_number(dtype: torch.dtype) -> bool | float | int:
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A storage: its bytes, whether on the host, its category, the module in whose forward it was made."""
+    """A storage: its bytes, whether it lies in host memory, its category, the module whose forward allocated it."""
 
     size: int
     host: bool
@@ -136,17 +147,19 @@ class Block:
 
 @dataclass
 class Profile:
-    """A rank's memory over one phase after another. Bytes.
+    """A rank's memory over the phases of a step. All sizes are bytes.
 
     Attributes:
-        phases: the most at once in each.
-        peak: the most of all, in `phase`, where something of `module` was last made or freed; `peak_at` is the moment's number.
-        at_peak: by category.
-        after: what is left when the last phase is over, by category.
-        host: the most at once in host memory.
-        kept: what waited for the backward pass when the last forward was over, by module.
-        timeline: (moment, bytes by category in the order of CATEGORIES), the highest of each of about `_POINTS`
-            stretches; `bounds` are the phases' first moments.
+        phases: each phase's peak.
+        peak: the largest of them, reached in `phase`, where the last storage allocated or freed was of `module`, at the
+            `peak_at`-th event (an allocation, a release or the start of a phase).
+        at_peak: bytes at the peak, by category.
+        after: bytes left at the end of the last phase, by category.
+        host: the peak in host memory.
+        kept: activations saved for the backward pass at the end of the last forward pass, by module.
+        timeline: (event number, bytes by category in the order of CATEGORIES): the highest event of each of about
+            `_POINTS` intervals.
+        bounds: each phase's first event number.
     """
 
     phases: dict[str, int] = field(default_factory=dict)
@@ -166,9 +179,9 @@ _POINTS = 2000
 
 
 class MemoryTracker(LiveTensors):
-    """Writes down every storage.
+    """Logs every allocation and release, for a profile by phase, category and module.
 
-    Call `enter` at the start of each phase, and `own` whenever tensors can be told by who holds them.
+    Call `enter` at the start of each phase, and `tag` whenever the category of some tensors is known.
 
     Args:
         host: whether a tensor lies in host memory; where the accelerator is the CPU, none does.
@@ -178,17 +191,17 @@ class MemoryTracker(LiveTensors):
         super().__init__()
         self.host = host
         self.log: list[tuple[Block | None, int, str]] = []  # (block, sign, its module) or (None, 0, a phase's name)
-        self._before: list[Block] = []  # made before the log begins
+        self._before: list[Block] = []  # allocated before the log begins
         self._phase = "load"
-        self._passing: list[Block] = []  # made in the forward pass under way
-        self._modules: list[str] = []
+        self._in_forward: list[Block] = []  # allocated in the forward pass under way
+        self._modules: list[str] = []  # whose forward is running, the innermost last
         self._names: dict[int, str] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
-    # --- what is made
+    # --- allocations and releases
 
-    def _born(self, size: int, x: Tensor) -> Block:
-        super()._born(size, x)
+    def _allocated(self, size: int, x: Tensor) -> Block:
+        super()._allocated(size, x)
         block = Block(size, self.host(x), "buffers", self._modules[-1] if self._modules else "")
         if self._phase != "load":
             self._classify(block)
@@ -199,58 +212,58 @@ class MemoryTracker(LiveTensors):
         maker = _maker()
         if maker == "forward" or (maker == "model" and self._phase == "forward"):
             block.category = "temporaries"
-            self._passing.append(block)
+            self._in_forward.append(block)
             return
-        self._passed()
+        self._end_forward()
         block.category = {"deepspeed": "buffers", "optimizer": "optimizer"}.get(maker, "temporaries")
 
-    def _passed(self) -> None:
-        """A forward pass is over: what it left behind are activations."""
-        if self._passing:
+    def _end_forward(self) -> None:
+        """A forward pass is over: what is left of it are activations."""
+        if self._in_forward:
             alive = {id(block) for _, block in self._alive.values()}
-            for block in self._passing:
-                if id(block) in alive and block.category == "temporaries":  # by now not known as anything else
+            for block in self._in_forward:
+                if id(block) in alive and block.category == "temporaries":  # not tagged since
                     block.category = "activations"
-            self._passing.clear()
+            self._in_forward.clear()
 
-    def _gone(self, block: Block) -> None:
-        super()._gone(block.size)
+    def _freed(self, block: Block) -> None:
+        super()._freed(block.size)
         self.log.append((block, -1, block.module))
 
-    def _pass_by(self, size: int) -> None:
-        super()._pass_by(size)
+    def _add_transient(self, size: int) -> None:
+        super()._add_transient(size)
         block = Block(size, False, "temporaries")
         module = self._modules[-1] if self._modules else ""
         self.log += [(block, 1, module), (block, -1, module)]
 
-    # --- what is known of it
+    # --- phases and categories
 
     def enter(self, phase: str) -> None:
-        """From here on it is another phase."""
-        self._passed()
+        """Start a phase."""
+        self._end_forward()
         self._phase = phase
         self.log.append((None, 0, phase))
 
     def restart(self) -> None:
-        """Forget what was, but for what is alive."""
-        self._passed()
+        """Clear the log; storages that are still allocated count from its start."""
+        self._end_forward()
         self.log.clear()
         self._before = [block for _, block in self._alive.values()]
 
     def track_existing(self, tensors: Iterable[Tensor]) -> None:
-        """These were made while the tracker was not active."""
+        """Add tensors that were allocated while the tracker was not active."""
         for x in tensors:
             self._add(x)
 
     def tag(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """These tensors are of a category."""
+        """Set the category of these tensors' storages."""
         for x in tensors:
             _, block = self._alive.get(x.untyped_storage()._cdata, (None, None))
             if block is not None:
                 block.category = category
 
     def watch(self, model: nn.Module) -> None:
-        """Name the modules in whose forward things are made, from now on."""
+        """From now on note the module whose forward allocates a storage."""
         self._names = {id(m): name for name, m in model.named_modules()}
         self._hooks = [
             register_module_forward_pre_hook(self._entered),
@@ -267,9 +280,10 @@ class MemoryTracker(LiveTensors):
         """Undo `watch`."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
 
     def profile(self) -> Profile:
-        """The phases entered since the start or `restart`, replayed with what is known by now."""
+        """The log since the start or `restart`, added up with the categories known by now."""
         p, sums, kept, total, phase = Profile(), dict.fromkeys(CATEGORIES, 0), {}, 0, self._phase
         host = p.host = sum(b.size for b in self._before if b.host)
         for block in self._before:
@@ -279,7 +293,7 @@ class MemoryTracker(LiveTensors):
         every, highest = max(1, len(self.log) // _POINTS), -1
         module = ""
         for i, (block, sign, name) in enumerate(self.log):
-            module = name if block and name else module  # in a backward pass: whose activations went last
+            module = name if block and name else module  # in a backward pass: whose activations were freed last
             if block is None:
                 if phase == "forward":
                     p.kept = {module: n for module, n in kept.items() if n}
@@ -312,8 +326,12 @@ class MemoryTracker(LiveTensors):
 
 
 def _maker() -> str:
-    """Whose code makes a tensor, by the frames below the operator: deepspeed, optimizer, model; forward if that pass
-    is made again within the backward one."""
+    """What code called the operator that makes a tensor, by the frames below it.
+
+    Returns:
+        deepspeed, optimizer, model, `forward` for a forward pass that is recomputed within the backward pass, or an empty
+        string for any other code.
+    """
     frame, found = sys._getframe(3), ""
     while frame is not None:
         kind = _kind(frame.f_code.co_filename)
@@ -329,21 +347,41 @@ def _maker() -> str:
     return found
 
 
+# The kind of code that a module or a package holds. Of packages within each other the innermost counts.
+_KINDS: dict[ModuleType, str] = {
+    dit_ds: "model",
+    sys.modules[__package__]: "",  # the tracker and the steps under it: what calls them or is called by them counts
+    torch.autograd.graph: "autograd",
+    torch.nn: "model",
+    torch.optim: "optimizer",
+    torch.utils.checkpoint: "checkpoint",
+}
+# The same of libraries that may not be imported: until they are, no frame runs their code
+_OPTIONAL_KINDS = {
+    "deepspeed": "deepspeed",
+    "deepspeed.runtime.zero.linear": "model",  # linear layers whose backward ZeRO-3 replaces
+    "segment_anything": "model",
+    "transformers": "model",
+}
+
+
 @functools.cache
 def _kind(file: str) -> str:
-    found = [(file.rfind(part), len(part), kind) for part, kind in _FILES.items() if part in file]
-    return max(found)[2] if found else ""  # the innermost: any folder above may be called so
+    """The kind of code in a source file.
+
+    Raises:
+        ModuleNotFoundError: a library that is imported lacks a module of `_OPTIONAL_KINDS`; without it tensors would
+            silently be counted in another category.
+    """
+    imported = [name for name in _OPTIONAL_KINDS if name.partition(".")[0] in sys.modules]
+    kinds = _KINDS | {importlib.import_module(name): _OPTIONAL_KINDS[name] for name in imported}
+    found = [(len(where), kind) for module, kind in kinds.items() if file.startswith(where := _location(module))]
+    return max(found)[1] if found else ""
 
 
-_FILES = {
-    "/dit_ds/planning/memory/": "",
-    "/deepspeed/runtime/zero/linear": "model",
-    "/deepspeed/": "deepspeed",
-    "/torch/optim/": "optimizer",
-    "/torch/utils/checkpoint": "checkpoint",
-    "/torch/autograd/graph": "autograd",
-    "/torch/nn/": "model",
-    "/dit_ds/": "model",
-    "/transformers/": "model",
-    "/segment_anything/": "model",
-}
+def _location(module: ModuleType) -> str:
+    """A package's folder, or a module's file."""
+    if hasattr(module, "__path__"):
+        return os.path.join(module.__path__[0], "")
+    assert module.__file__ is not None
+    return module.__file__
