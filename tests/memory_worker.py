@@ -30,7 +30,7 @@ from dit_ds.config.load import validate  # noqa: E402
 from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.distributed import World, connect, disconnect, gather_objects  # noqa: E402
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors  # noqa: E402
-from dit_ds.planning.memory.measure import Request, measure  # noqa: E402
+from dit_ds.planning.memory.measure import MeasureRequest, measure  # noqa: E402
 from dit_ds.planning.memory.profiled_step import Steps  # noqa: E402
 from dit_ds.planning.memory.tracker import LiveTensors, MemoryTracker  # noqa: E402
 
@@ -72,7 +72,7 @@ def configuration(
 
 def profiled(config: RunConfig, world: World, tracker: MemoryTracker) -> dict[str, Any]:
     """A step's profile, with what the engine's own tensors add up to. The tracker is active."""
-    steps = Steps(config, world, tracker)
+    steps = Steps.load(config, world, tracker)
     steps.warm_up()
     p = steps.take(MICRO_BATCH)
     module, optimizer = steps.engine.module, steps.engine.basic_optimizer
@@ -164,7 +164,7 @@ def measured(setting: dict[str, Any], world: World, folder: str) -> list[dict[st
     config = configuration(folder, ranks=world.world_size, **setting)
     last = world.rank == world.world_size - 1
     with CountingAllocator(capacity if last else 1 << 40) as allocator:
-        result = measure(config, world, allocator, Request(steps, 1, **files), lambda r: print(json.dumps(r)))
+        result = measure(config, world, allocator, MeasureRequest(steps, 1, **files), lambda r: print(json.dumps(r)))
     return [result] if result["oom"] else gather_objects(result)
 
 

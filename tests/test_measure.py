@@ -22,7 +22,7 @@ def on_ranks(ranks: int, *settings: dict, program: Path = WORKER, real: bool = F
     return (launch if real else warm)([str(program), "measure", *map(json.dumps, settings)], ranks, timeout=200)
 
 
-def test_two_ranks_are_gathered_and_agree_with_the_ledger(tmp_path):
+def test_two_ranks_are_gathered_and_agree_with_the_tracker(tmp_path):
     files = {"timeline": str(tmp_path / "t.png"), "snapshot": str(tmp_path / "s.pickle")}
     done = on_ranks(2, {"stage": 2, "accumulation": 2, "ema_decay": 0.5} | files, {"stage": 3})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,7 +49,7 @@ def test_two_ranks_are_gathered_and_agree_with_the_ledger(tmp_path):
 @pytest.mark.parametrize(("capacity", "phase"), [(5 << 20, "load"), (60 << 20, "backward")])
 def test_running_out_of_memory_is_a_result(world, tmp_path, capacity, phase):
     reports, config = [], configuration(str(tmp_path), 2)
-    request = measure.Request(1, 0, snapshot=str(tmp_path / "s.pickle"))
+    request = measure.MeasureRequest(1, 0, snapshot=str(tmp_path / "s.pickle"))
     with CountingAllocator(capacity) as allocator:
         result = measure.measure(config, world, allocator, request, reports.append)
     assert reports == [result]
@@ -103,10 +103,10 @@ def test_ranks_stay_until_the_first_has_spoken(tmp_path):
 def test_a_breakdown_that_does_not_fit_leaves_the_measurement(tmp_path):
     """Rank 1 alone runs out in the step under the tracker, whose collectives rank 0 waits in."""
     change = """
-def breakdown(taken, *rest, before=worker.measure.__globals__["_breakdown"]):
-    if taken.world.rank == 1:
+def breakdown(steps, *rest, before=worker.measure.__globals__["_breakdown"]):
+    if steps.world.rank == 1:
         raise worker.torch.OutOfMemoryError("CUDA out of memory. Tried")
-    return before(taken, *rest)
+    return before(steps, *rest)
 worker.measure.__globals__["_breakdown"] = breakdown
 """
     files = {"timeline": str(tmp_path / "t.png"), "snapshot": str(tmp_path / "s.pickle")}

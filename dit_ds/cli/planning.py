@@ -144,7 +144,7 @@ def _memory_measure(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     from dit_ds.planning.memory import measure
 
-    request = measure.Request(args.steps, args.warmup, args.timeline, args.snapshot)
+    request = measure.MeasureRequest(args.steps, args.warmup, args.timeline, args.snapshot)
     return measure.run(
         config, args.config, request, lambda result: report(args, result, lambda: measure.lines(result), any_rank=True)
     )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
@@ -32,6 +32,43 @@ from dit_ds.planning.memory.tracker import LiveTensors
 Live = TypeVar("Live", bound=LiveTensors)
 
 
+def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` that sets parameters' data."""
+    for child in module.children():
+        child._apply(fn)
+    for tensors in (module._parameters, module._buffers):
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            with torch.no_grad():
+                new = fn(x)
+            if new.device != x.device:  # data can't be set across devices
+                tensors[name] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
+            elif new.dtype != x.dtype:
+                x.data = new.data
+    return module
+
+
+def _made_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A constructor that makes tensors of numbers on the host: the fake GPU has no operators for it."""
+
+    def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        made = make(data, *args, **kwargs)
+        return made if device is None else made.to(device)
+
+    return tensor
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+            is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` by CUDA's memory-efficient kernel, which saves no attention map."""
+    if attn_mask is not None:
+        mask = torch.zeros_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        attn_mask = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    arguments = (q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)[0]
+
+
 @contextlib.contextmanager
 def fake_tensors(live: Live) -> Iterator[Live]:
     """A context in which all tensors are fake, and counted by `live`.
@@ -43,50 +80,18 @@ def fake_tensors(live: Live) -> Iterator[Live]:
         RunFailed: PyTorch lacks an attribute that is replaced here.
     """
 
-    def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        for child in module.children():
-            child._apply(fn)
-        for tensors in (module._parameters, module._buffers):
-            for name, x in tensors.items():
-                if x is None:
-                    continue
-                with torch.no_grad():
-                    new = fn(x)
-                if new.device != x.device:  # data can't be set across devices
-                    tensors[name] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
-                elif new.dtype != x.dtype:
-                    x.data = new.data
-        return module
-
-    def made_on_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """A constructor that makes tensors of numbers on the host: the fake GPU has no operators for it."""
-
-        def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-            made = make(data, *args, **kwargs)
-            return made if device is None else made.to(device)
-
-        return tensor
-
-    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_: Any) -> torch.Tensor:
-        """`scaled_dot_product_attention` by CUDA's memory-efficient kernel, which saves no attention map."""
-        if attn_mask is not None:
-            mask = torch.zeros_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
-            attn_mask = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-        arguments = (q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)[0]
-
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    changed = {
-        nn.Module: {"_apply": apply},
-        nn.functional: {"scaled_dot_product_attention": attend},
+    replaced: dict[Any, dict[str, Any]] = {
+        nn.Module: {"_apply": _apply},
+        nn.functional: {"scaled_dot_product_attention": _attend},
         attention: {"require": lambda *_: None},
-        torch: {name: made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor")},
+        torch: {name: _made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor")},
         mode: {"may_turn_const": lambda t: False},  # constants would be computed on the device, which can't
     }
     pixel_statistics.cache_clear()  # its tensors are real outside, fake inside
     try:
         with (
-            _changed(changed),
+            _changed(replaced),
             warnings.catch_warnings(),
             mode,
             live,
@@ -168,7 +173,7 @@ def _overload(name: str) -> torch._ops.OpOverload:
 
 
 def _cast_before(operator: torch._ops.OpOverload, low_precision: bool) -> Callable[..., Any]:
-    this = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    this = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype("fakegpu") if low_precision else torch.float32

@@ -1,7 +1,7 @@
-"""What a training step really takes: the run's own model, engine and ranks on their GPUs, a few steps of a made-up batch.
+"""A training step's memory and time, measured: the run's model and engine on its ranks' GPUs, some steps of zeros.
 
-The first steps run as in training, and the allocator is asked for its peaks phase by phase. One more step is taken under
-the tracker, which says what the memory consists of; where it doesn't fit, what was measured before is the result.
+The first steps run as in training, and the allocator's peaks are read phase by phase. One more step runs under the memory
+tracker, for the categories; where it runs out of memory, the result has none.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from dit_ds.files import GIB
 from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory import timeline
 from dit_ds.planning.memory.abort import AbortChannel
-from dit_ds.planning.memory.allocator_counters import Allocator, CudaAllocator, Meter
+from dit_ds.planning.memory.allocator_counters import Allocator, AllocatorPhasePeaks, CudaAllocator
 from dit_ds.planning.memory.profiled_step import Steps
 from dit_ds.planning.memory.tracker import MemoryTracker, Profile
 
 
 @dataclass(frozen=True)
-class Request:
+class MeasureRequest:
     """What to measure.
 
     Attributes:
-        steps: measured ones, from 1.
-        warmup: steps before them, in which Adam's states, communicators and workspaces are made.
-        timeline: a picture of rank 0's step to write, or none.
-        snapshot: PyTorch's memory snapshot to write, or none: all allocations from the load to the last measured step.
+        steps: number of measured steps, at least 1.
+        warmup: number of steps before them, in which Adam's states, communicators and workspaces are allocated.
+        timeline: PNG of rank 0's step to write, or None.
+        snapshot: PyTorch's memory snapshot to write, or None: all allocations from the load to the last measured step.
     """
 
     steps: int = 5
@@ -55,68 +55,72 @@ class Request:
     snapshot: str | None = None
 
 
-def run(config: RunConfig, path: str, request: Request, report: Callable[[dict[str, Any]], None]) -> int:
+def run(config: RunConfig, path: str, request: MeasureRequest, report: Callable[[dict[str, Any]], None]) -> int:
     """Measure on this process's GPU, as one of the ranks under torchrun or srun.
 
     Args:
-        path: the configuration's, for what to do where there is no GPU.
+        path: of the configuration, for the error message.
         report: called with the result, on one rank: the first that runs out of memory, else rank 0.
     Returns:
-        The exit status: 1 where the memory did not suffice.
+        The exit status: 1 if it ran out of memory.
     Raises:
-        UserError: no GPU, or a request that can't be met.
+        UserError: no GPU, or a timeline that can't be drawn.
     """
     if not torch.cuda.is_available():
         raise UserError(f"no CUDA GPU here: 'dit-ds memory plan --config {path}' predicts the same without one")
     if request.timeline:
         timeline.require(request.timeline)
-    deepspeed_config(config, set_environment()[1])  # what can be refused is refused before any rank waits
+    deepspeed_config(config, set_environment()[1])  # refuse a wrong one before any rank waits
     world = connect()
     result = measure(config, world, CudaAllocator(world.device), request, report)
     disconnect()
     return 1 if result["oom"] else 0
 
 
-def measure(config: RunConfig, world: World, allocator: Allocator, request: Request,
+def measure(config: RunConfig, world: World, allocator: Allocator, request: MeasureRequest,
             report: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:  # fmt: skip
-    """Take the steps and return what they took: on every rank the same, but for categories and modules. Collective.
+    """Take the steps and measure them. Collective.
 
-    A rank that runs out of memory can't gather anything, as the others wait for it in some collective: it reports what
-    it knows of itself, and all of several ranks end here with status 1, by the alarm or, where that fails, by the
-    collective's time-out. In the step under the tracker it reports what all have measured, and they end with 0.
+    A rank that runs out of memory can't gather the others' results, as they wait for it in a collective: it reports its
+    own numbers, and with several ranks all processes exit here with status 1, through the `AbortChannel` or, where that
+    fails, the collective's time-out. In the step under the tracker it reports what was gathered before, and the status
+    is 0.
 
     Args:
         allocator: of the world's device.
         report: called with the result, on one rank.
+    Returns:
+        What `dit-ds memory measure --json` prints; the same on every rank but for categories and modules, which are the
+        rank's.
     """
-    # the same made-up words each time would be found in a cache of text features
+    # a cache of text features would hold the batch's after the first step
     config = validate(merge(config.model_dump(), {"text": {"cache": 0}}))
-    result, meter, alarm = _described(config, world), Meter(allocator), AbortChannel(world)
+    result, peaks, channel = _described(config, world), AllocatorPhasePeaks(allocator), AbortChannel(world)
     if request.snapshot:
         allocator.record()
     try:
-        mine, breakdown = _take(config, world, meter, request, result["micro_batch"])
+        mine, breakdown = _take(config, world, peaks, request, result["micro_batch"])
         result |= _together(gather_objects(mine), config)
-        meter.enter("breakdown")
+        peaks.enter("breakdown")
         profile = breakdown()
-        gather_objects(None)  # all have theirs
+        gather_objects(None)  # no rank goes on before all have their profile
     except RuntimeError as e:
         if not _out_of_memory(e):
-            alarm.close()
+            channel.close()
             raise
         measured = result["step_seconds"] is not None
         if measured:
             result["breakdown_failed"] = _message(e)
         else:
-            result |= _failed(e, world, meter, result["micro_batch"])
-        with alarm.first_failure(0 if measured else 1) as first:
+            result |= _failed(e, world, peaks, result["micro_batch"])
+        with channel.first_failure(0 if measured else 1) as first:
             if first and request.snapshot and not measured:
                 allocator.snapshot(Path(request.snapshot))
             if first:
                 report(result)
         return result
     result |= _categories(profile, _peak(mine))
-    alarm.close()
+    channel.close()
     if world.main:
         if request.timeline:
             timeline.draw(profile, request.timeline, f"{_title(result)}: measured")
@@ -125,10 +129,10 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Requ
 
 
 def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
-    """The result of `dit-ds memory measure` in processes of its own, whose memory is clean.
+    """The result of `dit-ds memory measure`, run in new processes, so that their memory holds nothing else.
 
     Raises:
-        RunFailed: it ended otherwise than with a result.
+        RunFailed: it ended without a result.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +149,7 @@ def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
 
 
 def _described(config: RunConfig, world: World) -> dict[str, Any]:
-    """What is measured, with nothing of it known yet."""
+    """The result's keys: what is measured, and None or nothing for the numbers."""
     ds_config = deepspeed_config(config, world.world_size)
     cuda = world.device.type == "cuda"
     return {
@@ -164,45 +168,46 @@ def _described(config: RunConfig, world: World) -> dict[str, Any]:
 _IN_STEP = ("forward", "backward", "step")
 
 
-def _take(config: RunConfig, world: World, meter: Meter, request: Request,
+def _take(config: RunConfig, world: World, meter: AllocatorPhasePeaks, request: MeasureRequest,
           micro_batch: int) -> tuple[dict[str, Any], Callable[[], Profile]]:  # fmt: skip
-    """This rank's numbers (bytes, seconds) of steps as in training, and what takes one more and profiles it."""
+    """This rank's numbers (bytes, seconds) of steps as in training, and a function that profiles one more step."""
     allocator, seconds, before = meter.allocator, [], _tensors()
     with offline_text(config):
-        taken = Steps(config, world, meter)
-    each = taken.engine.gradient_accumulation_steps()
+        steps = Steps.load(config, world, meter)
+    accumulation = steps.engine.gradient_accumulation_steps()
     for i in range(request.warmup + request.steps):
         meter.warming = i < request.warmup
         allocator.synchronize()
         start = time.perf_counter()
-        taken.take(micro_batch, each)
+        steps.take(micro_batch, accumulation)
         allocator.synchronize()
         if not meter.warming:
             seconds.append(time.perf_counter() - start)
     if request.snapshot and world.main:
         allocator.snapshot(Path(request.snapshot))
     mine = {"peaks": dict(meter.peaks), "used": allocator.used(), "seconds": statistics.median(seconds)}
-    return mine, lambda: _breakdown(taken, micro_batch, before)
+    return mine, lambda: _breakdown(steps, micro_batch, before)
 
 
-def _breakdown(taken: Steps, micro_batch: int, before: list[Tensor]) -> Profile:
-    """One more step under the tracker, which is told what lies there already.
+def _breakdown(steps: Steps[None], micro_batch: int, before: list[Tensor]) -> Profile:
+    """Profile one more step under a tracker, which is first given the tensors that exist.
 
     Args:
-        before: tensors that are not the engine's.
+        before: tensors that existed before the engine.
     """
-    device, others = taken.world.device.type, {id(x) for x in before}
-    taken.tracker = tracker = MemoryTracker(host=lambda x: x.device.type != device)
-    gradients = (p.grad for p in taken.engine.module.parameters() if p.grad is not None)
+    device, others = steps.world.device.type, {id(x) for x in before}
+    tracker = MemoryTracker(host=lambda x: x.device.type != device)
+    tracked = Steps(steps.config, steps.world, tracker, steps.engine, steps.state)
+    gradients = (p.grad for p in steps.engine.module.parameters() if p.grad is not None)
     tracker.track_existing(itertools.chain((x for x in _tensors() if id(x) not in others), gradients))
     with tracker:
-        taken.tag()
-        return taken.take(micro_batch)
+        tracked.tag_state()
+        return tracked.take(micro_batch)
 
 
 def _tensors() -> list[Tensor]:
-    """All tensors there are that have storages of their own."""
-    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]  # isinstance would wake lazy modules
+    """All existing tensors that have storage."""
+    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]  # isinstance would import lazy modules
     return [x for x in found if x.device.type != "meta" and x.layout == torch.strided]
 
 
@@ -226,14 +231,14 @@ def _together(ranks: list[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
 
 
 def _peak(mine: dict[str, Any]) -> int:
-    """Bytes at most in a measured step."""
+    """A rank's peak in a measured step, bytes."""
     return max(mine["peaks"][n][0] for n in _IN_STEP)
 
 
 def _categories(profile: Profile, peak: int) -> dict[str, Any]:
     """The result's part from this rank's profile and measured peak."""
     return {
-        # what the tracker can't see: workspaces of cuBLAS and cuDNN, memory held for other streams
+        # not allocated by operators: workspaces of cuBLAS and cuDNN, memory held for other streams
         "categories": _gib(profile.at_peak) | {"unseen": (peak - profile.peak) / GIB},
         "after": _gib(profile.after),
         "modules": _gib(by_block(profile.kept)),
@@ -246,7 +251,7 @@ def _gib(sizes: dict[str, int]) -> dict[str, float]:
 
 
 def by_block(kept: dict[str, int]) -> dict[str, int]:
-    """Sizes by module, added up over what a numbered block is made of: `image_encoder.blocks.7`; else two names deep."""
+    """Sizes by module, summed over the parts of a numbered block (`image_encoder.blocks.7`), else two names deep."""
     sums: dict[str, int] = defaultdict(int)
     for module, size in kept.items():
         parts = module.split(".")
@@ -255,11 +260,11 @@ def by_block(kept: dict[str, int]) -> dict[str, int]:
     return dict(sums)
 
 
-# --- when it does not fit
+# --- out of memory
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """PyTorch's own, and what NCCL, cuBLAS, cuDNN and the driver say."""
+    """Whether it is PyTorch's error, or NCCL's, cuBLAS', cuDNN's or the driver's message."""
     said = re.search(r"out of memory|_STATUS_\w*ALLOC\w*_FAILED", str(error), re.IGNORECASE)
     return isinstance(error, torch.OutOfMemoryError) or said is not None
 
@@ -268,8 +273,8 @@ def _message(error: RuntimeError) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _failed(error: RuntimeError, world: World, meter: Meter, micro_batch: int) -> dict[str, Any]:
-    """What is known of a rank that ran out of memory."""
+def _failed(error: RuntimeError, world: World, meter: AllocatorPhasePeaks, micro_batch: int) -> dict[str, Any]:
+    """The result of a rank that ran out of memory."""
     allocated, reserved = meter.allocator.peaks()
     phase = meter.phase
     meter.enter("")
@@ -290,7 +295,7 @@ def _failed(error: RuntimeError, world: World, meter: Meter, micro_batch: int) -
     }
 
 
-# --- for people
+# --- as text
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -300,7 +305,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The result for people; GiB."""
+    """The result as lines of text; sizes in GiB."""
     r, out = result, [_title(result)]
     if r["oom"]:
         oom = r["oom"]

@@ -185,7 +185,8 @@ def closest(config: RunConfig, ranks: int, room: int) -> dict[str, Any]:
 
 def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfig]]:
     """The run as it is, with each layer computed again, and shared out or offloaded further and further."""
-    values, words = config.model_dump(), []
+    values = config.model_dump()
+    words: list[str] = []
     yield words, config
     if config.train.activation_checkpointing != "block":
         words = ["train.activation_checkpointing block"]

@@ -78,7 +78,7 @@ def draw(profile: Profile, path: str | Path, title: str) -> None:
 
 
 def _phases(profile: Profile) -> list[str]:
-    return sorted(profile.bounds, key=profile.bounds.get)
+    return sorted(profile.bounds, key=profile.bounds.__getitem__)
 
 
 def _places(profile: Profile, moments: list[tuple[int, ...]]) -> list[float]:

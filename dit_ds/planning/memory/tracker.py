@@ -22,7 +22,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ CATEGORIES = (
     "parameters", "gradients", "optimizer", "average", "activations", "inputs", "buffers", "temporaries"
 )  # fmt: skip
 # our operators, whose temporaries count: their implementation runs under the mode in their place
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.dit_ds.attention.default: attention.attention_forward,
     torch.ops.dit_ds.attention_backward.default: attention.attention_backward,
 }
@@ -284,12 +284,13 @@ class MemoryTracker(LiveTensors):
 
     def profile(self) -> Profile:
         """The log since the start or `restart`, added up with the categories known by now."""
-        p, sums, kept, total, phase = Profile(), dict.fromkeys(CATEGORIES, 0), {}, 0, self._phase
+        p, sums, total, phase = Profile(), dict.fromkeys(CATEGORIES, 0), 0, self._phase
+        kept: dict[str, int] = {}
         host = p.host = sum(b.size for b in self._before if b.host)
-        for block in self._before:
-            if not block.host:
-                sums[block.category] += block.size
-                total += block.size
+        for existing in self._before:
+            if not existing.host:
+                sums[existing.category] += existing.size
+                total += existing.size
         every, highest = max(1, len(self.log) // _POINTS), -1
         module = ""
         for i, (block, sign, name) in enumerate(self.log):
@@ -332,7 +333,8 @@ def _maker() -> str:
         deepspeed, optimizer, model, `forward` for a forward pass that is recomputed within the backward pass, or an empty
         string for any other code.
     """
-    frame, found = sys._getframe(3), ""
+    frame: FrameType | None = sys._getframe(3)
+    found = ""
     while frame is not None:
         kind = _kind(frame.f_code.co_filename)
         if kind == "checkpoint":
@@ -355,12 +357,14 @@ _KINDS: dict[ModuleType, str] = {
     torch.nn: "model",
     torch.optim: "optimizer",
     torch.utils.checkpoint: "checkpoint",
+    importlib.import_module(
+        "segment_anything.modeling"
+    ): "model",  # whose package itself is not imported, see dit_ds.models
 }
 # The same of libraries that may not be imported: until they are, no frame runs their code
 _OPTIONAL_KINDS = {
     "deepspeed": "deepspeed",
     "deepspeed.runtime.zero.linear": "model",  # linear layers whose backward ZeRO-3 replaces
-    "segment_anything": "model",
     "transformers": "model",
 }
 

@@ -1,4 +1,4 @@
-"""The process in which one question is answered; nothing here may have been done before in it."""
+"""One memory prediction, in the process in which this module was imported first: it sets the environment up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the answer is the same where there is a GPU, and takes nothing of it
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a prediction takes no GPU's memory
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
@@ -18,28 +18,32 @@ from dit_ds.planning.memory.profiled_step import Steps
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest, on_gpu
 from dit_ds.planning.memory.tracker import MemoryTracker, Profile
 
-_MOST, _TRIES = 4096, 40  # micro-batches, and how many are looked at in a search, which ends long before
+_MOST, _TRIES = 4096, 40  # limits of the search: the micro-batch, and the number of guesses, which it never needs
 
 
-def answer(question: MemoryRequest) -> MemoryEstimate:
-    """Build the run on fake tensors and take its steps."""
+def estimate(request: MemoryRequest) -> MemoryEstimate:
+    """Build the run on fake tensors and profile its steps. Once in a process.
+
+    Raises:
+        UserError: a run that can't be built.
+    """
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    config = on_gpu(question.config)
-    ds_config = deepspeed_config(config, question.ranks)
-    sizes = question.micro_batches or (DeepSpeedJson(ds_config).micro_batch,)
-    share = config.train.batch_size // question.ranks
+    config = on_gpu(request.config)
+    ds_config = deepspeed_config(config, request.ranks)
+    sizes = request.micro_batches or (DeepSpeedJson(ds_config).micro_batch,)
+    share = config.train.batch_size // request.ranks
     tracker = MemoryTracker(host=lambda x: x.device.type == "cpu")
-    with offline_text(config), fake_cluster(question.ranks) as world, fake_tensors(tracker):
-        steps = Steps(config, world, tracker)
+    with offline_text(config), fake_cluster(request.ranks) as world, fake_tensors(tracker):
+        steps = Steps.load(config, world, tracker)
         steps.warm_up()
         profiles = {b: steps.take(b) for b in sizes}
         parameters = list(steps.engine.module.parameters())
         counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
         trained = sum(n for n, p in zip(counts, parameters) if p.requires_grad)
-        largest = None if question.capacity is None else _largest(steps, profiles, question.capacity, share)
+        largest = None if request.capacity is None else _largest(steps, profiles, request.capacity, share)
         flops = None
-        if question.flops:
+        if request.flops:
             with count_flops() as counter:
                 steps.take(1)
             flops = counter.get_total_flops() // min(2, steps.engine.gradient_accumulation_steps())
@@ -47,11 +51,11 @@ def answer(question: MemoryRequest) -> MemoryEstimate:
 
 
 def _largest(steps: Steps, profiles: dict[int, Profile], capacity: int, share: int) -> int:
-    """The largest micro-batch that fits, of at most `_MOST`.
+    """The largest micro-batch whose peak is at most `capacity` bytes, at most `_MOST`; 0 if there is none.
 
-    Up to a rank's share of the global batch a step has several micro-batches, whose gradients wait for one another; from
-    there on it has one. On either side the peak is the largest of several lines over the micro-batch, mostly one: a line
-    through two points says what to try next, and where it leads astray halving does.
+    Below a rank's share of the global batch a step accumulates the gradients of several micro-batches, from the share on
+    it has one. On either side the peak is a piecewise linear function of the micro-batch, mostly linear: the next guess
+    is on the line through two points, every third one is the middle of the bounds.
     """
 
     def peak(b: int) -> int:

@@ -19,11 +19,10 @@ stage is profiled at both micro-batches with one policy. The rest follows, phase
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.files import usable_cores, write_json
 from dit_ds.planning.communication import ModuleTrace
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
+from dit_ds.planning.memory.estimate import worker_pool
 from dit_ds.planning.memory.request import MemoryRequest
 from dit_ds.planning.tune.candidates import BUCKETS, Candidate
 from dit_ds.planning.tune.time_model import FlopCounts
@@ -183,11 +183,8 @@ class ProfilerPool:
     """
 
     def __init__(self, processes: int | None = None):
-        # the fork server has imported everything: the imports would take longer than many a profile
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dit_ds.planning.memory.worker", "dit_ds.planning.tune.memory_model"])
         self.folder = tempfile.TemporaryDirectory()  # for candidates' DeepSpeed JSON files
-        self.pool = ProcessPoolExecutor(processes or usable_cores(), context, initializer=_quiet, max_tasks_per_child=1)
+        self.pool = worker_pool(processes or usable_cores(), __name__, initializer=_quiet)
 
     def __enter__(self) -> ProfilerPool:
         return self
@@ -271,9 +268,9 @@ def _quiet() -> None:
 
 
 def _micro_batches(config: RunConfig, ranks: int, micro_batches: tuple[int, ...] = ()) -> dict[int, ProfileSummary]:
-    from dit_ds.planning.memory.worker import answer
+    from dit_ds.planning.memory.worker import estimate
 
-    profiles = answer(MemoryRequest(config, ranks, micro_batches)).profiles
+    profiles = estimate(MemoryRequest(config, ranks, micro_batches)).profiles
     return {m: ProfileSummary.of(p) for m, p in profiles.items()}
 
 
@@ -299,7 +296,7 @@ def _policies_and_kernels(config: RunConfig, ranks: int, points: Sequence[Point]
     tracker, config = MemoryTracker(host=lambda x: x.device.type == "cpu"), on_gpu(config)
     summaries: dict[Point, ProfileSummary] = {}
     with offline_text(config), fake_cluster(ranks) as world, fake_tensors(tracker):
-        steps = Steps(config, world, tracker)
+        steps = Steps.load(config, world, tracker)
         steps.warm_up()
         model = steps.engine.module
         for policy, kernel, micro_batch in points:
