@@ -74,7 +74,7 @@ def test_pieces_of_any_size_agree(backend, monkeypatch):
     case = "not square, odd words"
     whole = outputs_and_gradients(backend, case, torch.float64)
     for piece, rows in ((1, 1), (100, 1), (2000, 3 * 35 * 2)):
-        monkeypatch.setattr(attention_kernels, "PIECE", piece)
+        monkeypatch.setattr(attention_kernels, "CHUNK", piece)
         monkeypatch.setitem(attention._ROWS, "cpu", rows)
         for name, got in outputs_and_gradients(backend, case, torch.float64).items():
             torch.testing.assert_close(got, whole[name], rtol=1e-12, atol=1e-12)

@@ -17,7 +17,7 @@ from dit_ds.cli.entry import main
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.evaluation.metrics import intersection_and_union
-from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_places
+from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_grid
 from dit_ds.models.build import build_model
 from dit_ds.models.image_encoder import WordAttention
 from dit_ds.models.instruction import SCHEMES
@@ -32,7 +32,7 @@ def assert_maps_give(attn, x, words, mask, of_x, of_words, tolerance):
     maps, b, d = layer_maps(attn, x, words, mask), len(x), x.shape[-1] // attn.num_heads
     tokens = x.flatten(1, 2) if words is None else torch.cat([words, x.flatten(1, 2)], dim=1)
     values = attn.qkv(tokens)[0].view(b, -1, 3, attn.num_heads, d)[:, :, 2].transpose(1, 2)
-    for got, want in ((maps.places, of_x.flatten(1, 2)), (maps.words, of_words)):
+    for got, want in ((maps.visual, of_x.flatten(1, 2)), (maps.text, of_words)):
         if got is None or want is None:
             continue
         torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]), rtol=0, atol=tolerance)
@@ -54,8 +54,8 @@ def test_maps_times_values_are_the_layers_output(dtype, tolerance, backend):
     mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
     with torch.no_grad():
         for m in (mask, None):
-            maps = assert_maps_give(attn, x, words, m, *attn(x, words, m, flow=True), tolerance)
-            assert maps.places.shape == (2, 4, 30, 37) and maps.words.shape == (2, 4, 7, 37)
+            maps = assert_maps_give(attn, x, words, m, *attn(x, words, m, update_text=True), tolerance)
+            assert maps.visual.shape == (2, 4, 30, 37) and maps.text.shape == (2, 4, 7, 37)
             assert_maps_give(attn, x, words, m, *attn(x, words, m), tolerance)  # L-DIT: no outputs of words
         assert_maps_give(attn, x, None, None, *attn(x), tolerance)
 
@@ -118,7 +118,7 @@ def test_what_is_shown_is_the_mean_over_the_pictures_places(window, padding):
     """Place by place and window by window, of a picture that fills 3 x 4 of 4 x 4 places."""
     model = random_model(tiny("end_to_end", model={"window_size": window, "mask_padding": padding}))
     inputs, words = a_picture(40, 64)
-    assert picture_places(inputs["size"][0], (4, 4), 64) == (3, 4)
+    assert picture_grid(inputs["size"][0], (4, 4), 64) == (3, 4)
     given = []
     with observed(model.image_encoder, lambda layer, *what: given.append(what)):
         expected = model(**inputs)
@@ -132,7 +132,7 @@ def test_what_is_shown_is_the_mean_over_the_pictures_places(window, padding):
         for place in range(12):
             i, j = divmod(place, 4)
             which = i // side * across + j // side
-            rows = maps.places[which, :, i % side * side + j % side].mean(0)
+            rows = maps.visual[which, :, i % side * side + j % side].mean(0)
             to_words += float(rows[:8][inputs["token_mask"][0]].sum()) / 12
             for k in range(12):
                 y, z = divmod(k, 4)
@@ -140,7 +140,7 @@ def test_what_is_shown_is_the_mean_over_the_pictures_places(window, padding):
                 if y // side * across + z // side == which:
                     received[y, z] += rows[key] / 12
                     if k == place:
-                        by_word[:, y, z] = maps.words[which, :, 1:5, key].mean(0) / len(x)
+                        by_word[:, y, z] = maps.text[which, :, 1:5, key].mean(0) / len(x)
         torch.testing.assert_close(found[layer].received, received)
         torch.testing.assert_close(found[layer].by_word, by_word)
         assert found[layer].to_words == pytest.approx(to_words)

@@ -100,7 +100,7 @@ def test_a_block_is_sams_over_the_concatenation_of_equation_8():
         out, none = block(x, words)
         torch.testing.assert_close(out.flatten(1, 2), tokens[:, 7:], rtol=1e-10, atol=1e-10)
         assert none is None
-        _, flowing = block(x, words, flow=True)  # equation 6: the words' rows go on, too
+        _, flowing = block(x, words, update_text=True)  # equation 6: the words' rows go on, too
         torch.testing.assert_close(flowing, tokens[:, :7], rtol=1e-10, atol=1e-10)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from conftest import MINILM
 from torch import nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
+from dit_ds.config.schema import ModelConfig
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.instruction import SCHEMES, Instruction, Options, StaticTokens, make_instruction, projection
@@ -266,14 +269,18 @@ def test_clips_text_tower_reads_the_words(tiny_clip):
 
 
 class WordsOnce(Instruction):
-    """Every layer reads the same words: a scheme as the README's developer section adds one."""
+    """Every layer reads the same text tokens: a scheme as the README's developer section adds one."""
 
     def __init__(self, text_dim, embed_dim, depth, options):
         super().__init__(text_dim, embed_dim, depth, options)
         self.shared = projection(text_dim, embed_dim, options.zero)
 
-    def forward(self, words, layer, image):
-        return self.dropout(self.shared(words))
+    def forward(self, text, layer, image):
+        return self.dropout(self.shared(text))
+
+
+def test_the_configuration_names_every_scheme():
+    assert set(get_args(ModelConfig.model_fields["scheme"].annotation)) == SCHEMES.keys()
 
 
 def test_a_new_scheme_is_a_class_and_a_line(monkeypatch, config_file):
@@ -281,7 +288,9 @@ def test_a_new_scheme_is_a_class_and_a_line(monkeypatch, config_file):
     from dit_ds.models.build import build_model
 
     monkeypatch.setitem(SCHEMES, "words_once", WordsOnce)
-    model = build_model(load_config(config_file, ["--model.scheme", "words_once", "--model.static_tokens", "2"]))
+    config = load_config(config_file, ["--model.static_tokens", "2"])
+    config.model.scheme = "words_once"  # which a new scheme adds to the schema's Literal
+    model = build_model(config)
     trained = gradients(model)
     assert {"image_encoder.instruction.shared.weight", "image_encoder.static_tokens.tokens"} <= trained
     listens = model.eval()(**batch()) - model(**batch() | {"tokens": batch()["tokens"].flip(0)})

@@ -3,11 +3,13 @@ seconds.
 
 `start` asks the server of the test session for one; the first to ask starts it. It has one thread and computes nothing,
 so that a fork of it is as a process that has done its imports: it gets an environment, a folder and output files, runs
-`dit-ds ARGS` or a script, and ends through the interpreter's ordinary exit.
+`dit-ds ARGS` or a script, and ends by way of the interpreter's exit handlers.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import fcntl
 import gc
 import json
@@ -18,9 +20,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 _START_LIMIT = 180  # seconds for the server's imports
 FOLDER = "DIT_DS_TEST_RANKS"  # the environment variable that names the session's folder
@@ -263,7 +267,24 @@ def _run(request: dict[str, Any]) -> Any:
     return 0
 
 
+def _end(asked: dict[str, Any]) -> NoReturn:
+    """Run, and end as Python ends: threads, exit handlers, streams. But for tearing the imported modules down."""
+    try:
+        status = _run(asked) or 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     _import_all()
-    asked = _serve(sys.argv[1], int(sys.argv[2]))
-    sys.exit(_run(asked) if asked else 0)
+    if asked := _serve(sys.argv[1], int(sys.argv[2])):
+        _end(asked)

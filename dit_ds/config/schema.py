@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dit_ds.files import atomic_write, is_url
 
+ACTIVATION_CHECKPOINTING = "none|block|selective|every_[1-9][0-9]*"  # see `ImageEncoder.checkpoint_activations`
+
 
 class Section(BaseModel):
     """A section of the configuration; keys that are not declared are refused."""
@@ -220,9 +222,9 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
     activation_checkpointing: str = Field(
         "none",
-        pattern=r"^(none|block|selective|every_[1-9][0-9]*)$",
-        description="what of the ViT is computed again instead of kept: none, block (each layer), every_K (K layers at "
-        "a time), selective (each layer but its attention)",
+        pattern=f"^({ACTIVATION_CHECKPOINTING})$",
+        description="what of the ViT is recomputed in backward instead of saved: none, block (each layer), every_K (K "
+        "layers at a time), selective (each layer but its attention)",
     )
     compile: bool = Field(False, description="torch.compile the layers of the ViT")
     dice_weight: float = Field(0.0, ge=0, description="weight of a Dice loss beside the paper's BCE")

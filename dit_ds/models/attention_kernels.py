@@ -1,15 +1,17 @@
-"""Kernels for relative-position attention that keep no map, behind one interface.
+"""Kernels for relative-position attention that keep no attention map, behind one interface.
 
     forward(x: Operands) -> output (B, N, heads, d), log-sum-exp of each row (B, heads, N)
     backward(x, grad, out, lse) -> gradients as `Operands` without a mask
 
-    chunked: matrix products over a few heads and queries at a time, so that the map stays in the processor's cache,
-        and again in the backward pass. Any device and type; made for CPUs.
+    chunked: matrix products over a few heads and queries at a time, so that this part of the map stays in the
+        processor's cache; recomputed in the backward pass. Any device and dtype; made for CPUs.
     sdpa: on a CPU torch's flash attention, on CUDA its memory-efficient one (as sdpa_efficient).
-    sdpa_flash, sdpa_cudnn: torch's other CUDA kernels, which want v as wide as q: it is padded with zeros.
+    sdpa_flash, sdpa_cudnn: torch's other CUDA kernels, which need v as wide as q: it is padded with zeros.
     xformers: xformers' cutlass kernels; v may be narrower.
 
-All but chunked take the positions folded into the head dimension, see `_fold`.
+All but chunked take the relative positions folded into the head dimension, see `_fold`.
+
+Shapes: B samples, T text tokens, N = H*W visual tokens, `heads` heads of width d.
 """
 
 from __future__ import annotations
@@ -20,26 +22,27 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 _aten = torch.ops.aten
-PIECE = 1 << 20  # logits that `chunked` has at once: 4 MiB of fp32
-_MASKED = -5e3  # a logit that no other can rival; times sqrt(d) fp16 can still hold it
+CHUNK = 1 << 20  # logits that `chunked` has at once: 4 MiB of fp32
+_MASKED = -5e3  # far below any other logit; times sqrt(d) it is still finite in fp16
 
 
 class Operands(NamedTuple):
-    """What attention is computed from: T words come before N = H*W places among the keys."""
+    """What attention is computed from: the keys of T text tokens come before those of N = H*W visual tokens."""
 
     q: Tensor  # (B, N, heads, d)
     k: Tensor  # (B, T+N, heads, d)
     v: Tensor  # (B, T+N, heads, d)
-    rel_h: Tensor  # (B, N, heads, H): what a query adds to the logits of each row of the grid
-    rel_w: Tensor  # (B, N, heads, W): ... of each column
-    word_mask: Tensor | None  # (B, T) bool, False at padding
+    rel_h: Tensor  # (B, N, heads, H): what a query adds to the logits of the keys in each row of the grid
+    rel_w: Tensor  # (B, N, heads, W): ... in each column
+    text_mask: Tensor | None  # (B, T) bool, False at padding
 
 
 class Kernel(NamedTuple):
-    """The two directions; see the module's text."""
+    """The two directions; see the module's docstring."""
 
     forward: Callable[[Operands], tuple[Tensor, Tensor]]
     backward: Callable[[Operands, Tensor, Tensor, Tensor], Operands]
@@ -49,85 +52,87 @@ class Kernel(NamedTuple):
 
 
 def _chunks(groups: int, n: int, m: int) -> list[tuple[slice, slice]]:
-    """Which groups (sample and head) and which query rows go together."""
-    rows, together = max(1, min(n, PIECE // m)), max(1, PIECE // (n * m))
+    """Slices of groups (a sample's head each) and of query rows that are computed together, for n queries and m keys."""
+    rows, together = max(1, min(n, CHUNK // m)), max(1, CHUNK // (n * m))
     return [(slice(g, g + together), slice(r, r + rows)) for g in range(0, groups, together) for r in range(0, n, rows)]
 
 
 def _by_group(x: Tensor) -> Tensor:
-    """(B, rows, heads, c) to (B*heads, rows, c)."""
-    return x.transpose(1, 2).flatten(0, 1)
+    return rearrange(x, "b rows heads c -> (b heads) rows c")
 
 
 class _Logits:
-    """Pieces of the map of logits."""
+    """Chunks of the logits (B*heads, N, T+N)."""
 
     def __init__(self, x: Operands):
         self.q, self.k, self.rel_h, self.rel_w = (_by_group(y) for y in (x.q, x.k, x.rel_h, x.rel_w))
         self.grid = (x.rel_h.shape[-1], x.rel_w.shape[-1])
-        self.words = x.k.shape[1] - x.q.shape[1]
-        self.of_words = x.q.new_zeros(x.q.shape[0], 1, 1, self.words)
-        if x.word_mask is not None:
-            self.of_words.masked_fill_(~x.word_mask[:, None, None], float("-inf"))
-        self.of_words = self.of_words.expand(-1, x.q.shape[2], 1, -1).flatten(0, 1)  # (B*heads, 1, T)
+        self.t = x.k.shape[1] - x.q.shape[1]
+        text_bias = x.q.new_zeros(x.q.shape[0], 1, 1, self.t)
+        if x.text_mask is not None:
+            text_bias.masked_fill_(~x.text_mask[:, None, None], float("-inf"))
+        self.text_bias = text_bias.expand(-1, x.q.shape[2], 1, -1).flatten(0, 1)  # (B*heads, 1, T)
         self.scale = x.q.shape[-1] ** -0.5
 
-    def piece(self, g: slice, r: slice, less: Tensor | None = None) -> Tensor:
+    def chunk(self, g: slice, r: slice, less: Tensor | None = None) -> Tensor:
         """(groups, queries, T+N); `less` (B*heads, N, 1) is subtracted."""
-        q, rel_h, of_words = self.q[g, r], self.rel_h[g, r], self.of_words[g]
+        q, rel_h, text_bias = self.q[g, r], self.rel_h[g, r], self.text_bias[g]
         if less is not None:
-            rel_h, of_words = rel_h - less[g, r], of_words - less[g, r]
+            rel_h, text_bias = rel_h - less[g, r], text_bias - less[g, r]
         p = q.new_empty(*q.shape[:2], self.k.shape[1])
-        p[..., : self.words] = of_words
-        places = self.of_places(p)
-        torch.add(rel_h[..., :, None], self.rel_w[g, r][..., None, :], out=places)
+        p[..., : self.t] = text_bias
+        torch.add(rel_h[..., :, None], self.rel_w[g, r][..., None, :], out=self.visual(p))
         return p.baddbmm_(q, self.k[g].transpose(1, 2), alpha=self.scale)
 
-    def of_places(self, p: Tensor) -> Tensor:
-        """(groups, queries, T+N) to (groups, queries, H, W)."""
-        return p[..., self.words :].unflatten(-1, self.grid)
+    def visual(self, p: Tensor) -> Tensor:
+        """The visual keys' part of a chunk, a view: (groups, queries, T+N) to (groups, queries, H, W)."""
+        return p[..., self.t :].unflatten(-1, self.grid)
 
 
-def _exactly(x: Operands) -> Operands:
-    """In fp32 at least: a logit rounded to bf16 is off by up to a hundredth."""
-    return Operands(*(y.to(torch.promote_types(y.dtype, torch.float32)) for y in x[:-1]), x.word_mask)
+def _in_fp32(x: Operands) -> Operands:
+    """At least: a logit rounded to bf16 is off by up to a hundredth."""
+    q, k, v, rel_h, rel_w = (y.to(torch.promote_types(y.dtype, torch.float32)) for y in x[:-1])
+    return Operands(q, k, v, rel_h=rel_h, rel_w=rel_w, text_mask=x.text_mask)
 
 
 def _chunked_forward(x: Operands) -> tuple[Tensor, Tensor]:
-    x = _exactly(x)
+    x = _in_fp32(x)
     b, n, heads, d = x.q.shape
     logits, v = _Logits(x), _by_group(x.v)
     out, lse = v.new_empty(b * heads, n, d), v.new_empty(b * heads, n, 1)
     for g, r in _chunks(b * heads, n, v.shape[1]):
-        p = logits.piece(g, r)
+        p = logits.chunk(g, r)  # (groups, queries, T+N)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
         out[g, r] = torch.bmm(p, v[g]).div_(total)
         lse[g, r] = top + total.log_()
-    return out.unflatten(0, (b, heads)).transpose(1, 2), lse.view(b, heads, n)
+    return rearrange(out, "(b heads) n d -> b n heads d", b=b), lse.view(b, heads, n)
 
 
 def _chunked_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> Operands:
-    x = _exactly(x)
+    x = _in_fp32(x)
     b, n, heads, _ = x.q.shape
     logits, v, lse = _Logits(x), _by_group(x.v), lse.view(b * heads, n, 1)
     grad = grad.to(v.dtype)
-    inner = _by_group((grad * out).sum(-1, keepdim=True))  # what softmax's backward subtracts
+    inner = _by_group((grad * out).sum(-1, keepdim=True))  # (B*heads, N, 1), subtracted by softmax's backward
     grad = _by_group(grad)
-    of_q, of_rel_h, of_rel_w = (torch.empty_like(y) for y in (logits.q, logits.rel_h, logits.rel_w))
-    of_k, of_v = torch.zeros_like(v), torch.zeros_like(v)
+    grad_q, grad_rel_h, grad_rel_w = (torch.empty_like(y) for y in (logits.q, logits.rel_h, logits.rel_w))
+    grad_k, grad_v = torch.zeros_like(v), torch.zeros_like(v)
     for g, r in _chunks(b * heads, n, v.shape[1]):
-        p = logits.piece(g, r, less=lse).exp_()
-        of_v[g].baddbmm_(p.transpose(1, 2), grad[g, r])
-        p.mul_(torch.bmm(grad[g, r], v[g].transpose(1, 2)).sub_(inner[g, r]))
-        of_places = logits.of_places(p)
-        of_rel_h[g, r], of_rel_w[g, r] = of_places.sum(-1), of_places.sum(-2)
-        of_q[g, r] = torch.bmm(p, logits.k[g])
-        of_k[g].baddbmm_(p.transpose(1, 2), logits.q[g, r])
-    of_q *= logits.scale
-    of_k *= logits.scale
-    ungroup = (y.unflatten(0, (b, heads)).transpose(1, 2) for y in (of_q, of_k, of_v, of_rel_h, of_rel_w))
-    return Operands(*ungroup, None)
+        p = logits.chunk(g, r, less=lse).exp_()  # (groups, queries, T+N) rows of the map
+        grad_v[g].baddbmm_(p.transpose(1, 2), grad[g, r])
+        p.mul_(torch.bmm(grad[g, r], v[g].transpose(1, 2)).sub_(inner[g, r]))  # the logits' gradient
+        visual = logits.visual(p)
+        grad_rel_h[g, r], grad_rel_w[g, r] = visual.sum(-1), visual.sum(-2)
+        grad_q[g, r] = torch.bmm(p, logits.k[g])
+        grad_k[g].baddbmm_(p.transpose(1, 2), logits.q[g, r])
+    grad_q *= logits.scale
+    grad_k *= logits.scale
+    q, k, v, rel_h, rel_w = (
+        rearrange(y, "(b heads) rows c -> b rows heads c", b=b)
+        for y in (grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w)
+    )
+    return Operands(q, k, v, rel_h=rel_h, rel_w=rel_w, text_mask=None)
 
 
 # ---- folded
@@ -136,35 +141,35 @@ def _chunked_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> Op
 def _fold(x: Operands) -> tuple[Tensor, Tensor]:
     """q' = [q, sqrt(d) rel_h, sqrt(d) rel_w, 1] and k' = [k, onehot(row), onehot(column), -inf at padding].
 
-    (B, N, heads, a) and (B, T+N, heads, a): a is d+H+W, one more where words are masked, rounded up to the multiple of
-    8 that kernels want. Then q'.k' / sqrt(d) is the logit.
+    (B, N, heads, a) and (B, T+N, heads, a): a is d+H+W, one more where text is masked, rounded up to the multiple of
+    8 that kernels need. Then q'.k' / sqrt(d) is the logit.
     """
     b, n, heads, d = x.q.shape
     h, w, t = x.rel_h.shape[-1], x.rel_w.shape[-1], x.k.shape[1] - n
-    places = d + h + w
-    width = -(-(places + (x.word_mask is not None)) // 8) * 8
+    end = d + h + w
+    width = -(-(end + (x.text_mask is not None)) // 8) * 8
     q, k = x.q.new_zeros(b, n, heads, width), x.q.new_zeros(b, t + n, heads, width)
     q[..., :d], k[..., :d] = x.q, x.k
     torch.mul(x.rel_h, d**0.5, out=q[..., d : d + h])
-    torch.mul(x.rel_w, d**0.5, out=q[..., d + h : places])
+    torch.mul(x.rel_w, d**0.5, out=q[..., d + h : end])
     rows, columns = (torch.eye(size, device=q.device, dtype=q.dtype) for size in (h, w))
-    k[:, t:, :, d : d + h] = rows.repeat_interleave(w, 0)[:, None]
-    k[:, t:, :, d + h : places] = columns.repeat(h, 1)[:, None]
-    if x.word_mask is not None:
-        q[..., places] = 1
-        k[:, :t, :, places] = (~x.word_mask[..., None]).to(q.dtype) * (_MASKED * d**0.5)
+    k[:, t:, :, d : d + h] = repeat(rows, "h k -> (h w) 1 k", w=w)  # (N, 1, H)
+    k[:, t:, :, d + h : end] = repeat(columns, "w k -> (h w) 1 k", h=h)  # (N, 1, W)
+    if x.text_mask is not None:
+        q[..., end] = 1
+        k[:, :t, :, end] = (~x.text_mask[..., None]).to(q.dtype) * (_MASKED * d**0.5)
     return q, k
 
 
-def _unfold(of_q: Tensor, of_k: Tensor, of_v: Tensor, x: Operands) -> Operands:
-    """Gradients of the folded operands to those of the operands; the one-hot part has none."""
+def _unfold(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, x: Operands) -> Operands:
+    """Gradients of the folded operands to those of the operands; the one-hot columns are constants."""
     d, h, w = x.q.shape[-1], x.rel_h.shape[-1], x.rel_w.shape[-1]
-    of_rel_h, of_rel_w = (of_q[..., d : d + h + w] * d**0.5).split([h, w], dim=-1)
-    return Operands(of_q[..., :d], of_k[..., :d], of_v, rel_h=of_rel_h, rel_w=of_rel_w, word_mask=None)
+    rel_h, rel_w = (grad_q[..., d : d + h + w] * d**0.5).split([h, w], dim=-1)
+    return Operands(grad_q[..., :d], grad_k[..., :d], grad_v, rel_h=rel_h, rel_w=rel_w, text_mask=None)
 
 
 def _sdpa(forward: Callable, backward: Callable, padded: bool) -> Kernel:
-    """From a pair of torch's operators, which want (B, heads, rows, c)."""
+    """From a pair of torch's operators, which take (B, heads, rows, c); `padded`: they need v as wide as q."""
 
     def widen(y: Tensor, width: int) -> Tensor:
         return F.pad(y, (0, width - y.shape[-1])) if padded else y
@@ -178,14 +183,14 @@ def _sdpa(forward: Callable, backward: Callable, padded: bool) -> Kernel:
         q, k = _fold(x)
         grad, v, out = (widen(y, q.shape[-1]) for y in (grad, x.v, out))
         grads = backward(*(y.transpose(1, 2) for y in (grad, q, k, v, out)), lse, x.q.shape[-1] ** -0.5)
-        of_q, of_k, of_v = (y.transpose(1, 2) for y in grads)
-        return _unfold(of_q, of_k, of_v[..., : x.v.shape[-1]], x)
+        grad_q, grad_k, grad_v = (y.transpose(1, 2) for y in grads)
+        return _unfold(grad_q, grad_k, grad_v[..., : x.v.shape[-1]], x)
 
     return Kernel(run_forward, run_backward)
 
 
 def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A seed and an offset, which the backward operators ask for and without dropout never read."""
+    """A seed and an offset: arguments of the backward operators, which don't read them without dropout."""
     return torch.empty((), dtype=torch.long, device=device), torch.empty((), dtype=torch.long, device=device)
 
 
@@ -244,7 +249,8 @@ def _xformers_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> O
 
     q, k = _fold(x)
     backward, scale = fmha.memory_efficient_attention_backward, x.q.shape[-1] ** -0.5
-    return _unfold(*backward(grad, out, lse, q, k, x.v, scale=scale, op=fmha.cutlass.BwOp), x)
+    grad_q, grad_k, grad_v = backward(grad, out, lse, q, k, x.v, scale=scale, op=fmha.cutlass.BwOp)
+    return _unfold(grad_q, grad_k, grad_v, x)
 
 
 _CHUNKED = Kernel(_chunked_forward, _chunked_backward)
@@ -263,11 +269,14 @@ KERNELS: dict[str, Callable[[str], Kernel]] = {  # by the device's type
 }
 
 
-_PROBE = ((16, 2, 16), (19, 2, 16), (16, 2, 4))  # three words and a grid of 4 x 4, two heads 16 wide
+_PROBE = ((16, 2, 16), (19, 2, 16), (16, 2, 4))  # queries, keys, rel_h of three text tokens, a 4 x 4 grid, two heads
 
 
 def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a kernel can't run here, None if it can: found out by running it, as what is listed as available need not be."""
+    """Why a kernel can't run on this machine, None if it can.
+
+    It is run once to find out: that torch or xformers list a kernel as available does not mean that it runs.
+    """
     if name not in ("chunked", "sdpa") and device != "cuda":
         return f"its kernels run on CUDA GPUs, and the model is on '{device}'"
     return _failure(name, device, dtype)
@@ -277,9 +286,9 @@ def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
 def _failure(name: str, device: str, dtype: torch.dtype) -> str | None:
     try:
         kernel = KERNELS[name](device)
-        of_places, of_keys, of_sides = (torch.zeros(1, *s, device=device, dtype=dtype) for s in _PROBE)
-        x = Operands(of_places, of_keys, of_keys, rel_h=of_sides, rel_w=of_sides, word_mask=None)
-        kernel.backward(x, of_places, *kernel.forward(x))
+        q, k, rel = (torch.zeros(1, *s, device=device, dtype=dtype) for s in _PROBE)
+        x = Operands(q, k, k, rel_h=rel, rel_w=rel, text_mask=None)
+        kernel.backward(x, q, *kernel.forward(x))
         return None
     except ImportError:
         return f"{name} is not installed"

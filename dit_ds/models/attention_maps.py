@@ -1,7 +1,9 @@
-"""Who attends to what in the image encoder: the maps that its kernels never write down, from the same weights.
+"""Attention maps of the image encoder, which its kernels never materialise, computed from the same weights.
 
-Nothing is approximated: a map times the values is the layer's own output (`tests/test_figures.py`). The layers are
-observed from outside, by hooks, and know nothing of it.
+They are exact: a map times the values is the layer's own output (`tests/test_figures.py`). The layers are observed by
+forward hooks.
+
+Shapes: B samples, T text tokens, N = H*W visual tokens, `heads` heads of width d.
 """
 
 from __future__ import annotations
@@ -14,39 +16,41 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from dit_ds.models.attention import attention_map, relative_table
+from dit_ds.models.image_encoder import WordAttention
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What one layer's softmax gives; each row sums to one, padding words get nothing.
+    """One layer's softmax; each row sums to one, text padding gets zero.
 
     Attributes:
-        places: (B, heads, N, T+N): the visual queries over [words; image].
-        words: (B, heads, T, T+N): the words' queries over the same; None where the layer reads no words.
+        visual: (B, heads, N, T+N): the visual queries over [text; visual] keys.
+        text: (B, heads, T, T+N): the text queries over the same; None where the layer reads no text.
     """
 
-    places: Tensor
-    words: Tensor | None
+    visual: Tensor
+    text: Tensor | None
 
 
 @dataclass(frozen=True)
 class LayerAttention:
     """One layer's attention for one picture and expression, the mean over its heads.
 
-    In a layer with windows a place attends to its own window, and a word once in each window; the mean over them is
-    what goes on (`WordBlock`), so it is taken here, too.
+    In a layer with windows a visual token attends within its window, and a text token once in each window; `WordBlock`
+    passes on the mean over the windows, so the mean is taken here, too.
 
     Attributes:
-        by_word: (words, h, w) over the places that hold some of the picture: the row of each real word's query, its image keys only, so a row sums to less than one.
-            Where words don't flow on (L-DIT), the formulation has these rows and discards their outputs (equation 8).
-            None where the layer reads no words.
-        received: (h, w): what each of these places receives, the mean over their queries.
+        by_word: (words, h, w) over the visual tokens that hold some of the picture: the row of each word's query, its
+            visual keys only, so a row sums to less than one. In L-DIT the outputs of these rows are discarded
+            (equation 8). None where the layer reads no text.
+        received: (h, w): what each of these visual tokens receives, the mean over their queries.
         to_words: share of their queries' attention that goes to the expression's tokens, [CLS] and [SEP] included;
-            None where the layer reads no words.
+            None where the layer reads no text.
     """
 
     by_word: Tensor | None
@@ -54,31 +58,33 @@ class LayerAttention:
     to_words: float | None
 
 
-def layer_maps(attn: nn.Module, x: Tensor, words: Tensor | None = None, word_mask: Tensor | None = None) -> Maps:
+def layer_maps(attn: WordAttention, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Maps:
     """The maps of a layer.
 
     Args:
         attn: a `WordAttention`.
-        x, words: (B, H, W, D) and (B, T, D), normalised, as the layer's attention takes them.
-        word_mask: (B, T) bool, False at padding.
+        x, text: (B, H, W, D) and (B, T, D), normalised, as the layer's attention takes them.
+        text_mask: (B, T) bool, False at padding.
     """
-    b, h, w, dim = x.shape
-    qkv, of_words = attn.qkv(x.reshape(b, h * w, dim), words, flow=True)
-    qkv = qkv.view(b, h * w, 3, attn.num_heads, -1)
+    h, w = x.shape[1:3]
+    qkv, text_qkv = (
+        None if y is None else rearrange(y, "b n (three heads d) -> b n three heads d", three=3, heads=attn.num_heads)
+        for y in attn.qkv(rearrange(x, "b h w d -> b (h w) d"), text, update_text=True)
+    )
+    assert qkv is not None
     rel_h, rel_w = (relative_table(t, n).to(qkv.dtype) for t, n in ((attn.rel_pos_h, h), (attn.rel_pos_w, w)))
-    if words is None:
+    if text_qkv is None:
         return Maps(attention_map(qkv, rel_h, rel_w), None)
-    of_words = of_words.view(b, words.shape[1], 3, attn.num_heads, -1)
-    places = attention_map(qkv, rel_h, rel_w, of_words[:, :, 1:], word_mask)
-    return Maps(places, _word_map(qkv, of_words, word_mask))
+    visual = attention_map(qkv, rel_h, rel_w, text_qkv[:, :, 1:], text_mask)
+    return Maps(visual, _text_map(qkv, text_qkv, text_mask))
 
 
-def _word_map(qkv: Tensor, of_words: Tensor, word_mask: Tensor | None) -> Tensor:
-    """The map of `attention.word_attention`, (B, heads, T, T+N); words have no place, so no positions are added."""
-    q, k = of_words[:, :, 0], torch.cat([of_words[:, :, 1], qkv[:, :, 1]], dim=1)  # (B, T, heads, d), (B, T+N, ..)
+def _text_map(qkv: Tensor, text_qkv: Tensor, text_mask: Tensor | None) -> Tensor:
+    """The map of `attention.text_attention`, (B, heads, T, T+N); text has no coordinates: no relative positions."""
+    q, k = text_qkv[:, :, 0], torch.cat([text_qkv[:, :, 1], qkv[:, :, 1]], dim=1)  # (B, T, heads, d), (B, T+N, ..)
     logits = torch.einsum("bthd,bkhd->bhtk", q * q.shape[-1] ** -0.5, k)
-    if word_mask is not None:
-        real = F.pad(word_mask, (0, qkv.shape[1]), value=True)[:, None, None]  # (B, 1, 1, T+N)
+    if text_mask is not None:
+        real = F.pad(text_mask, (0, qkv.shape[1]), value=True)[:, None, None]  # (B, 1, 1, T+N)
         logits = logits.masked_fill(~real, float("-inf"))
     return logits.softmax(dim=-1)
 
@@ -88,16 +94,16 @@ Observer = Callable[[int, nn.Module, Tensor, Tensor | None, Tensor | None], None
 
 @contextlib.contextmanager
 def observed(encoder: nn.Module, observer: Observer) -> Iterator[None]:
-    """Within it `observer(layer, attn, x, words, word_mask)` is told, from 0 on, what each layer's attention is given.
+    """A context in which `observer(layer, attn, x, text, text_mask)` gets the inputs of each layer's attention.
 
     Args:
-        encoder: an `ImageEncoder` whose attention is any but naive, which goes past the modules.
+        encoder: an `ImageEncoder` with any attention but naive, which does not call the attention modules.
     """
 
     def hook(layer: int) -> Callable[..., None]:
         def observe(attn: nn.Module, args: tuple, kwargs: dict) -> None:
             given = inspect.signature(attn.forward).bind(*args, **kwargs).arguments
-            observer(layer, attn, given["x"], given.get("words"), given.get("word_mask"))
+            observer(layer, attn, given["x"], given.get("text"), given.get("text_mask"))
 
         return observe
 
@@ -119,15 +125,15 @@ def attention_of_picture(
 
     Args:
         model: a `DITSAM` in evaluation mode.
-        inputs: what `Segmenter.forward` takes, by name, of one sample with words.
-        words: (T,) bool: which tokens are real words, neither padding nor [CLS] nor [SEP].
+        inputs: what `Segmenter.forward` takes, by name, of one sample with text.
+        words: (T,) bool: which tokens are words, neither padding nor [CLS] nor [SEP].
         layers: which, from 0 on; None for all.
     Returns:
-        The logits (1, s, s), and by layer what is shown of it.
+        The logits (1, s, s), and the attention by layer.
     """
     encoder, found = model.image_encoder, {}
     grid = tuple(encoder.pos_embed.shape[1:3])
-    picture = picture_places(inputs["size"][0], grid, model.image_size)
+    picture = picture_grid(inputs["size"][0], grid, model.image_size)
 
     def observer(layer: int, attn: nn.Module, x: Tensor, given: Tensor | None, mask: Tensor | None) -> None:
         if layers is None or layer in layers:
@@ -140,38 +146,38 @@ def attention_of_picture(
     return logits, found
 
 
-def picture_places(size: Tensor, grid: tuple[int, int], image_size: int) -> tuple[int, int]:
-    """Rows and columns of places that hold some of the picture, which is (2,) `size` pixels of the padded square."""
+def picture_grid(size: Tensor, grid: tuple[int, int], image_size: int) -> tuple[int, int]:
+    """Rows and columns of the visual tokens that hold some of the picture, of `size` (2,) pixels in the padded square."""
     return tuple(math.ceil(int(s) * n / image_size) for s, n in zip(size, grid))
 
 
 def _summary(
     maps: Maps, grid: tuple[int, int], picture: tuple[int, int], words: Tensor, tokens: Tensor, window: int
 ) -> LayerAttention:
-    """The mean over heads, and over windows where there are any, whose places are put together again.
+    """The mean over heads, and over windows where there are any; windows are put back into the grid.
 
     Args:
-        words, tokens: (T,) bool: the expression's words, and those with what the tokenizer put around them.
+        words, tokens: (T,) bool: the expression's words, and these with [CLS] and [SEP].
     """
     h, w = picture
-    weight = torch.zeros(1, *grid, 1, dtype=maps.places.dtype, device=maps.places.device)
-    weight[:, :h, :w] = 1 / (h * w)  # of each place's query
+    weight = torch.zeros(1, *grid, 1, dtype=maps.visual.dtype, device=maps.visual.device)
+    weight[:, :h, :w] = 1 / (h * w)  # of each visual query
     if window:
         weight, padded = window_partition(weight, window)  # (windows, window, window, 1), 0 where a window is padded
 
     def whole(rows: Tensor) -> Tensor:
-        """(windows, R, places of a window) to (R, h, w)."""
+        """(windows, R, tokens of a window) to (R, h, w)."""
         rows = rows.transpose(1, 2)
         if window:
             rows = window_unpartition(rows.unflatten(1, (window, window)), window, padded, grid)  # (1, H, W, R)
         return rows.view(*grid, -1)[:h, :w].permute(2, 0, 1).cpu()
 
-    places = maps.places.mean(1)  # (windows, N, T+N)
-    t = places.shape[-1] - places.shape[1]
-    received = torch.einsum("wnk,wn->wk", places, weight.flatten(1))[:, None]  # (windows, 1, T+N)
-    on_places = whole(received[..., t:])[0]
-    if maps.words is None:
-        return LayerAttention(None, on_places, None)
-    rows = maps.words.mean(1)[:, : len(words)][:, words]  # (windows, words, T+N); behind the expression's are others
+    visual = maps.visual.mean(1)  # (windows, N, T+N)
+    t = visual.shape[-1] - visual.shape[1]
+    received = torch.einsum("wnk,wn->wk", visual, weight.flatten(1))[:, None]  # (windows, 1, T+N)
+    on_grid = whole(received[..., t:])[0]
+    if maps.text is None:
+        return LayerAttention(None, on_grid, None)
+    rows = maps.text.mean(1)[:, : len(words)][:, words]  # (windows, words, T+N), without static tokens
     by_word = whole(rows[..., t:]) / len(rows)
-    return LayerAttention(by_word, on_places, float(received[..., : len(tokens)][..., tokens].sum()))
+    return LayerAttention(by_word, on_grid, float(received[..., : len(tokens)][..., tokens].sum()))

@@ -1,4 +1,4 @@
-"""DIT-SAM, the whole: text encoder, image encoder that reads words, prompt encoder, mask decoder, and the loss."""
+"""DIT-SAM: text encoder, image encoder that reads text, prompt encoder and mask decoder."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from dit_ds.models.text_encoder import TextEncoder
 
 
 class DITSAM(Segmenter):
-    """SAM that reads words in every layer (paper equation 3): M = F_d(F_v(I, phi(F_t(T))), F_t(T) W_o).
+    """SAM that reads text in every layer (paper equation 3): M = F_d(F_v(I, phi(F_t(T))), F_t(T) W_o).
 
     Args:
         text_encoder: F_t.
         size: a key of `sam.SIZES`.
         image_size: side of the square input.
-        scheme: how words enter the image encoder, a key of `instruction.SCHEMES`.
-        zero_words: they enter as blank tokens at first, see `instruction.Options`.
-        adapters: `end_to_end` has linear layers between the ViT's.
-        static_tokens: learnable tokens beside the words in each layer (paper Table 2).
-        add_static: onto the words instead.
+        scheme: how text enters the image encoder, a key of `instruction.SCHEMES`.
+        zero_words: the projections of the text start with zero weights, see `instruction.Options`.
+        adapters: `end_to_end` has linear layers between those of the ViT.
+        static_tokens: learnable tokens beside the text in each layer (paper Table 2).
+        add_static: they are added to the text tokens instead.
         decoder_layers: depth of the mask decoder's transformer; SAM's is 2.
-        freeze_image_encoder: train nothing of SAM's ViT; the words' way into it still trains.
-        freeze_projections: that neither, as in the paper's released code.
+        freeze_image_encoder: SAM's ViT does not train; the projections of the text into it do.
+        freeze_projections: they do not train either, as in the paper's released code.
         freeze_mask_decoder: train neither the mask decoder nor the prompts' embeddings.
-        mask_padding: padding is no word: not attended to in the image encoder, `not_a_point` in the mask decoder.
+        mask_padding: padding is not attended to in the image encoder, and is SAM's `not_a_point` in the mask decoder.
         attention: one of `attention.BACKENDS`, or naive for `naive.naive_block`.
         window_size: of the ViT's attention; 0 attends globally in every layer, 14 as SAM in all but four.
-        word_dropout: of the words that enter the image encoder.
+        word_dropout: of the text tokens that enter the image encoder.
         dice_weight: of a Dice loss beside BCE.
         align_corners: of the logits' upsampling in the loss.
-        prompts: the kinds to train for: text, point, box.
+        prompts: the kinds of prompts to train for: text, point, box.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class DITSAM(Segmenter):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Scales that let training from random weights begin; SAM's checkpoint replaces all but the projection's.
+        """Scales for training from random weights; SAM's checkpoint replaces all but the projection's.
 
-        By default words come out of the projection several times smaller than SAM's prompt embeddings, padding drowns
-        them, and the product that makes a mask is so small that hundreds of steps go by before words can move it.
+        With PyTorch's initialisation the projected text is several times smaller than SAM's prompt embeddings, and the
+        product that makes a mask so small that the text changes it only after hundreds of steps.
         """
         nn.init.normal_(self.text_projection.weight, std=3 * self.text_projection.in_features**-0.5)
         nn.init.zeros_(self.text_projection.bias)
@@ -105,7 +105,7 @@ class DITSAM(Segmenter):
         self.image_encoder.patch_embed.proj.weight.mul_(0.4)
 
     def _freeze(self, image_encoder: bool, projections: bool, mask_decoder: bool) -> None:
-        """Every trainable parameter gets a gradient in every step: ZeRO-3 counts on it."""
+        """What stays trainable gets a gradient in every step, as ZeRO-3 needs."""
         self.prompt_encoder.requires_grad_(False)
         if not mask_decoder:
             self.prompt_encoder.no_mask_embed.requires_grad_(True)
@@ -115,16 +115,16 @@ class DITSAM(Segmenter):
             p.requires_grad_(False)
         if image_encoder:
             self.image_encoder.requires_grad_(False)
-            for words_way in (self.image_encoder.instruction, self.image_encoder.static_tokens):
-                if words_way is not None:
-                    words_way.requires_grad_(not projections)
+            for module in (self.image_encoder.instruction, self.image_encoder.static_tokens):
+                if module is not None:
+                    module.requires_grad_(not projections)
 
     def _train_prompts(self, kinds: Sequence[str]) -> None:
-        """Train what embeds points and boxes where there are any, and no word's way where there are none."""
+        """Train the embeddings of the kinds of prompts that are used, and nothing that only text needs without text."""
         self.prompt_encoder.train_points(kinds)
         if "text" not in kinds:
-            way = (self.image_encoder.instruction, self.image_encoder.static_tokens)
-            for part in (self.text_encoder, self.text_projection, *way):
+            modules = (self.image_encoder.instruction, self.image_encoder.static_tokens)
+            for part in (self.text_encoder, self.text_projection, *modules):
                 if part is not None:
                     part.requires_grad_(False)
 
@@ -140,35 +140,37 @@ class DITSAM(Segmenter):
         """As `Segmenter.forward`: (B, 4S/patch, 4S/patch) fp32 logits over the padded square, in training, too.
 
         Args:
-            tokens, token_mask: None where no sample has words; a sample whose mask is all False has none.
+            tokens, token_mask: None where no sample has text; a sample whose mask is all False has none.
             points, labels: (B, P, 2) and (B, P), see `WordPromptEncoder.embed_points`; None where no sample has any.
                 They meet the image in the mask decoder only (paper Table 6, footnote 2).
         """
-        words = projected = real = attended = None
+        text = projected = real = attended = None
         if tokens is not None:
-            words, real, attended = self._read(tokens, token_mask, some_have_none=points is not None)
-        x = self.image_encoder(self.preprocess(image, size), words, attended)
-        if words is not None:
-            projected = self.text_projection(words)  # (B, T, C)
+            text, real, attended = self._read(tokens, token_mask, some_without_text=points is not None)
+        x = self.image_encoder(self.preprocess(image, size), text, attended)
+        if text is not None:
+            projected = self.text_projection(text)  # (B, T, C)
         sparse, dense, positions = self.prompt_encoder(projected, real, points, labels)
         return self.mask_decoder(x, positions, sparse, dense).float()
 
-    def _read(self, tokens: Tensor, token_mask: Tensor, some_have_none: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features of the words (B, T, text_dim), what of them are words (B, T), and the same for the ViT; None: all."""
-        if not some_have_none:
-            words = self.text_encoder(tokens, token_mask)
-            return (words, token_mask, token_mask) if self.mask_padding else (words, torch.ones_like(token_mask), None)
+    def _read(
+        self, tokens: Tensor, token_mask: Tensor, some_without_text: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Text features (B, T, text_dim); which are no padding (B, T); and those for the ViT, None for all."""
+        if not some_without_text:
+            text = self.text_encoder(tokens, token_mask)
+            return (text, token_mask, token_mask) if self.mask_padding else (text, torch.ones_like(token_mask), None)
         real = token_mask if self.mask_padding else token_mask.any(1, keepdim=True).expand_as(token_mask)
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
-        words = self.text_encoder(tokens, token_mask | first)  # attention over no words at all would be NaN
-        return words * real[..., None], real, real
+        text = self.text_encoder(tokens, token_mask | first)  # softmax over no key at all would be NaN
+        return text * real[..., None], real, real
 
     def loss(self, output: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         """See `segmentation_loss`."""
         return segmentation_loss(output, mask, weight, self.dice_weight, self.align_corners)
 
     def checkpoint_activations(self, policy: str) -> None:
-        """See `image_encoder.CHECKPOINTING`."""
+        """See `ImageEncoder.checkpoint_activations`."""
         self.image_encoder.checkpoint_activations(policy)
 
     def compile_blocks(self) -> None:

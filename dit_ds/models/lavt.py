@@ -54,7 +54,7 @@ class Decoder(nn.Module):
 
 
 class LAVT(SwinSegmenter):
-    """LAVT: words enter Swin behind each stage, and a convolutional decoder reads what they said.
+    """LAVT: text enters Swin behind each stage, and a convolutional decoder reads the stages' outputs.
 
     Args:
         text_encoder: BERT without its pooler.
@@ -71,14 +71,14 @@ class LAVT(SwinSegmenter):
         self.text_encoder = text_encoder
         self.backbone = WordSwin(size, image_size, text_encoder.dim, gates=4, attention=attention)
         self.decoder = Decoder(SIZES[size].dims, SIZES[size].lavt_dim)
-        # what goes on from the last stage goes nowhere: no gradient, which ZeRO-3 would wait for
+        # no stage follows the last one: its gate has no gradient, which ZeRO-3 would wait for
         self.backbone.gates[3].requires_grad_(False)
 
     def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """As `Segmenter.forward`: (B, 2, S/4, S/4) logits of background and target in training, in evaluation their
         difference (B, S/4, S/4), above 0 where the target is the likelier."""
-        words = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
-        logits = self.decoder(self.backbone(self.preprocess(image, size), words, token_mask)).float()
+        text = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
+        logits = self.decoder(self.backbone(self.preprocess(image, size), text, token_mask)).float()
         return logits if self.training else logits[:, 1] - logits[:, 0]
 
     def loss(self, output: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

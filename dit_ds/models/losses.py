@@ -1,4 +1,4 @@
-"""The losses."""
+"""Losses of DIT-SAM, and of LAVT and ReLA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def segmentation_loss(
     Args:
         logits: (B, s, s).
         mask: (B, S, S) of 0 and 1, or soft between them; padding is background.
-        weight: (B,), 0 for a sample that only fills up a batch.
+        weight: (B,), 0 for a sample that pads the batch.
         align_corners: of the upsampling.
     Returns:
         A scalar.
@@ -48,8 +48,8 @@ def two_class_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     Returns:
         A scalar, the weighted mean over samples.
     """
-    of_class = torch.tensor(_CLASS_WEIGHTS, device=logits.device)
-    loss = F.cross_entropy(logits.float(), target.long(), of_class, reduction="none")  # (B, ..)
-    share = of_class[target.long()]
-    each = [x.reshape(len(weight), -1).sum(1) for x in (loss, share)]  # (B,) twice
+    class_weights = torch.tensor(_CLASS_WEIGHTS, device=logits.device)
+    loss = F.cross_entropy(logits.float(), target.long(), class_weights, reduction="none")  # (B, ..)
+    pixel_weights = class_weights[target.long()]
+    each = [x.reshape(len(weight), -1).sum(1) for x in (loss, pixel_weights)]  # (B,) twice
     return (each[0] / each[1] * weight).mean()

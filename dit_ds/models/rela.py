@@ -22,7 +22,7 @@ _NO_TARGET = -20.0  # every pixel's logit where the model says that there is no 
 
 
 class SinePositions(nn.Module):
-    """Mask2Former's sine positions, always computed in fp32; theirs keep the last one, be it of a fake tensor."""
+    """Mask2Former's sine positions, always computed in fp32. Theirs cache the last result, which may be a fake tensor."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -83,22 +83,22 @@ class Attention(nn.Module):
 
 
 class LanguageAttention(Attention):
-    """Regions ask the words; padding answers, too."""
+    """The region queries attend to the text, padding included, as in the original."""
 
     def __init__(self, dim: int, heads: int, text_dim: int):
         super().__init__(dim, heads)
         self.words = nn.Linear(text_dim, dim)
         self.scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, queries: Tensor, words: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, text: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, text_dim) to (B, Q, D)."""
-        words = self.words(words)
-        return super().forward(queries, words, words) * self.scale.sigmoid() * 0.1
+        text = self.words(text)
+        return super().forward(queries, text, text) * self.scale.sigmoid() * 0.1
 
 
 class Layer(nn.Module):
-    """Attend to the image within the query's mask, to the words in the first layer, to the other queries; each added
-    and then normalised."""
+    """Attention to the image within the query's mask, in the first layer to the text, then to the other queries; each
+    with a residual and post-norm."""
 
     def __init__(self, size: Size, text_dim: int | None):
         super().__init__()
@@ -110,24 +110,24 @@ class Layer(nn.Module):
         for p in self.parameters():  # as Mask2Former
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
-        if self.to_words is not None:  # at first the words say nothing here
+        if self.to_words is not None:  # text adds nothing at first
             nn.init.zeros_(self.to_words.out.weight)
             nn.init.zeros_(self.to_words.out.bias)
 
-    def forward(self, x: Tensor, at: Tensor, places: Tensor, where: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor, places: Tensor, where: Tensor, mask: Tensor, text: Tensor) -> Tensor:
         """One layer.
 
         Args:
             x, at: (B, Q, D) queries and (Q, D) what tells them apart.
             places, where: (B, N, D) the image and its positions.
             mask: (B, Q, N) bool, where each query attends.
-            words: (B, T, text_dim).
+            text: (B, T, text_dim).
         Returns:
             (B, Q, D)
         """
         x = self.norms[0](x + self.to_image(x + at, places + where, places, mask))
         if self.to_words is not None:
-            x = x + self.to_words(x, words)
+            x = x + self.to_words(x, text)
         x = self.norms[1](x + self.to_regions(x + at, x + at, x))
         return self.norms[2](x + self.ffn(x))
 
@@ -153,7 +153,7 @@ class Output(NamedTuple):
 
 
 class Predictor(nn.Module):
-    """Queries through the layers; the masks they have so far say where each attends next."""
+    """Queries through the layers; each attends within the mask that the layer before predicted."""
 
     def __init__(self, size: Size, text_dim: int):
         super().__init__()
@@ -167,13 +167,13 @@ class Predictor(nn.Module):
         self.minimap = nn.Linear(d, 2)
         self.no_target = mlp(d, d, 2)
 
-    def forward(self, levels: tuple[Tensor, ...], mask_features: Tensor, words: Tensor) -> Output:
+    def forward(self, levels: tuple[Tensor, ...], mask_features: Tensor, text: Tensor) -> Output:
         """Predict.
 
         Args:
             levels: (B, D, h, w) each, from 1/32 to 1/8 of the side.
             mask_features: (B, D, H, W).
-            words: (B, T, text_dim).
+            text: (B, T, text_dim).
         """
         x = self.queries.expand(mask_features.shape[0], -1, -1)
         for i, layer in enumerate(self.layers):
@@ -181,7 +181,7 @@ class Predictor(nn.Module):
             places = (level + self.levels[i % 3][:, None, None]).flatten(2).transpose(1, 2)
             where = self.where(level.shape, level.device, level.dtype).flatten(2).transpose(1, 2)
             mask = self._inside(x, mask_features, level.shape[-2:])
-            x = layer(x, self.positions, places, where, mask, words)
+            x = layer(x, self.positions, places, where, mask, text)
         x = self.norm(x)
         minimap = self.minimap(x)  # (B, Q, 2)
         filters = torch.einsum("bqa,bqd->bad", minimap, self.mask_embed(x))
@@ -226,12 +226,12 @@ class ReLA(SwinSegmenter):
     def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Output | Tensor:
         """As `Segmenter.forward`: an `Output` in training, in evaluation (B, S/4, S/4), above 0 where the target is;
         nowhere, where the model says that there is none."""
-        words = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
-        stages = self.backbone(self.preprocess(image, size), words, token_mask)
+        text = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
+        stages = self.backbone(self.preprocess(image, size), text, token_mask)
         with torch.autocast(image.device.type, enabled=False):
             dtype = self.pixel_decoder.level_embed.dtype
             decoded = self.pixel_decoder([x.to(dtype) for x in stages])
-        out = self.predictor(decoded.multi_scale_features, decoded.mask_features, words)
+        out = self.predictor(decoded.multi_scale_features, decoded.mask_features, text)
         if self.training:
             return out
         none = out.no_target[:, 1] > out.no_target[:, 0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
@@ -54,7 +55,7 @@ class DensePositions(PositionEmbeddingRandom):
 
 
 class WordPromptEncoder(PromptEncoder):
-    """SAM's `PromptEncoder` whose sparse prompts are words, too, padded as SAM pads its points."""
+    """SAM's `PromptEncoder` whose sparse prompts are also text tokens, padded as SAM pads its points."""
 
     def __init__(self, size: Size, image_size: int):
         grid = (image_size // size.patch_size, image_size // size.patch_size)
@@ -63,32 +64,32 @@ class WordPromptEncoder(PromptEncoder):
 
     def forward(
         self,
-        words: Tensor | None,
-        word_mask: Tensor | None,
+        text: Tensor | None,
+        text_mask: Tensor | None,
         points: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Words, points and boxes to the mask decoder's prompts.
+        """Text, points and boxes to the prompts of the mask decoder (paper equation 7).
 
         Args:
-            words: (B, T, C) projected words; None for none.
-            word_mask: (B, T) bool; a padding word becomes SAM's `not_a_point_embed`.
+            text: (B, T, C) projected text features; None for none.
+            text_mask: (B, T) bool; padding becomes SAM's `not_a_point_embed`.
             points, labels: see `embed_points`; None for none.
         Returns:
-            sparse (B, T+P, C), words first, dense (1, C, 1, 1) for "no mask given", positions (1, C, h, w). Where there
-            is nothing at all, sparse is (1, 0, C).
+            sparse (B, T+P, C), text first, dense (1, C, 1, 1) for "no mask given", positions (1, C, h, w). Without any
+            prompt sparse is (1, 0, C).
         """
         dense = self.no_mask_embed.weight.view(1, -1, 1, 1)
-        dtype = dense.dtype if words is None else words.dtype
+        dtype = dense.dtype if text is None else text.dtype
         sparse = []
-        if words is not None:
-            sparse.append(torch.where(word_mask[..., None], words, self.not_a_point_embed.weight))
+        if text is not None:
+            sparse.append(torch.where(text_mask[..., None], text, self.not_a_point_embed.weight))
         if points is not None:
             sparse.append(self.embed_points(points, labels).to(dtype))
-        of_all = torch.cat(sparse, dim=1) if sparse else dense.new_zeros(1, 0, self.embed_dim)  # (B, T+P, C)
+        prompts = torch.cat(sparse, dim=1) if sparse else dense.new_zeros(1, 0, self.embed_dim)  # (B, T+P, C)
         with torch.autocast(dense.device.type, enabled=False):
             positions = self.get_dense_pe()
-        return of_all, dense, positions.to(dtype)
+        return prompts, dense, positions.to(dtype)
 
     def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
         """What SAM's `_embed_points` and `_embed_boxes` compute, for points and corners in one tensor, as SAM's ONNX
@@ -101,17 +102,17 @@ class WordPromptEncoder(PromptEncoder):
         Returns:
             (B, P, C)
         """
-        with torch.autocast(points.device.type, enabled=False):  # a phase in bf16 would be another place
-            places = self.pe_layer.forward_with_coords(points.float() + 0.5, self.input_image_size)  # (B, P, C)
-        # all kinds at once, so that each has a gradient in every step, whatever the batch holds
+        with torch.autocast(points.device.type, enabled=False):  # bf16 would move the coordinates
+            positions = self.pe_layer.forward_with_coords(points.float() + 0.5, self.input_image_size)  # (B, P, C)
+        # all labels at once, so that each embedding has a gradient in every step
         kinds = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings)])  # (1+4, C)
-        return places.to(kinds.dtype) * (labels >= 0)[..., None] + kinds[labels + 1]
+        return positions.to(kinds.dtype) * (labels >= 0)[..., None] + kinds[labels + 1]
 
     def train_points(self, kinds: Sequence[str]) -> None:
-        """Train what embeds the prompts among `kinds` (text, point, box), where embeddings train at all."""
+        """Train the embeddings of the prompts in `kinds` (text, point, box), where embeddings train at all."""
         if self.no_mask_embed.weight.requires_grad:
             if len(kinds) > kinds.count("text"):
-                self.not_a_point_embed.requires_grad_(True)  # it fills up
+                self.not_a_point_embed.requires_grad_(True)  # the padding of points
             for i, e in enumerate(self.point_embeddings):
                 e.requires_grad_(("point" in kinds and i == 1) or ("box" in kinds and i in (2, 3)))
 
@@ -134,16 +135,16 @@ class BatchedMaskDecoder(MaskDecoder):
         Returns:
             (B, 4h, 4w) logits.
         """
-        b, c, h, w = image.shape
+        b, _, h, _ = image.shape
         queries = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1+4, C)
         tokens = torch.cat([queries.expand(b, -1, -1), sparse.expand(b, -1, -1)], dim=1)  # (B, 5+T, C)
         out, src = self.transformer(image + dense, positions.expand(b, -1, -1, -1), tokens)
-        upscaled = self.output_upscaling(src.transpose(1, 2).reshape(b, c, h, w))  # (B, C/8, 4h, 4w)
+        upscaled = self.output_upscaling(rearrange(src, "b (h w) c -> b c h w", h=h))  # (B, C/8, 4h, 4w)
         weights = self.output_hypernetworks_mlps[0](out[:, 1])  # (B, C/8): mask token 0
         return torch.einsum("bc,bchw->bhw", weights, upscaled)
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Those of SAM's heads that a single mask without its predicted IoU never reaches."""
+        """Parameters of SAM's heads for the IoU and the other masks, which are not computed."""
         heads = [self.iou_prediction_head, *self.output_hypernetworks_mlps[1:]]
         return [p for head in heads for p in head.parameters()]
 
@@ -156,9 +157,9 @@ def resize_positions(state: dict[str, Tensor], target: dict[str, Tensor]) -> dic
         if want is None or value.shape == want.shape:
             continue
         if name.endswith("pos_embed") and value.shape[-1] == want.shape[-1]:
-            grid = value.permute(0, 3, 1, 2).float()  # (1, D, H, W)
+            grid = rearrange(value, "1 h w d -> 1 d h w").float()
             grid = F.interpolate(grid, want.shape[1:3], mode="bicubic", align_corners=False)
-            fitted[name] = grid.permute(0, 2, 3, 1).to(value.dtype)
+            fitted[name] = rearrange(grid, "1 d h w -> 1 h w d").to(value.dtype)
         elif ".rel_pos_" in name and value.shape[-1] == want.shape[-1]:
             table = F.interpolate(value.t()[None].float(), want.shape[0], mode="linear")
             fitted[name] = table[0].t().to(value.dtype)
@@ -187,8 +188,8 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[st
     for name in state.keys() & target.keys():
         if state[name].shape != target[name].shape:
             have, want = tuple(state[name].shape), tuple(target[name].shape)
-            words = name.startswith(("text_", "image_encoder.instruction.", "image_encoder.static_tokens."))
-            keys = "text.name, model.scheme and model.static_tokens" if words else "model.size"
+            of_text = name.startswith(("text_", "image_encoder.instruction.", "image_encoder.static_tokens."))
+            keys = "text.name, model.scheme and model.static_tokens" if of_text else "model.size"
             raise UserError(f"{path} is of another size: {name} is {have}, the model's {want}: set {keys} to match")
     loaded = sorted(state.keys() & target.keys())
     if not loaded:

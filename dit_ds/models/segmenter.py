@@ -1,4 +1,4 @@
-"""What training, evaluation and measurement ask of a model, whichever method it implements."""
+"""The interface of a model to training, evaluation and measurement, whichever method it implements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Segmenter(nn.Module):
-    """Images and words to masks.
+    """Images and text to masks.
 
     Attributes:
         image_size: S, side of the square input.
@@ -30,7 +30,7 @@ class Segmenter(nn.Module):
     image_size: int
 
     def preprocess(self, image: Tensor, size: Tensor) -> Tensor:
-        """Normalise, then zeros where there is padding.
+        """Normalise, then set padding to zero, as SAM does.
 
         Args:
             image: (B, 3, S, S) uint8.
@@ -46,7 +46,7 @@ class Segmenter(nn.Module):
 
     @abstractmethod
     def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Any:
-        """Segment what the words mean.
+        """Segment what the text refers to.
 
         Args:
             image, size: as in `preprocess`.
@@ -63,14 +63,14 @@ class Segmenter(nn.Module):
         Args:
             output: of `forward` in training mode.
             mask: (B, S, S) of 0 and 1; padding is background.
-            weight: (B,), 0 for a sample that only fills up a batch.
+            weight: (B,), 0 for a sample that pads the batch.
         Returns:
             A scalar.
         """
 
     @abstractmethod
     def checkpoint_activations(self, policy: str) -> None:
-        """Choose what the backward pass computes again: none, block, and what else the model knows.
+        """Choose what backward recomputes: none, block, and other policies of the model.
 
         Raises:
             ValueError: no such policy.
@@ -78,7 +78,7 @@ class Segmenter(nn.Module):
 
     @abstractmethod
     def compile_blocks(self) -> None:
-        """Let torch.compile make the kernels of the image encoder's layers, at their first use."""
+        """Compile the forward of each layer of the image encoder with torch.compile, at its first call."""
 
     @abstractmethod
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
@@ -87,7 +87,7 @@ class Segmenter(nn.Module):
         Returns:
             `loaded`, `missing` (in the model only) and `unexpected` (in the file only) tensor names.
         Raises:
-            UserError: it isn't there, or is of another size.
+            UserError: no such file, or one of another size.
         """
 
     def no_decay(self) -> set[str]:
@@ -102,6 +102,6 @@ class Segmenter(nn.Module):
 
 
 def upscale(logits: Tensor, image_size: int, align_corners: bool = False) -> Tensor:
-    """(B, s, s) to (B, image_size, image_size), bilinear; with the corners' centres aligned as the paper's code has it."""
+    """(B, s, s) to (B, image_size, image_size), bilinear; with corners aligned as in the paper's code, if asked."""
     side = (image_size, image_size)
     return F.interpolate(logits[:, None], side, mode="bilinear", align_corners=align_corners)[:, 0]

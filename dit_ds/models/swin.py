@@ -1,4 +1,4 @@
-"""Swin whose stages read words: the backbone of LAVT and ReLA.
+"""Swin whose stages read text: the backbone of LAVT and ReLA.
 
 Swin's layers are those of `transformers`; the loop over them is ours, as a pixel-word attention module (PWAM) stands
 between a stage's layers and its patch merging. Source: Yang et al., LAVT, CVPR 2022, section 3.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,7 @@ from dit_ds.models.segmenter import Segmenter
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths; stage i is embed_dim * 2^i wide and has a place for every (4 * 2^i)^2 pixels.
+    """Widths and depths; stage i is embed_dim * 2^i wide and has a token for every (4 * 2^i)^2 pixels.
 
     Attributes:
         lavt_dim: width of LAVT's decoder.
@@ -80,12 +81,12 @@ SIZES = {
 
 
 class PWAM(nn.Module):
-    """Pixel-word attention: what the words say about each place.
+    """Pixel-word attention module: text features for each visual token (LAVT, section 3.1).
 
-    With x (B, C, N) the places and l (B, text_dim, T) the words:
-        q = IN(W_q x),  k = (W_k l) m,  v = (W_v l) m        m = 1 for words, 0 for padding
-        a = softmax(q^T k / sqrt(C) + 1e4 m - 1e4)           over the words
-        r = GELU(W_r (GELU(W_x x) * IN(W_o (v a^T))))        IN: instance norm over the places, without weights
+    With x (B, C, N) the visual tokens and l (B, text_dim, T) the text:
+        q = IN(W_q x),  k = (W_k l) m,  v = (W_v l) m        m = 0 at padding, else 1
+        a = softmax(q^T k / sqrt(C) + 1e4 m - 1e4)           over the text tokens
+        r = GELU(W_r (GELU(W_x x) * IN(W_o (v a^T))))        IN: instance norm over the visual tokens, without weights
     """
 
     def __init__(self, dim: int, text_dim: int):
@@ -96,30 +97,30 @@ class PWAM(nn.Module):
         self.out = nn.Sequential(nn.Conv1d(dim, dim, 1), nn.InstanceNorm1d(dim))
         self.mix = nn.Sequential(nn.Conv1d(dim, dim, 1), nn.GELU())
 
-    def forward(self, x: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """(B, N, C), (B, T, text_dim) and (B, T) bool to (B, N, C)."""
-        x, words = x.transpose(1, 2), words.transpose(1, 2)
-        m = word_mask[:, None].to(x.dtype)  # (B, 1, T)
-        q, k, v = self.q(x), self.k(words) * m, self.v(words) * m  # (B, C, N), (B, C, T) twice
+        x, text = x.transpose(1, 2), text.transpose(1, 2)
+        m = text_mask[:, None].to(x.dtype)  # (B, 1, T)
+        q, k, v = self.q(x), self.k(text) * m, self.v(text) * m  # (B, C, N), (B, C, T) twice
         logits = q.transpose(1, 2) @ k * x.shape[1] ** -0.5 + (1e4 * m - 1e4)  # (B, N, T)
         lang = self.out(v @ logits.softmax(-1).transpose(1, 2))  # (B, C, N)
         return self.mix(self.vis(x) * lang).transpose(1, 2)
 
 
 class Gate(nn.Sequential):
-    """How much of what the words say goes on to the next stage: (B, N, C) to (B, N, C) from -1 to 1."""
+    """The share of the PWAM's output that the next stage gets: (B, N, C) to (B, N, C) in (-1, 1)."""
 
     def __init__(self, dim: int):
         super().__init__(nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh())
 
 
 class WordSwin(nn.Module):
-    """Swin with a PWAM behind each stage's layers: x goes on as x + gate(r) r, and r is the stage's output.
+    """Swin with a PWAM behind each stage's layers: the next stage gets x + gate(r) r, and r is the stage's output.
 
     Args:
         size: a key of `SIZES`.
         image_size: side of the square input, in pixels.
-        text_dim: width of the words.
+        text_dim: width of the text features.
         gates: stages that have a gate; the last one's is never reached by a gradient.
         attention: eager or sdpa, of the windows.
     Raises:
@@ -132,7 +133,7 @@ class WordSwin(nn.Module):
 
         s = SIZES[size]
         if -(-image_size // 32) < s.window_size:
-            raise UserError(f"model.size {size} has windows of {s.window_size} x {s.window_size} places of 32 pixels: "
+            raise UserError(f"model.size {size} has windows of {s.window_size} x {s.window_size} tokens of 32 pixels: "
                             f"set data.image_size {32 * s.window_size} or more")  # fmt: skip
         config = SwinConfig(image_size=image_size, embed_dim=s.embed_dim, depths=s.depths, num_heads=s.num_heads,
                             window_size=s.window_size, drop_path_rate=s.drop_path)  # fmt: skip
@@ -145,30 +146,30 @@ class WordSwin(nn.Module):
         self.pwams = nn.ModuleList(PWAM(c, text_dim) for c in s.dims)
         self.gates = nn.ModuleList(Gate(c) for c in s.dims[:gates])
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in s.dims)
-        self._again = False
+        self._recompute = False
 
     def checkpoint_activations(self, policy: str) -> None:
-        """none, or block: each of Swin's layers is computed again in the backward pass, from its input.
+        """none, or block: each of Swin's layers is recomputed in backward, from its input.
 
         Raises:
             ValueError: another policy.
         """
         if policy not in ("none", "block"):
             raise ValueError(f"{policy!r} is not none or block")
-        self._again = policy == "block"
+        self._recompute = policy == "block"
 
     def compile_blocks(self) -> None:
-        """Let torch.compile make the kernels of Swin's layers, at their first use."""
+        """Compile the forward of each of Swin's layers with torch.compile, at its first call."""
         for stage in self.stages:
             for block in stage.blocks:
                 block.forward = torch.compile(block.forward)
 
-    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> list[Tensor]:
         """Encode.
 
         Args:
             image: (B, 3, S, S) normalised.
-            words, word_mask: (B, T, text_dim) and (B, T) bool, False at padding.
+            text, text_mask: (B, T, text_dim) and (B, T) bool, False at padding.
         Returns:
             Of each stage (B, C, h, w): 1/4, 1/8, 1/16 and 1/32 of the side.
         """
@@ -177,15 +178,15 @@ class WordSwin(nn.Module):
         for i, (stage, pwam, norm) in enumerate(zip(self.stages, self.pwams, self.norms)):
             for block in stage.blocks:
                 x = self._layer(block, x, grid)
-            r = pwam(x, words, word_mask)
-            out.append(norm(r).transpose(1, 2).unflatten(2, grid))
+            r = pwam(x, text, text_mask)
+            out.append(rearrange(norm(r), "b (h w) c -> b c h w", h=grid[0]))
             if stage.downsample is not None:
                 x = stage.downsample(x + self.gates[i](r) * r, grid)
                 grid = tuple((n + 1) // 2 for n in grid)
         return out
 
     def _layer(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self._again and torch.is_grad_enabled():
+        if self._recompute and torch.is_grad_enabled():
             return checkpoint(block, x, grid, use_reentrant=False)[0]
         return block(x, grid)[0]
 
