@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import common
 from dit_ds.models.attention import BACKENDS, best_backend
 from dit_ds.models.attention_kernels import KERNELS, why_not
-from dit_ds.models.image_encoder import WordBlock
+from dit_ds.models.image_encoder import JointBlock
 from dit_ds.models.naive import naive_attention
 from dit_ds.models.sam import SIZES
 
@@ -29,7 +29,7 @@ def layer(width: str, image_size: int, batch: int, device: str, dtype: torch.dty
     """A block and its inputs: normalised image tokens, words and the words' mask."""
     torch.manual_seed(0)
     size, side = SIZES[width], image_size // 16
-    block = WordBlock(size.embed_dim, size.num_heads, (side, side), "auto").to(device, dtype)
+    block = JointBlock(size.embed_dim, size.num_heads, (side, side), "auto").to(device, dtype)
     for p in (block.attn.rel_pos_h, block.attn.rel_pos_w):
         torch.nn.init.normal_(p, std=0.1)
     x = torch.randn(batch, side, side, size.embed_dim, device=device, dtype=dtype, requires_grad=True)

@@ -41,18 +41,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 # xdist hands out whole files in this order, the longest first, so that all its workers are busy to the end
 _LONGEST = (
     "slurm", "resume", "zero", "training", "checkpointing", "scaling", "plan", "methods_training", "prompt_runs", "faults",
-    "memory", "measure", "tune", "doctor", "sets", "stream", "shards", "grefcoco", "models", "mutations",
+    "memory", "measure", "tune", "doctor", "build", "stream", "shards", "grefcoco", "models", "mutations",
 )  # fmt: skip
 # `make test-fast` runs these whole, and of the others what is marked so
 _FAST = {
-    "attention", "cli", "combinations", "combined", "compare", "distributed", "figures", "fragments", "golden", "house",
-    "lending", "loader", "methods", "metrics", "models", "order", "prompts", "published", "readers", "refer", "sample_set",
-    "schemes", "set_identity", "stats", "transforms", "upstream", "verify",
+    "attention", "cli", "combined", "compare", "distributed", "figures", "golden", "house", "loader", "methods", "metrics",
+    "models", "prompts", "published", "readers", "refer", "sample_set", "sampler", "schemes", "set_identity",
+    "shared_memory", "stats", "transforms", "upstream", "validation", "verify", "zero_state",
 }  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; whole files marked `fast`."""
+    """The longest files first; whole files marked `fast`.
+
+    Raises:
+        pytest.UsageError: a file named above is gone.
+    """
+    gone = sorted(name for name in {*_LONGEST, *_FAST} if not (ROOT / f"tests/test_{name}.py").exists())
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py orders files that are not there: {', '.join(gone)}")
     order = {f"test_{name}": i for i, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:

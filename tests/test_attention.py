@@ -13,7 +13,7 @@ from dit_ds.errors import UserError
 from dit_ds.models import attention, attention_kernels
 from dit_ds.models.attention import BACKENDS, relative_position_attention
 from dit_ds.models.attention_kernels import KERNELS, why_not
-from dit_ds.models.image_encoder import WordAttention
+from dit_ds.models.image_encoder import JointAttention
 
 # grid, words, whether some of them are padding, lengths of the tables if they are to be interpolated
 CASES = {
@@ -100,7 +100,7 @@ def test_what_needs_no_gradient_gets_none(frozen):
 def test_no_more_is_kept_than_inputs_output_and_log_sum_exp(backend, words):
     """Bytes of distinct storages that autograd holds after a whole attention layer, beyond its parameters."""
     b, h, w, dim, heads = 2, 12, 10, 64, 4
-    layer = WordAttention(dim, heads, (h, w), backend)
+    layer = JointAttention(dim, heads, (h, w), backend)
     x, y = torch.randn(b, h, w, dim, requires_grad=True), torch.randn(b, words, dim, requires_grad=True)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(

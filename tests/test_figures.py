@@ -19,7 +19,7 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.evaluation.metrics import intersection_and_union
 from dit_ds.models.attention_maps import attention_of_picture, layer_maps, observed, picture_grid
 from dit_ds.models.build import build_model
-from dit_ds.models.image_encoder import WordAttention
+from dit_ds.models.image_encoder import JointAttention
 from dit_ds.models.instruction import SCHEMES
 from dit_ds.models.sam import Size
 from dit_ds.visualize.drawing import GridRow, write_grid
@@ -47,7 +47,7 @@ def assert_maps_give(attn, x, words, mask, of_x, of_words, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_maps_times_values_are_the_layers_output(dtype, tolerance, backend):
     torch.manual_seed(0)
-    attn = WordAttention(48, 4, (5, 6), backend).to(dtype)
+    attn = JointAttention(48, 4, (5, 6), backend).to(dtype)
     for p in (attn.rel_pos_h, attn.rel_pos_w):
         torch.nn.init.normal_(p)
     x, words = torch.randn(2, 5, 6, 48, dtype=dtype), torch.randn(2, 7, 48, dtype=dtype)

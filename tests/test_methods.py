@@ -21,7 +21,7 @@ from dit_ds.evaluation.postprocess import original_probabilities
 from dit_ds.models.lavt import LAVT
 from dit_ds.models.losses import two_class_loss
 from dit_ds.models.rela import Output, ReLA, SinePositions
-from dit_ds.models.swin import PWAM, SIZES, WordSwin
+from dit_ds.models.swin import PWAM, SIZES, TextSwin
 from dit_ds.models.text_encoder import TextEncoder
 from dit_ds.training.schedule import learning_rate
 
@@ -126,7 +126,7 @@ def test_closed_gates_leave_swin_and_its_folder_loads(tmp_path):
     torch.manual_seed(1)
     reference = swin(96)
     reference.save_pretrained(tmp_path / "swin")
-    ours = WordSwin("swin_t_tiny", 96, 5, gates=4, attention="sdpa").eval()
+    ours = TextSwin("swin_t_tiny", 96, 5, gates=4, attention="sdpa").eval()
     report = ours.load_pretrained(tmp_path / "swin")
     assert not report["missing"] and report["unexpected"] == ["layernorm.bias", "layernorm.weight"]
     for gate in ours.gates:
@@ -143,9 +143,9 @@ def test_closed_gates_leave_swin_and_its_folder_loads(tmp_path):
     with pytest.raises(UserError, match="is no folder with a Swin of transformers"):
         ours.load_pretrained(tmp_path)
     with pytest.raises(UserError, match="is of another size"):
-        WordSwin("swin_b", 384, 5, gates=4, attention="sdpa").load_pretrained(tmp_path / "swin")
+        TextSwin("swin_b", 384, 5, gates=4, attention="sdpa").load_pretrained(tmp_path / "swin")
     with pytest.raises(UserError, match="set data.image_size 384 or more"):
-        WordSwin("swin_b", 352, 5, gates=4, attention="sdpa")
+        TextSwin("swin_b", 352, 5, gates=4, attention="sdpa")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -189,8 +189,8 @@ def test_relas_regions_hear_no_words_at_first_and_learn_to():
     out = predictor(levels, features, words)
     assert all(torch.equal(a, b) for a, b in zip(out, predictor(levels, features, torch.randn(2, 12, 768))))
     out.mask.square().mean().backward()
-    assert predictor.layers[0].to_words.out.weight.grad.abs().max() > 0
-    assert [layer.to_words is not None for layer in predictor.layers] == [True, False, False]
+    assert predictor.layers[0].to_text.attention.out.weight.grad.abs().max() > 0
+    assert [layer.to_text is not None for layer in predictor.layers] == [True, False, False]
 
 
 def test_relas_loss_and_its_no_target():
@@ -248,7 +248,7 @@ def test_running_statistics_stay_fp32_and_forget_a_step_left_out(world):
 def test_norms_and_position_tables_are_spared_weight_decay():
     config = validate({"train": {"weight_decay": 0.1, "weight_decay_norms": False}}).train
     model = tiny("lavt")
-    spared = model.no_decay()
+    spared = engine.no_decay(model)
     assert {"backbone.norms.3.bias", "decoder.steps.0.1.weight", "backbone.embeddings.norm.weight"} <= spared
     assert "backbone.stages.2.blocks.1.attention.relative_position_bias.relative_position_bias_table" in spared
     assert not any(".mlp." in n or "pwams" in n or "embeddings.word" in n for n in spared)

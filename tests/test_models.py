@@ -9,9 +9,9 @@ from conftest import MINILM, ROOT
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.errors import UserError
 from dit_ds.models.dit_sam import DITSAM
-from dit_ds.models.image_encoder import ImageEncoder, WordBlock
+from dit_ds.models.image_encoder import ImageEncoder, JointBlock
 from dit_ds.models.losses import segmentation_loss
-from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint, resize_positions
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder, load_sam_checkpoint, resize_positions
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
 
 
@@ -61,12 +61,12 @@ def test_at_1024_pixels_with_windows_of_14_the_encoder_is_segment_anythings():
 def test_windows_attend_to_themselves_and_to_the_words():
     """A windowed block over one image is a block over each window, of its words; on every backend."""
     torch.manual_seed(0)
-    block = WordBlock(48, 4, (6, 6), "eager", window_size=3).double()
+    block = JointBlock(48, 4, (6, 6), "eager", window_size=3).double()
     for p in (block.attn.rel_pos_h, block.attn.rel_pos_w):
         torch.nn.init.normal_(p)
     x, words = torch.randn(2, 6, 6, 48).double(), torch.randn(2, 5, 48).double()
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    small = WordBlock(48, 4, (3, 3), "eager").double()
+    small = JointBlock(48, 4, (3, 3), "eager").double()
     small.load_state_dict(block.state_dict())
     for backend in ("eager", "sdpa", "chunked"):
         block.attn.backend = backend
@@ -79,7 +79,7 @@ def test_windows_attend_to_themselves_and_to_the_words():
 def test_a_block_is_sams_over_the_concatenation_of_equation_8():
     """[words; image] through SAM's formulas, written out; the words' rows of the result thrown away."""
     torch.manual_seed(0)
-    block = WordBlock(48, 4, (5, 5), "eager").double()
+    block = JointBlock(48, 4, (5, 5), "eager").double()
     for p in (block.attn.rel_pos_h, block.attn.rel_pos_w):
         torch.nn.init.normal_(p)
     x, words = torch.randn(2, 5, 5, 48).double(), torch.randn(2, 7, 48).double()
@@ -137,7 +137,7 @@ def test_the_mask_decoder_is_sams():
     ours = BatchedMaskDecoder(size, 2)
     sams = MaskDecoder(transformer_dim=64, transformer=TwoWayTransformer(2, 64, 8, size.decoder_mlp_dim))
     sams.load_state_dict(ours.state_dict())
-    prompts = WordPromptEncoder(size, 64)
+    prompts = TextPromptEncoder(size, 64)
     words, mask = torch.randn(3, 5, 64), torch.ones(3, 5, dtype=torch.bool)
     mask[1, 3:] = False
     sparse, dense, positions = prompts(words, mask)

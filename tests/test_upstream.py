@@ -106,7 +106,7 @@ ATTRIBUTES = {
     "torch._ops.OpOverload": "_schema",
     "torch.nn.Module": "_buffers _parameters",
     "torch.storage.UntypedStorage": "_cdata",
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown _workers",
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": "_shutdown _worker_pids_set _workers",
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": "fp32_groups_flat_partition fp32_groups_gradients",
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "basic_optimizer global_samples global_steps micro_steps monitor optimizer skipped_steps"
@@ -153,6 +153,7 @@ NAMES = (
     "torch.nn.modules.batchnorm._BatchNorm",
     "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.utils.backend_registration._DummyBackendModule",
+    "torch.utils.data._utils.signal_handling._remove_worker_pids",
     "deepspeed.ops.__compatible_ops__",
     "deepspeed.runtime.zero.partition_parameters.assert_ints_same_as_other_ranks",
     "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks",

@@ -1,4 +1,4 @@
-"""A model from a configuration, from a checkpoint, and to one file of weights."""
+"""The weights of a model: its frozen part in a file of its own, a checkpoint's weights, and a checkpoint's model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,28 +19,28 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.engine.zero_state import MASTER
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error
+from dit_ds.files import full_disk_is_user_error, replace_on_success
 from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model doesn't change: frozen parameters and saved buffers, on the CPU."""
+    """Frozen parameters and saved buffers, by name, on the CPU; not the running statistics of BatchNorm."""
     trained = {n for n, p in model.named_parameters() if p.requires_grad} | running_statistics(model).keys()
     return {n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n not in trained}
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 over what of a model doesn't train."""
+    """SHA-256 over names and values of `frozen_state`."""
     sha = hashlib.sha256()
     for name, value in sorted(frozen_state(model).items()):
         sha.update(name.encode())
-        sha.update(value.view(-1).view(torch.uint8).numpy())
+        sha.update(value.view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
 def store_frozen(model: nn.Module, digest: str, run_dir: str | Path) -> Path:
-    """Write all that doesn't train, buffers too, as `frozen/DIGEST.safetensors` in the run's folder, unless it is there.
+    """Write `frozen_state` as `frozen/DIGEST.safetensors` in the run's folder, unless it is there.
 
     Raises:
         UserError: the disk is full.
@@ -57,30 +57,28 @@ def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | 
     Raises:
         UserError: the disk is full, or the folder can't be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with full_disk_is_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(state, temporary, header)
+        with replace_on_success(path) as temporary:
+            try:
+                save_file(state, temporary, header)
+            except SafetensorError as e:  # wraps the operating system's errors as text
+                if "No space left" in str(e) or "os error 28" in str(e):
+                    raise OSError(errno.ENOSPC, "No space left on device") from e
+                raise
             with open(temporary, "rb") as f:
                 os.fsync(f.fileno())
-            temporary.replace(path)
-        except SafetensorError as e:  # wraps the operating system's errors as text
-            if "No space left" in str(e) or "os error 28" in str(e):
-                raise OSError(errno.ENOSPC, "No space left on device") from e
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
-    """Put a checkpoint's weights into a model of the same configuration.
+    """Load a checkpoint's weights into a model of the same configuration.
 
     Args:
         path: a checkpoint's folder, or an exported file.
-        kind: of the trained parameters, `master` or `ema`.
+        kind: which values of the trained parameters: `master`, or `ema` for their moving average.
     Raises:
-        UserError: of another model, damaged, or its frozen weights were left out and the model's are others.
+        UserError: the checkpoint is of another model or damaged, or it was saved without its frozen weights and those of
+            `model` differ.
     """
     left_out = path.is_dir() and not (path / checkpoint.FROZEN).exists()
     with checkpoint.damage_is_user_error(path):
@@ -93,7 +91,7 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
                 frozen | (load_file(statistics) if statistics.exists() else {}) | checkpoint.Reader(path).whole(kind)
             )
     target = model.state_dict()
-    if left_out:  # the model's own stand in for them, if they are the same
+    if left_out:  # the model's own frozen weights are used; their digest is compared below
         state = {n: x for n, x in frozen_state(model).items() if n not in state} | state
     for name in sorted(state.keys() | target.keys()):
         if name not in state or name not in target or state[name].shape != target[name].shape:
@@ -112,19 +110,29 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
     model.load_state_dict(state)
 
 
-def load_model(
-    path: str | Path, overrides: dict[str, Any] | None = None
-) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
-    """A checkpoint's model in evaluation mode, its run's configuration, and its meta data.
+class LoadedModel(NamedTuple):
+    """A checkpoint's model.
 
-    Where the run kept a moving average of the weights, these are the weights.
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        config: of the run.
+        meta: the checkpoint's meta data, see `reader.read_meta`.
+    """
+
+    model: Segmenter
+    config: RunConfig
+    meta: dict[str, Any]
+
+
+def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> LoadedModel:
+    """Load a checkpoint's model, with the moving average of the weights where the run kept one.
 
     Args:
-        path: a run's folder, a checkpoint's, an exported file; or a configuration in YAML, whose model is then as
-            `model.checkpoint` has it, not tuned.
-        overrides: of the configuration, as a nested dict.
+        path: a run's folder, a checkpoint's, an exported file; or a configuration in YAML, whose model then has the
+            weights of `model.checkpoint` and was not tuned.
+        overrides: of the configuration's keys, as a nested dict.
     Raises:
-        UserError: there is none, it is damaged, or the configuration names no checkpoint.
+        UserError: there is no checkpoint, it is damaged, or the configuration names no checkpoint.
     """
     if Path(path).suffix in (".yaml", ".yml"):
         return _untuned(path, overrides or {})
@@ -137,13 +145,13 @@ def load_model(
     if not complete and config.model.checkpoint:
         model.load_pretrained(config.model.checkpoint)
     load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
-    return model.eval(), config, meta
+    return LoadedModel(model.eval(), config, meta)
 
 
-def _untuned(path: str | Path, overrides: dict[str, Any]) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
+def _untuned(path: str | Path, overrides: dict[str, Any]) -> LoadedModel:
     config = validate(merge(load_config(path).model_dump(mode="json"), overrides))
     if config.model.checkpoint is None:
         raise UserError(f"{path} names no weights: set model.checkpoint, or give the folder of a run that was trained")
     model = build_model(config)
     model.load_pretrained(config.model.checkpoint)
-    return model.eval(), config, {"step": 0, "epoch": 0, "config": config.model_dump(mode="json")}
+    return LoadedModel(model.eval(), config, {"step": 0, "epoch": 0, "config": config.model_dump(mode="json")})

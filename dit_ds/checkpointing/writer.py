@@ -56,9 +56,15 @@ class Saver:
         return self._meta is not None
 
     @property
+    def _pending_meta(self) -> dict[str, Any]:
+        if self._meta is None:
+            raise RuntimeError("no checkpoint is pending")
+        return self._meta
+
+    @property
     def step(self) -> int:
         """Of the pending checkpoint."""
-        return self._meta["step"]
+        return self._pending_meta["step"]
 
     @property
     def written(self) -> bool:
@@ -105,7 +111,7 @@ class Saver:
 
     @property
     def _temporary(self) -> Path:
-        return self.folder / f".step_{self._meta['step']:08d}.tmp"
+        return self.folder / f".step_{self.step:08d}.tmp"
 
     def commit(self) -> dict[str, float]:
         """Wait for all ranks' parts, and publish the checkpoint. Collective.
@@ -117,7 +123,7 @@ class Saver:
         """
         if self._thread is not None:
             self._thread.join()
-        meta, temporary = self._meta, self._temporary
+        meta, temporary = self._pending_meta, self._temporary
         entries = gather_objects(self._entry)
         self._meta = self._thread = None
         error: Exception | None = next((UserError(e["error"]) for e in entries if "error" in e), None)
@@ -195,7 +201,7 @@ def _write_ranges(path: Path, parts: list[tuple[str, Fragment, Tensor]]) -> dict
         for kind, f, x in parts:
             x = x.cpu()
             digests[kind] = digests.get(kind, 0) + digest(f.name, f.start, x)
-            out.write(memoryview(x.view(torch.uint8).numpy()))
+            out.write(memoryview(x.view(torch.uint8).numpy().data))
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": out.sha.hexdigest(), "digest": digests}
@@ -236,7 +242,8 @@ def restore(engine: Any, state: TrainingState, path: Path) -> None:
     Raises:
         UserError: on every rank, if any rank's part is damaged or other parameters train.
     """
-    error, mine = None, {}
+    error: UserError | None = None
+    mine: dict[str, int] = {}
     try:
         reader = checkpoint.Reader(path)
         if reader.shapes != state.shapes:

@@ -65,9 +65,20 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
     return engine
 
 
+def no_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay spares where `train.weight_decay_norms` is false: those of norms, and
+    relative position tables."""
+    norms = {n for n, m in model.named_modules() if "Norm" in type(m).__name__}
+    return {
+        n
+        for n, _ in model.named_parameters()
+        if n.rpartition(".")[0] in norms or "relative_position_bias" in n or ".rel_pos_" in n
+    }
+
+
 def parameter_groups(model: nn.Module, t: TrainConfig) -> list[dict[str, Any]]:
     """The trainable parameters for AdamW, those without weight decay by themselves."""
-    spared = set() if t.weight_decay_norms else model.no_decay()
+    spared = set() if t.weight_decay_norms else no_decay(model)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in trained if n not in spared], "weight_decay": t.weight_decay},

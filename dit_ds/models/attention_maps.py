@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from segment_anything.modeling.image_encoder import window_partition, window_unpartition
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_ds.models.attention import attention_map, relative_table
-from dit_ds.models.image_encoder import WordAttention
+from dit_ds.models.dit_sam import DITSAM
+from dit_ds.models.image_encoder import ImageEncoder, JointAttention
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Maps:
 class LayerAttention:
     """One layer's attention for one picture and expression, the mean over its heads.
 
-    In a layer with windows a visual token attends within its window, and a text token once in each window; `WordBlock`
+    In a layer with windows a visual token attends within its window, and a text token once in each window; `JointBlock`
     passes on the mean over the windows, so the mean is taken here, too.
 
     Attributes:
@@ -58,11 +60,11 @@ class LayerAttention:
     to_words: float | None
 
 
-def layer_maps(attn: WordAttention, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Maps:
+def layer_maps(attn: JointAttention, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Maps:
     """The maps of a layer.
 
     Args:
-        attn: a `WordAttention`.
+        attn: a `JointAttention`.
         x, text: (B, H, W, D) and (B, T, D), normalised, as the layer's attention takes them.
         text_mask: (B, T) bool, False at padding.
     """
@@ -89,27 +91,26 @@ def _text_map(qkv: Tensor, text_qkv: Tensor, text_mask: Tensor | None) -> Tensor
     return logits.softmax(dim=-1)
 
 
-Observer = Callable[[int, nn.Module, Tensor, Tensor | None, Tensor | None], None]
+Observer = Callable[[int, JointAttention, Tensor, Tensor | None, Tensor | None], None]
 
 
 @contextlib.contextmanager
-def observed(encoder: nn.Module, observer: Observer) -> Iterator[None]:
+def observed(encoder: ImageEncoder, observer: Observer) -> Iterator[None]:
     """A context in which `observer(layer, attn, x, text, text_mask)` gets the inputs of each layer's attention.
 
     Args:
-        encoder: an `ImageEncoder` with any attention but naive, which does not call the attention modules.
+        encoder: with any attention but naive, which does not call the attention modules.
     """
 
     def hook(layer: int) -> Callable[..., None]:
-        def observe(attn: nn.Module, args: tuple, kwargs: dict) -> None:
+        def observe(attn: JointAttention, args: tuple, kwargs: dict) -> None:
             given = inspect.signature(attn.forward).bind(*args, **kwargs).arguments
             observer(layer, attn, given["x"], given.get("text"), given.get("text_mask"))
 
         return observe
 
-    handles = [
-        block.attn.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(encoder.blocks)
-    ]
+    blocks: Iterable[Any] = encoder.blocks
+    handles = [block.attn.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
         yield
     finally:
@@ -119,27 +120,29 @@ def observed(encoder: nn.Module, observer: Observer) -> Iterator[None]:
 
 @torch.no_grad()
 def attention_of_picture(
-    model: nn.Module, inputs: Mapping[str, Tensor], words: Tensor, layers: Collection[int] | None = None
+    model: DITSAM, inputs: Mapping[str, Tensor], words: Tensor, layers: Collection[int] | None = None
 ) -> tuple[Tensor, dict[int, LayerAttention]]:
     """Segment one picture and look at its layers' attention.
 
     Args:
-        model: a `DITSAM` in evaluation mode.
+        model: in evaluation mode.
         inputs: what `Segmenter.forward` takes, by name, of one sample with text.
         words: (T,) bool: which tokens are words, neither padding nor [CLS] nor [SEP].
         layers: which, from 0 on; None for all.
     Returns:
         The logits (1, s, s), and the attention by layer.
     """
-    encoder, found = model.image_encoder, {}
-    grid = tuple(encoder.pos_embed.shape[1:3])
+    encoder = model.image_encoder
+    found: dict[int, LayerAttention] = {}
+    grid = encoder.pos_embed.shape[1], encoder.pos_embed.shape[2]
     picture = picture_grid(inputs["size"][0], grid, model.image_size)
 
-    def observer(layer: int, attn: nn.Module, x: Tensor, given: Tensor | None, mask: Tensor | None) -> None:
+    def observer(layer: int, attn: JointAttention, x: Tensor, given: Tensor | None, mask: Tensor | None) -> None:
         if layers is None or layer in layers:
             maps = layer_maps(attn, x, given, mask)
-            window = encoder.blocks[layer].window_size
-            found[layer] = _summary(maps, grid, picture, words=words, tokens=inputs["token_mask"][0], window=window)
+            block: Any = encoder.blocks[layer]
+            tokens = inputs["token_mask"][0]
+            found[layer] = _summary(maps, grid, picture, words=words, tokens=tokens, window=block.window_size)
 
     with observed(encoder, observer):
         logits = model(**inputs)
@@ -148,7 +151,8 @@ def attention_of_picture(
 
 def picture_grid(size: Tensor, grid: tuple[int, int], image_size: int) -> tuple[int, int]:
     """Rows and columns of the visual tokens that hold some of the picture, of `size` (2,) pixels in the padded square."""
-    return tuple(math.ceil(int(s) * n / image_size) for s, n in zip(size, grid))
+    rows, columns = (math.ceil(int(s) * n / image_size) for s, n in zip(size, grid))
+    return rows, columns
 
 
 def _summary(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.instruction import Options, StaticTokens, make_instruction
 from dit_ds.models.losses import segmentation_loss
-from dit_ds.models.sam import SIZES, BatchedMaskDecoder, WordPromptEncoder, load_sam_checkpoint
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder, load_sam_checkpoint
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder
 
@@ -84,7 +84,7 @@ class DITSAM(Segmenter):
         self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)
         if static_tokens:
             self.image_encoder.static_tokens = StaticTokens(static_tokens, s.embed_dim, s.depth, add_static)
-        self.prompt_encoder = WordPromptEncoder(s, image_size)
+        self.prompt_encoder = TextPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
         self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7
         self._initialize()
@@ -141,11 +141,12 @@ class DITSAM(Segmenter):
 
         Args:
             tokens, token_mask: None where no sample has text; a sample whose mask is all False has none.
-            points, labels: (B, P, 2) and (B, P), see `WordPromptEncoder.embed_points`; None where no sample has any.
+            points, labels: (B, P, 2) and (B, P), see `TextPromptEncoder.embed_points`; None where no sample has any.
                 They meet the image in the mask decoder only (paper Table 6, footnote 2).
         """
         text = projected = real = attended = None
         if tokens is not None:
+            assert token_mask is not None
             text, real, attended = self._read(tokens, token_mask, some_without_text=points is not None)
         x = self.image_encoder(self.preprocess(image, size), text, attended)
         if text is not None:

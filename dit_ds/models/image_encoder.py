@@ -59,7 +59,7 @@ class QKV(nn.Module):
         return F.linear(x, self.weight, self.bias), text_qkv
 
 
-class WordAttention(Attention):
+class JointAttention(Attention):
     """SAM's `Attention` whose visual queries also attend to text tokens."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], backend: str):
@@ -126,7 +126,7 @@ class LinearOfGELU(nn.Linear):
         return _LinearOfGELU.apply(x, self.weight, self.bias)
 
 
-class WordBlock(Block):
+class JointBlock(Block):
     """SAM's `Block` over [text; visual].
 
     With `update_text` the text's rows are computed, too (equation 6), else the visual rows only (equation 8): text that
@@ -139,7 +139,7 @@ class WordBlock(Block):
             raise UserError("model.attention naive attends globally: set model.window_size 0, or model.attention auto")
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(dim, num_heads, norm_layer=norm, use_rel_pos=True, window_size=window_size, input_size=grid)
-        self.attn = WordAttention(dim, num_heads, (window_size, window_size) if window_size else grid, backend)
+        self.attn = JointAttention(dim, num_heads, (window_size, window_size) if window_size else grid, backend)
         self.mlp.act = nn.Identity()
         self.mlp.lin2 = LinearOfGELU.of(self.mlp.lin2)
 
@@ -217,7 +217,7 @@ class ImageEncoder(ImageEncoderViT):
         )
         grid = (image_size // patch_size, image_size // patch_size)
         self.blocks = nn.ModuleList(
-            WordBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)
+            JointBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)
             for i in range(depth)
         )
         self.instruction = self.static_tokens = None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_ds.models.losses import two_class_loss
-from dit_ds.models.swin import SIZES, SwinSegmenter, WordSwin
+from dit_ds.models.swin import SIZES, SwinSegmenter, TextSwin
 from dit_ds.models.text_encoder import TextEncoder
 
 
@@ -16,11 +16,12 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
-        if self.training:
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         weight, bias = self.weight.float(), self.bias.float()
         statistics = (self.running_mean, self.running_var)
-        return F.batch_norm(x, *statistics, weight, bias, self.training, self.momentum, self.eps)
+        momentum = 0.0 if self.momentum is None else self.momentum  # PyTorch's `BatchNorm2d` gives 0.1
+        return F.batch_norm(x, *statistics, weight, bias, self.training, momentum, self.eps)
 
 
 def _conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
@@ -69,7 +70,7 @@ class LAVT(SwinSegmenter):
         super().__init__()
         self.image_size = image_size
         self.text_encoder = text_encoder
-        self.backbone = WordSwin(size, image_size, text_encoder.dim, gates=4, attention=attention)
+        self.backbone = TextSwin(size, image_size, text_encoder.dim, gates=4, attention=attention)
         self.decoder = Decoder(SIZES[size].dims, SIZES[size].lavt_dim)
         # no stage follows the last one: its gate has no gradient, which ZeRO-3 would wait for
         self.backbone.gates[3].requires_grad_(False)

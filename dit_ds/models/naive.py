@@ -1,7 +1,7 @@
 """A layer as it is usually written: SAM's attention over the concatenation [text; image], its map and bias materialised.
 
 What the paper's released code computes, and what memory is compared with. The weights, and but for rounding the
-results, are those of `image_encoder.WordBlock`.
+results, are those of `image_encoder.JointBlock`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def naive_attention(attn: Attention, tokens: Tensor, grid: tuple[int, int], text
     """All T+N tokens attend to all; relative positions are added to the image's part of the map.
 
     Args:
-        attn: a `WordAttention`.
+        attn: a `JointAttention`.
         tokens: (B, T+N, D), text first.
         grid: (H, W), N = H*W.
         text_mask: (B, T) bool, False at padding.
@@ -45,7 +45,7 @@ def naive_block(
     """All tokens through everything.
 
     Args:
-        block: a `WordBlock`.
+        block: a `JointBlock`.
         x, text, text_mask: (B, H, W, D), (B, T, D) and (B, T).
     Returns:
         (B, H, W, D) and (B, T, D)

@@ -7,14 +7,15 @@ of its region belongs to the target (the minimap), and together whether there is
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from dit_ds.models.losses import two_class_loss
-from dit_ds.models.swin import SIZES, Size, SwinSegmenter, WordSwin
+from dit_ds.models.swin import SIZES, Size, SwinSegmenter, TextSwin
 from dit_ds.models.text_encoder import TextEncoder
 
 _SIDE = 10  # regions a side
@@ -34,8 +35,8 @@ class SinePositions(nn.Module):
         waves = 10000 ** (-2 * torch.arange(self.dim // 4, device=device) / (self.dim // 2))  # (dim/4,)
         sides = []
         for n in (h, w):
-            at = torch.arange(1, n + 1, device=device) / n * 2 * math.pi
-            angles = at[:, None] * waves  # (n, dim/4)
+            position = torch.arange(1, n + 1, device=device) / n * 2 * math.pi
+            angles = position[:, None] * waves  # (n, dim/4)
             sides.append(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))  # (n, dim/2)
         rows, columns = sides[0][:, None].expand(h, w, -1), sides[1][None].expand(h, w, -1)
         return torch.cat([rows, columns], dim=-1).permute(2, 0, 1).to(dtype).expand(b, -1, -1, -1)
@@ -58,7 +59,7 @@ def make_pixel_decoder(size: Size) -> nn.Module:
         encoder_layers=size.rela_pixel_layers,
         dropout=0.0,
     )
-    decoder = Mask2FormerPixelDecoder(config, size.dims)
+    decoder: Any = Mask2FormerPixelDecoder(config, size.dims)
     decoder.position_embedding = SinePositions(size.rela_dim)
     decoder.apply(Mask2FormerPreTrainedModel(config)._init_weights)
     return decoder
@@ -75,25 +76,26 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, Q, D), (B, N, D) twice and (B, Q, N) bool, True where a query attends, to (B, Q, D)."""
         q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            rearrange(project(x), "b n (h d) -> b h n d", h=self.heads)
             for project, x in ((self.q, q), (self.k, k), (self.v, v))
         )
         x = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None])
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(rearrange(x, "b h q d -> b q (h d)"))
 
 
-class LanguageAttention(Attention):
+class LanguageAttention(nn.Module):
     """The region queries attend to the text, padding included, as in the original."""
 
     def __init__(self, dim: int, heads: int, text_dim: int):
-        super().__init__(dim, heads)
-        self.words = nn.Linear(text_dim, dim)
+        super().__init__()
+        self.attention = Attention(dim, heads)
+        self.project = nn.Linear(text_dim, dim)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, queries: Tensor, text: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, text_dim) to (B, Q, D)."""
-        text = self.words(text)
-        return super().forward(queries, text, text) * self.scale.sigmoid() * 0.1
+        text = self.project(text)  # (B, T, D)
+        return self.attention(queries, text, text) * self.scale.sigmoid() * 0.1
 
 
 class Layer(nn.Module):
@@ -104,31 +106,33 @@ class Layer(nn.Module):
         super().__init__()
         d = size.rela_dim
         self.to_image, self.to_regions = Attention(d, size.rela_heads), Attention(d, size.rela_heads)
-        self.to_words = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
+        self.to_text = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
         self.ffn = nn.Sequential(nn.Linear(d, size.rela_ffn), nn.ReLU(), nn.Linear(size.rela_ffn, d))
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
         for p in self.parameters():  # as Mask2Former
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
-        if self.to_words is not None:  # text adds nothing at first
-            nn.init.zeros_(self.to_words.out.weight)
-            nn.init.zeros_(self.to_words.out.bias)
+        if self.to_text is not None:  # text adds nothing at first
+            nn.init.zeros_(self.to_text.attention.out.weight)
+            nn.init.zeros_(self.to_text.attention.out.bias)
 
-    def forward(self, x: Tensor, at: Tensor, places: Tensor, where: Tensor, mask: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, x_positions: Tensor, visual: Tensor, positions: Tensor, mask: Tensor, text: Tensor
+    ) -> Tensor:
         """One layer.
 
         Args:
-            x, at: (B, Q, D) queries and (Q, D) what tells them apart.
-            places, where: (B, N, D) the image and its positions.
+            x, x_positions: (B, Q, D) queries and (Q, D) their learned positions.
+            visual, positions: (B, N, D) visual tokens and their positions.
             mask: (B, Q, N) bool, where each query attends.
             text: (B, T, text_dim).
         Returns:
             (B, Q, D)
         """
-        x = self.norms[0](x + self.to_image(x + at, places + where, places, mask))
-        if self.to_words is not None:
-            x = x + self.to_words(x, text)
-        x = self.norms[1](x + self.to_regions(x + at, x + at, x))
+        x = self.norms[0](x + self.to_image(x + x_positions, visual + positions, visual, mask))
+        if self.to_text is not None:
+            x = x + self.to_text(x, text)
+        x = self.norms[1](x + self.to_regions(x + x_positions, x + x_positions, x))
         return self.norms[2](x + self.ffn(x))
 
 
@@ -142,7 +146,7 @@ class Output(NamedTuple):
     """Logits of the alternatives no and yes.
 
     Attributes:
-        mask: (B, 2, h, w), of the target at each place.
+        mask: (B, 2, h, w), of the target at each pixel.
         minimap: (B, 2, 10, 10), of the target in each region.
         no_target: (B, 2), of there being none.
     """
@@ -160,7 +164,7 @@ class Predictor(nn.Module):
         d = size.rela_dim
         self.queries, self.positions = (nn.Parameter(torch.randn(_SIDE**2, d)) for _ in range(2))
         self.levels = nn.Parameter(torch.randn(3, d))
-        self.where = SinePositions(d)
+        self.sine_positions = SinePositions(d)
         self.layers = nn.ModuleList(Layer(size, None if i else text_dim) for i in range(size.rela_layers))
         self.norm = nn.LayerNorm(d)
         self.mask_embed = mlp(d, d, d, d)
@@ -178,22 +182,24 @@ class Predictor(nn.Module):
         x = self.queries.expand(mask_features.shape[0], -1, -1)
         for i, layer in enumerate(self.layers):
             level = levels[i % 3]
-            places = (level + self.levels[i % 3][:, None, None]).flatten(2).transpose(1, 2)
-            where = self.where(level.shape, level.device, level.dtype).flatten(2).transpose(1, 2)
-            mask = self._inside(x, mask_features, level.shape[-2:])
-            x = layer(x, self.positions, places, where, mask, text)
+            positions = self.sine_positions(level.shape, level.device, level.dtype)
+            visual, positions = (
+                rearrange(t, "b d h w -> b (h w) d") for t in (level + self.levels[i % 3][:, None, None], positions)
+            )
+            mask = self._inside(x, mask_features, level.shape[2], level.shape[3])
+            x = layer(x, self.positions, visual, positions, mask, text)
         x = self.norm(x)
         minimap = self.minimap(x)  # (B, Q, 2)
         filters = torch.einsum("bqa,bqd->bad", minimap, self.mask_embed(x))
         mask = torch.einsum("bad,bdhw->bahw", filters, mask_features)
-        minimap = minimap.transpose(1, 2).unflatten(2, (_SIDE, _SIDE))
+        minimap = rearrange(minimap, "b (h w) a -> b a h w", h=_SIDE)
         return Output(mask.float(), minimap.float(), self.no_target(x).mean(1).float())
 
     @torch.no_grad()
-    def _inside(self, x: Tensor, mask_features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _inside(self, x: Tensor, mask_features: Tensor, h: int, w: int) -> Tensor:
         """(B, Q, h*w) bool: where each query's mask is; everywhere for one without any."""
         masks = torch.einsum("bqd,bdhw->bqhw", self.mask_embed(self.norm(x)), mask_features)
-        inside = F.interpolate(masks, grid, mode="bilinear", align_corners=False).flatten(2) >= 0
+        inside = F.interpolate(masks, (h, w), mode="bilinear", align_corners=False).flatten(2) >= 0
         return inside | ~inside.any(-1, keepdim=True)
 
 
@@ -217,8 +223,9 @@ class ReLA(SwinSegmenter):
         s = SIZES[size]
         self.image_size = image_size
         self.text_encoder = text_encoder
-        self.backbone = WordSwin(size, image_size, text_encoder.dim, gates=3, attention=attention)
-        for gate in self.backbone.gates:  # tanh(0): closed. Both layers at zero would stay there
+        self.backbone = TextSwin(size, image_size, text_encoder.dim, gates=3, attention=attention)
+        gates: Any = self.backbone.gates
+        for gate in gates:  # tanh(0): closed. Both layers at zero would stay there
             nn.init.zeros_(gate[2].weight)
         self.pixel_decoder = make_pixel_decoder(s)
         self.predictor = Predictor(s, text_encoder.dim)

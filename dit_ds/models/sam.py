@@ -47,6 +47,8 @@ SIZES = {
 class DensePositions(PositionEmbeddingRandom):
     """Keeps its frequencies in fp32 when the model goes to bf16: rounding them would move every pixel's phase."""
 
+    positional_encoding_gaussian_matrix: Tensor
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         exact = self.positional_encoding_gaussian_matrix
         super()._apply(fn, recurse)
@@ -54,7 +56,7 @@ class DensePositions(PositionEmbeddingRandom):
         return self
 
 
-class WordPromptEncoder(PromptEncoder):
+class TextPromptEncoder(PromptEncoder):
     """SAM's `PromptEncoder` whose sparse prompts are also text tokens, padded as SAM pads its points."""
 
     def __init__(self, size: Size, image_size: int):
@@ -83,8 +85,10 @@ class WordPromptEncoder(PromptEncoder):
         dtype = dense.dtype if text is None else text.dtype
         sparse = []
         if text is not None:
+            assert text_mask is not None
             sparse.append(torch.where(text_mask[..., None], text, self.not_a_point_embed.weight))
         if points is not None:
+            assert labels is not None
             sparse.append(self.embed_points(points, labels).to(dtype))
         prompts = torch.cat(sparse, dim=1) if sparse else dense.new_zeros(1, 0, self.embed_dim)  # (B, T+P, C)
         with torch.autocast(dense.device.type, enabled=False):

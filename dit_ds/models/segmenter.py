@@ -17,7 +17,8 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # Im
 @functools.lru_cache(maxsize=16)
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1) each; no buffers of the model, which bf16 would round."""
-    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    return mean, std
 
 
 class Segmenter(nn.Module):
@@ -89,16 +90,6 @@ class Segmenter(nn.Module):
         Raises:
             UserError: no such file, or one of another size.
         """
-
-    def no_decay(self) -> set[str]:
-        """Names of the parameters that weight decay spares where `train.weight_decay_norms` is false: those of norms, and
-        relative position tables."""
-        norms = {n for n, m in self.named_modules() if "Norm" in type(m).__name__}
-        return {
-            n
-            for n, _ in self.named_parameters()
-            if n.rpartition(".")[0] in norms or "relative_position_bias" in n or ".rel_pos_" in n
-        }
 
 
 def upscale(logits: Tensor, image_size: int, align_corners: bool = False) -> Tensor:

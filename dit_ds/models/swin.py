@@ -6,6 +6,7 @@ between a stage's layers and its patch merging. Source: Yang et al., LAVT, CVPR 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class Gate(nn.Sequential):
         super().__init__(nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh())
 
 
-class WordSwin(nn.Module):
+class TextSwin(nn.Module):
     """Swin with a PWAM behind each stage's layers: the next stage gets x + gate(r) r, and r is the stage's output.
 
     Args:
@@ -139,14 +140,18 @@ class WordSwin(nn.Module):
                             window_size=s.window_size, drop_path_rate=s.drop_path)  # fmt: skip
         config._attn_implementation = attention
         swin = SwinModel(config, add_pooling_layer=False)
-        self.embeddings, self.stages = swin.embeddings, swin.encoder.layers
-        for stage in self.stages:
-            for block in stage.blocks:  # Swin drops both branches of a layer, `transformers` the attention only
-                block.mlp = nn.Sequential(block.mlp, block.drop_path)
+        self.embeddings = swin.embeddings
+        self.stages: Any = swin.encoder.layers  # `nn.ModuleList` does not say what its modules are
+        for layer in self._layers():  # Swin drops both branches of a layer, `transformers` the attention only
+            layer.mlp = nn.Sequential(layer.mlp, layer.drop_path)
         self.pwams = nn.ModuleList(PWAM(c, text_dim) for c in s.dims)
         self.gates = nn.ModuleList(Gate(c) for c in s.dims[:gates])
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in s.dims)
         self._recompute = False
+
+    def _layers(self) -> Iterator[Any]:
+        for stage in self.stages:
+            yield from stage.blocks
 
     def checkpoint_activations(self, policy: str) -> None:
         """none, or block: each of Swin's layers is recomputed in backward, from its input.
@@ -160,9 +165,8 @@ class WordSwin(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the forward of each of Swin's layers with torch.compile, at its first call."""
-        for stage in self.stages:
-            for block in stage.blocks:
-                block.forward = torch.compile(block.forward)
+        for layer in self._layers():
+            layer.forward = torch.compile(layer.forward)
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> list[Tensor]:
         """Encode.
@@ -227,18 +231,18 @@ class WordSwin(nn.Module):
 class SwinSegmenter(Segmenter):
     """What LAVT and ReLA have in common: all that is asked of the image encoder, asked of their `backbone`."""
 
-    backbone: WordSwin
+    backbone: TextSwin
 
     def checkpoint_activations(self, policy: str) -> None:
-        """See `WordSwin.checkpoint_activations`."""
+        """See `TextSwin.checkpoint_activations`."""
         self.backbone.checkpoint_activations(policy)
 
     def compile_blocks(self) -> None:
-        """See `WordSwin.compile_blocks`."""
+        """See `TextSwin.compile_blocks`."""
         self.backbone.compile_blocks()
 
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
-        """See `WordSwin.load_pretrained`; of what `dit-ds export` wrote, all parameters by name."""
+        """See `TextSwin.load_pretrained`; of what `dit-ds export` wrote, all parameters by name."""
         if str(path).endswith(".safetensors"):
             return load_sam_checkpoint(self, path)
         return self.backbone.load_pretrained(path)

@@ -15,6 +15,7 @@ from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, device, picture_inputs, read_expression, read_picture
 from dit_ds.evaluation.postprocess import MaskPostprocess
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
+from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize.drawing import AttentionRow, draw_attention, picture_format
 from dit_ds.visualize.titles import title_of
@@ -92,10 +93,10 @@ class _Attended:
 @torch.no_grad()
 def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) -> _Attended:
     model, config, _ = load_model(path)
-    if config.model.name != "dit_sam":
+    if not isinstance(model, DITSAM):
         raise UserError(f"{path} is of model.name {config.model.name}: attention is drawn of dit_sam's ViT only")
     check_kind(config, "text")
-    encoder: Any = model.to(device()).image_encoder
+    encoder = model.to(device()).image_encoder
     missing = [i for i in layers or [] if not 1 <= i <= len(encoder.blocks)]
     if missing:
         raise UserError(f"no layer {missing[0]} in {path}: it has 1 to {len(encoder.blocks)}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from dit_ds.errors import RankFailed
 
@@ -46,7 +47,12 @@ class WorkerProcesses:
         RuntimeError: this version of PyTorch lacks one of the private attributes.
     """
 
-    PRIVATE = ("_workers", "_shutdown", "_shutdown_workers")  # of torch.utils.data.dataloader's multi-process iterator
+    PRIVATE = (
+        "_workers",
+        "_worker_pids_set",
+        "_shutdown",
+        "_shutdown_workers",
+    )  # of torch.utils.data.dataloader's multi-process iterator
 
     def __init__(self, loader: DataLoader, iterator: Any):
         missing = [name for name in self.PRIVATE if loader.num_workers and not hasattr(iterator, name)]
@@ -68,6 +74,10 @@ class WorkerProcesses:
         self._iterator._shutdown = True  # else the iterator's destructor would attempt the orderly shutdown
         for process in self.processes:
             process.kill()
+        # PyTorch's watch on these processes ends too: the next iterator may get this one's id, which it is kept by
+        if self._iterator._worker_pids_set:
+            signal_handling._remove_worker_pids(id(self._iterator))
+            self._iterator._worker_pids_set = False
 
 
 class Deadline:

@@ -286,7 +286,7 @@ def _count(config: RunConfig) -> tuple[Passes, ModuleTrace]:
 
 def _policies_and_kernels(config: RunConfig, ranks: int, points: Sequence[Point]) -> dict[Point, ProfileSummary]:
     """Steps of one engine below stage 3, with one policy and kernel after another."""
-    from dit_ds.models.image_encoder import WordAttention
+    from dit_ds.models.image_encoder import JointAttention
     from dit_ds.models.text_encoder import offline_text
     from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
     from dit_ds.planning.memory.profiled_step import Steps
@@ -302,7 +302,7 @@ def _policies_and_kernels(config: RunConfig, ranks: int, points: Sequence[Point]
         for policy, kernel, micro_batch in points:
             model.image_encoder.checkpoint_activations(policy)
             for module in model.modules():
-                if isinstance(module, WordAttention):
+                if isinstance(module, JointAttention):
                     module.backend = "sdpa_efficient" if kernel in ("auto", "sdpa", "xformers") else kernel
             summaries[policy, kernel, micro_batch] = ProfileSummary.of(steps.take(micro_batch))
     return summaries
