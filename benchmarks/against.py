@@ -1,11 +1,12 @@
-"""Training step and loader of this tree against another commit's: in turns, on this machine, as ratios.
+"""Training step, image encoder and loader of this tree against another commit's: in turns, on this machine, as ratios.
 
 python benchmarks/against.py 4b27432 --rounds 5 --json --out benchmarks/results
 
 Each round starts one process for each tree and each measurement, in turns. A training step: ViT-T at 256 px, batch 8,
 ZeRO-2 on one rank in fp32; the median over the steps behind the first five. The loader: one worker process, every
 augmentation, 512 px; samples a second over one epoch, without a model. Both trees are driven by `dit_ds.cli.main` and
-public PyTorch classes alone, as in golden.py.
+public PyTorch classes alone, as in golden.py. The image encoder with text: forward and backward of ViT-T at 256 px, batch
+2, as it is, with compiled layers, and on fake tensors, where only Python's own work is left: what einops costs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import golden  # noqa: E402
 
 STEPS, WARM_UP = 20, 5
+UNITS = {
+    "step": "seconds", "loader": "samples_per_second",
+    "encoder": "seconds", "encoder_compiled": "seconds", "encoder_fake": "seconds",
+}  # fmt: skip
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -45,6 +50,31 @@ def _config(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measure_encoder(what: str) -> float:
+    """Median seconds of forward and backward of L-DIT's image encoder."""
+    import contextlib
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
+    from dit_ds.models.dit_sam import DITSAM
+
+    text_encoder = torch.nn.Module()
+    text_encoder.dim = 384
+    seconds = []
+    with FakeTensorMode() if what == "encoder_fake" else contextlib.nullcontext():
+        encoder = DITSAM(text_encoder, "vit_t", 256).image_encoder
+        if what == "encoder_compiled":
+            encoder.compile_blocks()
+        x, text, mask = torch.randn(2, 3, 256, 256), torch.randn(2, 15, 384), torch.ones(2, 15, dtype=torch.bool)
+        for _ in range(2 * STEPS + WARM_UP):
+            start = time.perf_counter()
+            encoder(x, text, mask).sum().backward()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:])
+
+
 def measure(what: str, folder: Path) -> None:
     """In a process whose `dit_ds` is the measured tree's; prints one number: seconds a step, or samples a second."""
     import torch
@@ -53,6 +83,9 @@ def measure(what: str, folder: Path) -> None:
     import dit_ds.cli
 
     torch.set_num_threads(1)
+    if what.startswith("encoder"):
+        print(measure_encoder(what), flush=True)
+        return
     config = _config(folder)
     if what == "loader":
         config["data"] |= {"image_size": 512, "workers": 1}
@@ -96,7 +129,7 @@ def compare(commit: str, rounds: int) -> dict[str, Any]:
                       ["shard", "--refer-root", folder / "refer", "--images", folder / "refer/images/train2014",
                        "--out", folder / "shards"]):  # fmt: skip
             subprocess.run([*cli, *map(str, words)], cwd=ROOT, check=True, capture_output=True)
-        for what, unit in (("step", "seconds"), ("loader", "samples_per_second")):
+        for what, unit in UNITS.items():
             trees = {"here": ROOT, "there": other}
             found: dict[str, list[float]] = {name: [] for name in trees}
             for _ in range(rounds):
@@ -124,8 +157,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"a step takes {result['step']['ratio']:.3f} of {args.commit}'s time")
-        print(f"the loader gives {result['loader']['ratio']:.3f} of {args.commit}'s samples a second")
+        for what, unit in UNITS.items():
+            print(f"{what}: {result[what]['ratio']:.3f} of {args.commit}'s {unit}")
     return 0
 
 
