@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_ds.distributed import World, gather_values
+from dit_ds.files import GIB
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,6 @@ class ThroughputMeter:
 def memory_gib(device: torch.device) -> tuple[float, float]:
     """Peak memory so far in GiB, allocated and reserved on the GPU; on a CPU this process's resident memory, twice."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return peak, peak

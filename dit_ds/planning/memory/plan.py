@@ -184,7 +184,7 @@ def closest(config: RunConfig, ranks: int, room: int) -> dict[str, Any]:
 
 
 def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfig]]:
-    """The run as it is, with each layer computed again, and shared out or offloaded further and further."""
+    """The run as it is, then with every layer recomputed, then with ever more partitioned or offloaded."""
     values = config.model_dump()
     words: list[str] = []
     yield words, config
@@ -195,7 +195,7 @@ def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfi
     ds = DeepSpeedJson(read_deepspeed_json(config))
     for name in _LADDER:
         setting = SETTINGS[name]
-        further = setting["stage"] > ds.stage if ranks > 1 else False  # alone there is nobody to share with
+        further = setting["stage"] > ds.stage if ranks > 1 else False  # a single rank has nothing to partition
         if further or ("offload_optimizer" in setting and not ds.offload_param):
             changes = {"deepspeed": {"override": {"zero_optimization": setting}}}
             yield [*words, f"the zero_optimization of configs/deepspeed/{name}.json"], validate(merge(values, changes))

@@ -57,17 +57,17 @@ def draw(profile: Profile, path: str | Path, title: str) -> None:
     axis = figure.subplots()
     peak = (profile.peak_at, *(profile.at_peak.get(c, 0) for c in CATEGORIES))
     moments = sorted({*profile.timeline, peak})
-    places = _places(profile, moments)
+    xs = _x_positions(profile, moments)
     heights = {c: [m[1 + i] / GIB for m in moments] for i, c in enumerate(CATEGORIES)}
     shown = [c for c in _COLOURS if max(heights[c]) > 0]
     labels = [f"{profile.at_peak.get(c, 0) / GIB:.2f}  {c}" for c in shown]
-    axis.stackplot(places, [heights[c] for c in shown], colors=[_COLOURS[c] for c in shown], labels=labels, linewidth=0)
+    axis.stackplot(xs, [heights[c] for c in shown], colors=[_COLOURS[c] for c in shown], labels=labels, linewidth=0)
     top = profile.peak / GIB
     axis.set(title=title, ylabel="GiB", xlim=(0, len(profile.bounds)), ylim=(0, top * 1.25), xticks=[])
     for i, name in enumerate(_phases(profile)):
         axis.axvline(i, color="black", linewidth=0.8, linestyle=":")
         axis.text(i + 0.5, top * 1.24, f"{name}: {profile.phases[name] / GIB:.2f} GiB", ha="center", va="top")
-    _mark_peak(axis, profile, places[moments.index(peak)], top)
+    _mark_peak(axis, profile, xs[moments.index(peak)], top)
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], title="GiB at the peak", loc="center left", bbox_to_anchor=(1.0, 0.5),
                 frameon=False)  # fmt: skip
@@ -81,7 +81,7 @@ def _phases(profile: Profile) -> list[str]:
     return sorted(profile.bounds, key=profile.bounds.__getitem__)
 
 
-def _places(profile: Profile, moments: list[tuple[int, ...]]) -> list[float]:
+def _x_positions(profile: Profile, moments: list[tuple[int, ...]]) -> list[float]:
     """From left to right: each phase from one whole number to the next, as far as memory moves and tensors are made.
 
     By their number alone, thousands of small ones would leave no room for what matters. Of a step of several
@@ -92,14 +92,14 @@ def _places(profile: Profile, moments: list[tuple[int, ...]]) -> list[float]:
     phases: list[list[tuple[int, ...]]] = [[] for _ in starts]
     for moment in moments:
         phases[max(k for k, start in enumerate(starts) if start <= moment[0])].append(moment)
-    places = []
+    xs = []
     for i, phase in enumerate(phases):
         totals = [sum(m[1:]) for m in phase]
         moved = [0, *(abs(after - before) for before, after in zip(totals, totals[1:]))]
         passed = [0, *(after[0] - before[0] for before, after in zip(phase, phase[1:]))]
         ways = zip(itertools.accumulate(moved), itertools.accumulate(passed))
-        places += [i + 0.5 * a / max(1, sum(moved)) + 0.5 * b / max(1, sum(passed)) for a, b in ways]
-    return places
+        xs += [i + 0.5 * a / max(1, sum(moved)) + 0.5 * b / max(1, sum(passed)) for a, b in ways]
+    return xs
 
 
 def _mark_peak(axis: Any, profile: Profile, place: float, top: float) -> None:
