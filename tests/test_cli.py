@@ -98,6 +98,6 @@ def test_configuration_errors_are_one_line(tmp_path, text, arguments, says):
 def test_json_is_all_there_is_on_stdout(tmp_path):
     import json
 
-    done = dit_ds("data", "sample", tmp_path, "--images", "20", "--json")
+    done = dit_ds("data", "sample", tmp_path, "--images", "20", "--json", real=True)
     assert json.loads(done.stdout)["images"] == 20
     assert "--images 5" in refused(dit_ds("data", "sample", tmp_path, "--images", "5", check=None))

@@ -45,7 +45,7 @@ def root(tmp_path: Path) -> Path:
 def test_images_of_any_val_or_test_are_dropped_and_counted(root):
     """By hand: 4 is refcoco's val, 3 is refcoco+'s testA, 2, 6 and 7 are refcocog's val and test; 1 and 5 are left."""
     done = dit_ds("data", "shard", "--refer-root", root / "refer", "--images", root / "images", "--dataset", SETS,
-                  "--out", root / "out", "--json")  # fmt: skip
+                  "--out", root / "out", "--json", real=True)  # fmt: skip
     leakage = {
         "refcoco": {"images": 2, "refs": 3, "sentences": 2 + 3 + 1},
         "refcoco+": {"images": 2, "refs": 2, "sentences": 1 + 2},

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import dit_ds, tiny_config
 from PIL import Image
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
@@ -319,10 +319,10 @@ def test_other_shards_of_the_same_set_are_refused(checkpoints, call, refer_tree,
     assert "different shards of refcoco/unc" in line and "--data-root" in line
 
 
-def test_attention_of_a_clip(checkpoints, tiny_clip, refer_tree, tmp_path, capsys):
+def test_attention_of_a_clip(checkpoints, tiny_clip, refer_tree, tmp_path):
     """Its tokenizer has other ends than BERT's."""
     path = checkpoints("clip", text={"name": str(tiny_clip), "layers": 2})
     image = sorted((refer_tree / "images/train2014").iterdir())[0]
     out = tmp_path / "a.png"
-    assert main(["attention", path, "--image", str(image), "--text", "the red star", "--out", str(out), "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["checkpoints"][0]["layers"]) == 4 and out.exists()
+    words = ("attention", path, "--image", image, "--text", "the red star", "--out", out, "--json")
+    assert len(json.loads(dit_ds(*words, real=True).stdout)["checkpoints"][0]["layers"]) == 4 and out.exists()

@@ -195,7 +195,7 @@ def test_pictures(trained, refer_tree, tmp_path):
     everything, nothing = covered("--threshold", "0.0001"), covered("--threshold", "0.9999")
     assert nothing <= covered(real=True) <= everything and nothing < everything
     assert Image.open(out).width > 2 * Image.open(image).width
-    dit_ds("sheet", trained / "run", "--out", tmp_path / "s.png", "--rows", "4")
+    dit_ds("sheet", trained / "run", "--out", tmp_path / "s.png", "--rows", "4", real=True)
     assert Image.open(tmp_path / "s.png").height > 300
 
 
