@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import dit_ds, tiny_config
+from conftest import tiny_config
 from PIL import Image
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
@@ -325,4 +326,4 @@ def test_attention_of_a_clip(checkpoints, tiny_clip, refer_tree, tmp_path):
     image = sorted((refer_tree / "images/train2014").iterdir())[0]
     out = tmp_path / "a.png"
     words = ("attention", path, "--image", image, "--text", "the red star", "--out", out, "--json")
-    assert len(json.loads(dit_ds(*words, real=True).stdout)["checkpoints"][0]["layers"]) == 4 and out.exists()
+    assert len(json.loads(conftest.dit_ds(*words, real=True).stdout)["checkpoints"][0]["layers"]) == 4 and out.exists()
