@@ -189,8 +189,8 @@ def test_relas_regions_hear_no_words_at_first_and_learn_to():
     out = predictor(levels, features, words)
     assert all(torch.equal(a, b) for a, b in zip(out, predictor(levels, features, torch.randn(2, 12, 768))))
     out.mask.square().mean().backward()
-    assert predictor.layers[0].to_text.attention.out.weight.grad.abs().max() > 0
-    assert [layer.to_text is not None for layer in predictor.layers] == [True, False, False]
+    assert predictor.layers[0].to_words.out.weight.grad.abs().max() > 0
+    assert [layer.to_words is not None for layer in predictor.layers] == [True, False, False]
 
 
 def test_relas_loss_and_its_no_target():

@@ -65,15 +65,15 @@ def make_pixel_decoder(size: Size) -> nn.Module:
     return decoder
 
 
-class Attention(nn.Module):
-    """Multi-head attention."""
+class _MultiHead(nn.Module):
+    """Multi-head attention's projections, and what they compute."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, Q, D), (B, N, D) twice and (B, Q, N) bool, True where a query attends, to (B, Q, D)."""
         q, k, v = (
             rearrange(project(x), "b n (h d) -> b h n d", h=self.heads)
@@ -83,19 +83,26 @@ class Attention(nn.Module):
         return self.out(rearrange(x, "b h q d -> b q (h d)"))
 
 
-class LanguageAttention(nn.Module):
+class Attention(_MultiHead):
+    """Multi-head attention."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `attend`."""
+        return self.attend(q, k, v, mask)
+
+
+class LanguageAttention(_MultiHead):
     """The region queries attend to the text, padding included, as in the original."""
 
     def __init__(self, dim: int, heads: int, text_dim: int):
-        super().__init__()
-        self.attention = Attention(dim, heads)
-        self.project = nn.Linear(text_dim, dim)
+        super().__init__(dim, heads)
+        self.words = nn.Linear(text_dim, dim)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, queries: Tensor, text: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, text_dim) to (B, Q, D)."""
-        text = self.project(text)  # (B, T, D)
-        return self.attention(queries, text, text) * self.scale.sigmoid() * 0.1
+        text = self.words(text)  # (B, T, D)
+        return self.attend(queries, text, text) * self.scale.sigmoid() * 0.1
 
 
 class Layer(nn.Module):
@@ -106,15 +113,15 @@ class Layer(nn.Module):
         super().__init__()
         d = size.rela_dim
         self.to_image, self.to_regions = Attention(d, size.rela_heads), Attention(d, size.rela_heads)
-        self.to_text = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
+        self.to_words = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
         self.ffn = nn.Sequential(nn.Linear(d, size.rela_ffn), nn.ReLU(), nn.Linear(size.rela_ffn, d))
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
         for p in self.parameters():  # as Mask2Former
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
-        if self.to_text is not None:  # text adds nothing at first
-            nn.init.zeros_(self.to_text.attention.out.weight)
-            nn.init.zeros_(self.to_text.attention.out.bias)
+        if self.to_words is not None:  # text adds nothing at first
+            nn.init.zeros_(self.to_words.out.weight)
+            nn.init.zeros_(self.to_words.out.bias)
 
     def forward(
         self, x: Tensor, x_positions: Tensor, visual: Tensor, positions: Tensor, mask: Tensor, text: Tensor
@@ -130,8 +137,8 @@ class Layer(nn.Module):
             (B, Q, D)
         """
         x = self.norms[0](x + self.to_image(x + x_positions, visual + positions, visual, mask))
-        if self.to_text is not None:
-            x = x + self.to_text(x, text)
+        if self.to_words is not None:
+            x = x + self.to_words(x, text)
         x = self.norms[1](x + self.to_regions(x + x_positions, x + x_positions, x))
         return self.norms[2](x + self.ffn(x))
 
