@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test test-fast test-all test-newest lock clean
+.PHONY: setup demo lint test test-not-slow test-fast test-all test-newest lock clean
 
 setup: $(VENV)/.installed
 
@@ -31,10 +31,14 @@ lint: setup
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
-# a file's tests stay together, for what they share; files are handed out in the order of tests/conftest.py
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# three at once keep two cores busy; a file's tests stay together, for what they share; files are handed out in the order
+# of tests/conftest.py
+PYTEST := $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: setup
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line lint test-not-slow
+
+test-not-slow: setup
 	$(PYTEST) -m "not slow"
 
 test-fast: setup

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from conftest import on_ranks
@@ -14,31 +16,35 @@ POLICIES = ("none", "block", "every_3", "selective")
 DEPTH = 4  # of vit_t
 
 
-@pytest.fixture(scope="module")
-def by_stage_and_policy() -> dict[tuple[int, str], dict]:
-    settings = [{"stage": s, "policy": p} for s in range(4) for p in POLICIES]
-    return {(s["stage"], s["policy"]): r for s, r in zip(settings, on_ranks(2, *settings))}
+STAGES = [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3]
+
+
+@functools.cache
+def by_policy(stage: int) -> dict[str, dict]:
+    """What two ranks computed under each policy of activation checkpointing."""
+    return dict(zip(POLICIES, on_ranks(2, *({"stage": stage, "policy": p} for p in POLICIES))))
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:])
-@pytest.mark.parametrize("stage", range(4))
-def test_the_same_bits_under_every_zero_stage(by_stage_and_policy, stage, policy):
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_bits_under_every_zero_stage(stage, policy):
     """With dropout in the recomputed layers: other draws there would give other losses after the first step."""
-    plain, again = by_stage_and_policy[stage, "none"], by_stage_and_policy[stage, policy]
-    assert again["losses"] == plain["losses"]
-    assert again["weights"] == plain["weights"]
+    plain, recomputed = by_policy(stage)["none"], by_policy(stage)[policy]
+    assert recomputed["losses"] == plain["losses"]
+    assert recomputed["weights"] == plain["weights"]
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_selective_keeps_the_attention_and_the_others_compute_it_again(by_stage_and_policy, stage):
-    calls = {p: by_stage_and_policy[stage, p]["attention_calls"] for p in POLICIES}
+@pytest.mark.parametrize("stage", STAGES)
+def test_selective_keeps_the_attention_and_the_others_recompute_it(stage):
+    calls = {p: by_policy(stage)[p]["attention_calls"] for p in POLICIES}
     assert calls == {"none": DEPTH, "block": 2 * DEPTH, "every_3": 2 * DEPTH, "selective": DEPTH}
 
 
-def test_compiled_blocks_compute_the_same_under_deepspeed(by_stage_and_policy):
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_under_deepspeed():
     settings = [{"stage": s, "policy": p, "compile": True} for s, p in ((2, "none"), (2, "selective"), (3, "block"))]
     for setting, compiled in zip(settings, on_ranks(2, *settings)):
-        plain = by_stage_and_policy[setting["stage"], setting["policy"]]
+        plain = by_policy(setting["stage"])[setting["policy"]]
         assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
         assert compiled["attention_calls"] == plain["attention_calls"]
 

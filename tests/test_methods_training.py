@@ -63,6 +63,7 @@ def test_lavt_trains_and_a_resumed_run_is_the_same(shards, tmp_path):
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_rela_trains_at_zero_3(shards, tmp_path):
     """Two ranks, each layer of Swin recomputed, clipped, in autocast."""
     config = config_of("rela", shards, tmp_path, 3, activation_checkpointing="block", lr=3e-4)

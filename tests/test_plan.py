@@ -109,6 +109,7 @@ def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
     assert plan.lines(result)[0].startswith("predicted, not measured")
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_told_what_would():
     """285 MiB have no room for all the states, but for half of them; one has none for anything."""
     config = tiny(batch_size=64)

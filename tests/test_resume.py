@@ -63,6 +63,7 @@ def test_kills_end_as_the_undisturbed_run(kills):
     assert result["samples_lost"] == result["samples_doubled"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_any_world_size_and_zero_stage_goes_on():
     result = benchmark("--resize")

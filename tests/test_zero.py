@@ -15,7 +15,7 @@ from dit_ds.models.instruction import SCHEMES
 STAGES = [0, 1, 2, 3, "2_offload", "3_offload"]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.fast), 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.fast), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_stage_is_plain_adamw_on_one_process(ranks):
     """fp32, weight decay, a moving average, three steps of the same global batch: losses and every trained weight."""
     settings = {"dropout": False, "plain": True, "weight_decay": 0.1, "ema_decay": 0.5}
@@ -32,11 +32,12 @@ def test_every_stage_is_plain_adamw_on_one_process(ranks):
 def test_norms_are_spared_weight_decay():
     """Two groups of parameters, one of which decays so fast that it would show in the other's weights."""
     settings = {"dropout": False, "plain": True, "weight_decay": 20.0, "weight_decay_norms": False, "ema_decay": 0.5}
-    stages = (0, 2, 3, "3_offload")
+    stages = (2, "3_offload")
     for stage, got in zip(stages, on_ranks(2, *({"stage": s} | settings for s in stages))):
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4 and got["back"], stage
 
 
+@pytest.mark.slow
 def test_zero_3_with_everything_frozen_that_can_be():
     """Both encoders frozen, each layer recomputed, a moving average."""
     settings = {"freeze_image": True, "policy": "block", "dropout": False, "plain": True, "ema_decay": 0.5}
@@ -48,7 +49,8 @@ def test_zero_3_with_everything_frozen_that_can_be():
 def test_every_scheme_trains_at_zero_3():
     """With static tokens, which are one parameter that each layer takes a part of."""
     schemes = [s for s in SCHEMES if s not in ("default", "layer_wise")]
-    settings = {"stage": 3, "policy": "every_2", "dropout": False, "plain": True, "freeze_image": True}
+    # with Adam's own eps the biases of keys, whose gradients are zero but for rounding, would take steps of any size
+    settings = {"stage": 3, "policy": "every_2", "dropout": False, "plain": True, "freeze_image": True, "eps": 1e-6}
     runs = [settings | {"model": {"scheme": s, "adapters": "frozen", "static_tokens": 3}} for s in schemes]
     for scheme, got in zip(schemes, on_ranks(2, *runs), strict=True):
         assert got["loss_error"] <= 1e-5 and got["weight_error"] <= 1e-4, scheme
