@@ -78,6 +78,7 @@ class WorkerProcesses:
         if self._iterator._worker_pids_set:
             signal_handling._remove_worker_pids(id(self._iterator))
             self._iterator._worker_pids_set = False
+        _heed_dead_workers()
 
 
 class Deadline:
@@ -153,10 +154,24 @@ def worker_failures(deadline: Deadline | None = None) -> Iterator[None]:
         raise RankFailed(f"{what}, and go on with --resume") from None
 
 
+_pytorch_handler: Any = None  # of SIGCHLD, while it is replaced
+
+
 def _ignore_dead_workers() -> None:
-    """Restore SIGCHLD's default: PyTorch's handler would raise at each further death, wherever the main thread is."""
+    """Set SIGCHLD's default: PyTorch's handler would raise at each further death, wherever the main thread is."""
+    global _pytorch_handler
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        former = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _pytorch_handler = former if callable(former) else _pytorch_handler
+
+
+def _heed_dead_workers() -> None:
+    """Set PyTorch's handler again, which PyTorch sets once in a process: without it a read from a later iterator's worker
+    that dies within a message would never end."""
+    global _pytorch_handler
+    if _pytorch_handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, _pytorch_handler)
+        _pytorch_handler = None
 
 
 @atexit.register
