@@ -45,7 +45,7 @@ _LONGEST = (
 )  # fmt: skip
 # `make test-fast` runs these whole, and of the others what is marked so
 _FAST = {
-    "attention", "cli", "combined", "compare", "distributed", "figures", "golden", "house", "loader", "methods", "metrics",
+    "attention", "cli", "combined", "compare", "distributed", "golden", "house", "loader", "methods", "metrics",
     "models", "prompts", "published", "readers", "refer", "sample_set", "sampler", "schemes", "set_identity",
     "shared_memory", "stats", "transforms", "upstream", "validation", "verify", "zero_state",
 }  # fmt: skip

@@ -197,7 +197,6 @@ def small_table():
         table8.rows = everything
 
 
-@pytest.mark.fast
 def test_the_table_is_written_for_readers_and_for_programs(small_table, tmp_path):
     table8_report.write(small_table, tmp_path)
     assert json.loads((tmp_path / "table8.json").read_text()) == small_table
