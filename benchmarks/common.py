@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dit_ds.files import usable_cores
+from dit_ds.processes import usable_cores
 from dit_ds.planning.memory.tracker import LiveTensors
 
 RESULTS = Path(__file__).parent / "results"

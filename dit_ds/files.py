@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files and digests, with errors of one line; the cores of this process; and units of memory."""
+"""Atomic writes, JSON files and digests, with errors of one line; and units of memory."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
     except OSError as e:
-        raise UserError(f"cannot read the {what} {path}: {e.strerror}") from None
+        raise UserError(f"cannot read the {what} {path} ({e.strerror}): see that it can be reached") from None
     except ValueError as e:
         raise UserError(f"the {what} {path} is not valid JSON ({e})") from None
 
@@ -99,11 +99,19 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def usable_cores() -> int:
-    """Number of cores that this process may run on; on a cluster, often fewer than the node has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def is_url(root: str | Path) -> bool:
     """Whether `root` is a URL or a `pipe:` command, whose files can be read as streams only."""
-    return "://" in str(root) or str(root).startswith("pipe:")
+    return "://" in str(root) or str(root)[:5].lower() == "pipe:"  # webdataset, too, takes either case
+
+
+def check_name(name: object, source: object) -> str:
+    """A name of a file or folder that a file from elsewhere gives, which must not lead out of its folder.
+
+    Args:
+        source: the file that gives the name, for the message.
+    Raises:
+        UserError: it is no text, is empty, is a path, or has a character that file systems do not store.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise UserError(f"{source} names a file {name!r}, which is not a name within its folder: do not use it")
+    return name

@@ -73,3 +73,22 @@ def test_the_cosine_schedule_ends_at_zero():
     rates = [learning_rate(step, 10, t) for step in range(40)]
     assert max(rates) == pytest.approx(1e-4) and rates.index(max(rates)) in (9, 10)
     assert rates[-1] < 2e-6 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_a_second_ctrl_c_ends_at_once_and_what_comes_with_the_first_does_not(monkeypatch):
+    import os
+    import signal
+    import time
+
+    from dit_ds.training import signals
+
+    with signals.StopSignal() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.signal == "SIGTERM"
+        monkeypatch.setattr(signals, "_ONE_STOP", 0.0)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's, later: the run is already stopping
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)

@@ -233,7 +233,7 @@ def test_attention_that_cannot_be_drawn(checkpoints, call, picture, tmp_path):
         return call("attention", *paths, "--image", image, "--text", text, "--out", tmp_path / out, *more)
 
     ours, default = checkpoints("layer_wise"), checkpoints("default", "default")
-    assert "neither a .png nor a .pdf" in line(ours, out="a.jpg")
+    assert "is no picture's name" in line(ours, out="a.gif")
     assert "no layer 5 in" in line(ours, more=("--layers", "1,5"))
     assert "'0.5' does not read" in line(ours, more=("--layers", "0.5"))
     assert "no words in its ViT's attention" in line(default, more=("--words",))
@@ -257,7 +257,7 @@ def test_a_grid_tells_what_it_shows(checkpoints, call, tmp_path):
 
     for k, path in enumerate(paths):  # what `dit-ds predict` would give
         model, config, _ = load_model(path)
-        dataset = build_eval_dataset(config, "val", None)
+        dataset = build_eval_dataset(config, "val")
         for s in result["samples"]:
             shared, union = intersection_and_union(
                 segment(model, config, dataset.full_image(s["sample"]), text=s["text"]),
@@ -307,7 +307,7 @@ def test_grids_that_cannot_be_drawn(checkpoints, call, shards, tmp_path):
     assert "2 titles for 1 checkpoints" in call("grid", ours, "--titles", "a,b", *out)
     assert "no split 'testZ'" in call("grid", ours, "--split", "testZ", *out)
     assert "not allowed with" in call("grid", ours, "--rows", "2", "--samples", "1", *out)
-    assert "neither a .png nor a .pdf" in call("grid", ours, "--out", tmp_path / "g.tiff")
+    assert "is no picture's name" in call("grid", ours, "--out", tmp_path / "g.tiff")
     assert not (tmp_path / "g.png").exists()
 
 
@@ -327,3 +327,26 @@ def test_attention_of_a_clip(checkpoints, tiny_clip, refer_tree, tmp_path):
     out = tmp_path / "a.png"
     words = ("attention", path, "--image", image, "--text", "the red star", "--out", out, "--json")
     assert len(json.loads(conftest.dit_ds(*words, real=True).stdout)["checkpoints"][0]["layers"]) == 4 and out.exists()
+
+
+def test_predict_writes_the_format_of_its_name_and_never_over_its_picture(checkpoints, call, picture, tmp_path):
+    path = checkpoints("layer_wise")
+
+    def predict(out: Path, *more: object) -> dict | str:
+        return call("predict", path, "--image", picture, "--text", "star", "--out", out, *more)
+
+    for ending, kind in ((".jpg", "JPEG"), (".webp", "WEBP"), (".PNG", "PNG")):
+        out = tmp_path / f"new{ending}/p{ending}"
+        assert predict(out)["out"] == str(out)
+        with Image.open(out) as drawn:
+            assert drawn.format == kind
+    assert "is no picture's name" in predict(tmp_path / "p.txt")
+    before = picture.read_bytes()
+    (tmp_path / "same.jpg").symlink_to(picture)
+    for out in (picture, tmp_path / "same.jpg"):
+        assert "is the picture itself" in predict(out)
+    assert picture.read_bytes() == before
+    for wrong in ("0", "1", "35", "nan", "-0.1", "x", "inf"):
+        assert "is not a number above 0 and below 1" in predict(tmp_path / "t.png", f"--threshold={wrong}")
+    for option, wrong in (("--batch-size", "0"), ("--batch-size", "-1"), ("--workers", "-1"), ("--workers", "1.5")):
+        assert "is not a whole number from" in call("eval", path, f"{option}={wrong}")

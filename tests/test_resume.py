@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, dit_ds, environment, metrics_of, refused, start_ranks, tiny_config, wait_for_step
 
-from dit_ds.checkpointing.reader import Reader, damage
+from dit_ds.checkpointing.integrity import damages
+from dit_ds.checkpointing.reader import Reader
 
 FULL_EPOCH = 12  # optimizer steps
 
@@ -80,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, t
     data = bytearray(file.read_bytes())
     data[len(data) // 6] ^= 1  # among the master weights, which come first
     file.write_bytes(data)
-    assert damage(newest) == "rank_00000.safetensors has another SHA-256" and damage(former) is None
+    assert damages(newest) == ["rank_00000.safetensors has another SHA-256"] and damages(former) == []
     assert "is damaged" in refused(dit_ds("eval", newest, check=None))  # its digest differs
     done = dit_ds(*run)
     assert f"{newest} is damaged" in done.stderr and f"resumed from {former} at step 4" in done.stderr
@@ -88,7 +90,77 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, t
     assert [m["loss"] for m in metrics_of(cut)] == [m["loss"] for m in metrics_of(whole)]
     for path in (cut / "checkpoints").glob("step_*/meta.json"):
         path.unlink()
-    assert "all checkpoints" in refused(dit_ds(*run, check=None))
+    assert "checkpoints of" in refused(dit_ds(*run, check=None))
+
+
+@pytest.mark.parametrize("harm", ["damaged", "no manifest", "empty folder", "gone"])
+def test_a_resume_that_finds_no_whole_checkpoint_stops(config, tmp_path, harm):
+    """It says what it found, and leaves metrics and checkpoints as they are."""
+    cut = tmp_path / "cut"
+    run = ["train", "--config", config, "--run_dir", cut, "--resume", "--eval.every_epochs", "0"]
+    dit_ds(*run, "--train.max_steps", "5")
+    for path in (cut / "checkpoints").glob("step_*"):
+        if harm == "damaged":
+            (path / "rank_00000.safetensors").write_bytes(b"x")
+        elif harm == "no manifest":
+            (path / "manifest.json").unlink()
+        else:
+            shutil.rmtree(path)
+            if harm == "empty folder":
+                path.mkdir()
+    before = {str(p): p.read_bytes() for p in cut.rglob("*") if p.is_file() and p.name != "log.txt"}
+    line = refused(dit_ds(*run, check=None))
+    assert "start over with another --run_dir" in line
+    assert ("has no checkpoint, but" if harm == "gone" else "all 2 checkpoints") in line
+    assert {str(p): p.read_bytes() for p in cut.rglob("*") if p.is_file() and p.name != "log.txt"} == before
+
+
+def test_lines_that_will_be_repeated_are_moved_aside(config, tmp_path):
+    cut = tmp_path / "cut"
+    run = ["train", "--config", config, "--run_dir", cut, "--resume", "--eval.every_epochs", "0"]
+    dit_ds(*run, "--train.max_steps", "6", "--checkpoint.every_steps", "4")
+    shutil.rmtree(cut / "checkpoints/step_00000006")
+    with open(cut / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "train", "st')  # as a kill leaves it
+    before = (cut / "metrics.jsonl").read_text().splitlines()
+    dit_ds(*run, "--train.max_steps", "6")
+    moved = (cut / "metrics.jsonl.superseded").read_text().splitlines()
+    assert moved[-1] == before[-1] and [json.loads(x)["step"] for x in moved[:-1]] == [5, 6, 6]
+    assert set(before) <= set(moved) | set((cut / "metrics.jsonl").read_text().splitlines())
+    assert [m["step"] for m in metrics_of(cut)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_and_ends_and_a_second_one_ends_at_once(config, tmp_path, ranks):
+    cut = tmp_path / "cut"
+    arguments = ["train", "--config", config, "--run_dir", cut, "--resume", "--train.epochs", "50"]
+    processes = start_ranks(ranks, *arguments)
+    wait_for_step(cut, 1, processes)
+    for p in processes:  # a terminal's, and a launcher's: one stop
+        p.send_signal(signal.SIGINT)
+        p.send_signal(signal.SIGINT)
+    errors = [p.communicate(timeout=120)[1] for p in processes]
+    assert [p.returncode for p in processes] == [75] * ranks, errors
+    assert all("stopped by SIGINT at step" in e and "go on with --resume" in e for e in errors)
+    assert not any("Traceback" in e for e in errors) and list((cut / "checkpoints").glob("step_*"))
+
+
+def test_a_damaged_file_of_frozen_weights_is_restored_from_its_sources(config, whole, tmp_path):
+    """All checkpoints share the file."""
+    cut = tmp_path / "cut"
+    run = ["train", "--config", config, "--run_dir", cut, "--resume"]
+    dit_ds(*run, "--train.max_steps", "8")
+    paths = sorted((cut / "checkpoints").iterdir())
+    with open(paths[-1] / "frozen.safetensors", "r+b") as f:
+        f.seek(-8, 2)
+        f.write(b"\xff" * 8)
+    assert [damages(p) for p in paths] == [["frozen.safetensors has another SHA-256"]] * 2
+    line = refused(dit_ds("eval", paths[-1], check=None))
+    assert "frozen.safetensors is damaged" in line and "remove it" in line
+    done = dit_ds(*run, ranks=2)
+    assert "reading the frozen weights from their sources" in done.stderr and "at step 8" in done.stderr
+    assert [damages(p) for p in sorted((cut / "checkpoints").iterdir())] == [[]] * 3
+    np.testing.assert_allclose(*[[m["loss"] for m in metrics_of(d)] for d in (cut, whole)], rtol=2e-5)
 
 
 def test_half_written_checkpoints_are_not_seen_and_cleared(config, whole, tmp_path):
@@ -150,7 +222,7 @@ def test_a_run_keeps_what_it_saves_after_damaged_checkpoints(config, tmp_path):
     (there / "step_00000008/rank_00000.safetensors").write_bytes(b"")
     dit_ds(*run, "--checkpoint.every_steps", "3", "--train.max_steps", "6")
     assert [p.name for p in there.iterdir()] == ["step_00000006"]
-    assert damage(there / "step_00000006") is None
+    assert damages(there / "step_00000006") == []
 
 
 def test_one_rank_gets_a_signal_and_all_save_and_end_with_75(config, whole, tmp_path):
@@ -235,6 +307,6 @@ def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy
             assert done.returncode == 0 and "going on, the former checkpoint is whole" in done.stderr
             assert metrics_of(small / "run")[-1]["step"] == FULL_EPOCH
         assert [p.name for p in (small / "run/checkpoints").iterdir()] == ["step_00000004"]
-        assert damage(small / "run/checkpoints/step_00000004") is None
+        assert damages(small / "run/checkpoints/step_00000004") == []
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)

@@ -56,7 +56,7 @@ def test_statistics_of_what_cannot_be_read(folder, capsys, refusal):
     assert main(["data", "stats", str(folder), "--split", "val"]) == 0
     assert "val: 4 images, 12 refs (0 without target), 48 expressions" in capsys.readouterr().out
     assert "no split 'dev'" in refusal("data", "stats", folder, "--split", "dev")
-    assert "neither a .png nor a .pdf" in refusal("data", "stats", folder, "--sheet", folder / "x.jpg")
+    assert "is no picture's name" in refusal("data", "stats", folder, "--sheet", folder / "x.gif")
     path = folder / "val-00000-of-00001.tar"
     with tarfile.open(path) as tar:
         at = tar.getmembers()[1].offset_data

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import yaml
-from conftest import MINILM, dit_ds, metrics_of, tiny_config
+from conftest import MINILM, dit_ds, metrics_of, refused, tiny_config
 
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
@@ -76,7 +76,8 @@ def test_a_stream_from_a_web_server_trains_and_evaluates_alike(shards, server, t
     assert results[0] == results[1]
     losses = [[m["loss"] for m in metrics_of(tmp_path / n)] for n in ("local", "web")]
     assert losses[0] == losses[1]
-    evaluated = dit_ds("eval", tmp_path / "web", "--split", "testA", "--json")
+    assert "give the shards with --data-root" in refused(dit_ds("eval", tmp_path / "web", check=None))
+    evaluated = dit_ds("eval", tmp_path / "web", "--split", "testA", "--data-root", server, "--json")
     moved = dit_ds("eval", tmp_path / "web", "--split", "testA", "--data-root", shards, "--json")
     assert json.loads(evaluated.stdout) == json.loads(moved.stdout)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dit_ds.distributed import World, gather_objects
+from dit_ds.checkpointing.integrity import damages, manifest_files, require_readable
+from dit_ds.distributed import World, all_or_none, gather_objects
 from dit_ds.engine.zero_state import MASTER, digest
 from dit_ds.errors import UserError
-from dit_ds.files import read_json, sha256_of
+from dit_ds.files import read_json, replace_on_success, sha256_of
 
 FROZEN, STATISTICS = "frozen.safetensors", "statistics.safetensors"
 _log = logging.getLogger("dit_ds")
@@ -45,17 +47,23 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if (path / "manifest.json").exists() or path.is_file():
         return path
+    if (path / "meta.json").exists():
+        raise UserError(f"checkpoint {path} has no manifest.json, so it is not whole: use another of the run's")
     checkpoints = all_checkpoints(path)
     if not checkpoints:
         raise UserError(
             f"no checkpoint in {path}: give a run's folder, one of its checkpoints/step_*, or an exported file"
         )
     best = path / "best.json"
-    if best.exists():
-        chosen = path / "checkpoints" / f"step_{read_json(best, 'best score')['step']:08d}"
-        if chosen in checkpoints:
-            return chosen
-    return checkpoints[-1]
+    if not best.exists():
+        return checkpoints[-1]
+    try:
+        step = int(read_json(best, "best score")["step"])
+    except (UserError, LookupError, TypeError, ValueError) as e:
+        step = read_meta(checkpoints[-1])["progress"]["best_step"]
+        _log.warning(f"warning: {best} is damaged ({e}): using the best step that {checkpoints[-1]} names, {step}")
+    chosen = path / "checkpoints" / f"step_{step:08d}"
+    return chosen if chosen in checkpoints else checkpoints[-1]
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -73,50 +81,103 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def damage_is_user_error(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file raises into one line."""
+    """Turn what reading a file raises into one line: it is damaged, or may not be read.
+
+    Args:
+        path: the checkpoint's folder, or an exported file.
+    """
     try:
         yield
     except (SafetensorError, OSError) as e:
+        require_readable(path)  # safetensors reports a file that may not be read as missing
         raise UserError(f"checkpoint {path} is damaged ({e}): use another of the run's") from None
-
-
-def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, by size and SHA-256; each of `parts` callers reads its share."""
-    try:
-        files = read_json(path / "manifest.json", "manifest")["files"]
-        for i, (name, entry) in enumerate(sorted(files.items())):
-            file = path / name
-            if not file.exists():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if i % parts == part and sha256_of(file) != entry["sha256"]:
-                return f"{name} has another SHA-256"
-    except (UserError, KeyError, TypeError, OSError) as e:  # a disk that can't be read, too
-        return str(e)
-    return None
 
 
 def newest_whole(run_dir: str | Path, world: World) -> Path | None:
     """The newest checkpoint whose every byte is what was written; damaged ones are passed over with a warning. Collective.
 
-    What a killed run left half done is cleared first.
+    What a killed run left half done is cleared first. None where the run has no checkpoint yet.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, and all are damaged; or one may not be read.
     """
     if world.main:
         clear_rests(Path(run_dir) / "checkpoints")
-    there = gather_objects([str(p) for p in all_checkpoints(run_dir)])[0]  # all ranks look at the same list
+    there = gather_objects([str(p) for p in _folders(run_dir)])[0]  # all ranks look at the same list
     for path in map(Path, reversed(there)):
-        wrong = [w for w in gather_objects(damage(path, world.rank, world.world_size)) if w]
+        error: UserError | None = None
+        found: list[str] = []
+        try:
+            found = damages(path, world.rank, world.world_size)
+        except UserError as e:
+            error = e
+        all_or_none(error)
+        wrong = [w for of_rank in gather_objects(found) for w in of_rank]
         if not wrong:
+            return path
+        if all(w.startswith(f"{FROZEN} ") for w in wrong):  # they can be read from where they came from
+            if world.main:
+                _log.warning(f"warning: {path}: {wrong[0]}; reading the frozen weights from their sources")
+                _set_frozen_aside(path)
+            gather_objects(None)
             return path
         if world.main:
             _log.warning(f"warning: checkpoint {path} is damaged ({wrong[0]}): going back to the one before")
     if there:
-        raise UserError(f"all checkpoints of {run_dir} are damaged: start again with another --run_dir")
+        raise UserError(
+            f"all {len(there)} checkpoints of {run_dir} are damaged (the newest: {wrong[0]}): bring one back, or start "
+            "over with another --run_dir"
+        )
+    if saved := gather_objects(_saved_steps(Path(run_dir)))[0]:
+        raise UserError(
+            f"{run_dir} has no checkpoint, but its metrics.jsonl says that one was saved at step {saved[-1]}: bring it "
+            "back, or start over with another --run_dir"
+        )
     return None
+
+
+def _set_frozen_aside(path: Path) -> None:
+    """Rename a damaged file of frozen weights, the checkpoint's and the run's, which may be one."""
+    stored = path.parent.parent / f"frozen/{read_meta(path)['frozen']}.safetensors"
+    for file in (path / FROZEN, stored):
+        if file.exists():
+            file.replace(file.with_name(f"{file.name}.damaged"))
+
+
+def relink_frozen(run_dir: str | Path, frozen: Path) -> None:
+    """Give a run's restored file of frozen weights to all its checkpoints that had it by their manifest, and lack it."""
+    sha = sha256_of(frozen)
+    for path in all_checkpoints(run_dir):
+        file = path / FROZEN
+        if manifest_files(path).get(FROZEN, {}).get("sha256") == sha and not (file.exists() and file.samefile(frozen)):
+            with replace_on_success(file) as temporary:
+                link(frozen, temporary)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, so that a copied checkpoint is complete; a symbolic one where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(os.path.relpath(source, target.parent))
+
+
+def _folders(run_dir: str | Path) -> list[Path]:
+    """All that have a checkpoint's name, oldest first, finished or not."""
+    return sorted(p for p in Path(run_dir).glob("checkpoints/step_*") if p.is_dir())
+
+
+def _saved_steps(run_dir: Path) -> list[int]:
+    """Steps at which a run's metrics say that a checkpoint was saved."""
+    path, steps = run_dir / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+            if entry["kind"] == "save":
+                steps.append(int(entry["step"]))
+        except (ValueError, LookupError, TypeError):  # a line that a kill cut short
+            continue
+    return steps
 
 
 class Reader:
@@ -133,8 +194,7 @@ class Reader:
         self._where: dict[str, list[tuple[int, int, Path]]] = {}
         self._files: dict[Path, Any] = {}
         with damage_is_user_error(path):
-            names = read_json(path / "manifest.json", "manifest")["files"]
-            for file in sorted(path / n for n in names if n.startswith("rank_")):
+            for file in sorted(path / n for n in manifest_files(path) if n.startswith("rank_")):
                 for name, (start, numel) in json.loads(self._open(file).metadata()["ranges"]).items():
                     self._where.setdefault(name, []).append((start, numel, file))
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_ds.checkpointing import reader as checkpoint
+from dit_ds.checkpointing.integrity import require_readable
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.engine.zero_state import MASTER
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error, replace_on_success
+from dit_ds.files import full_disk_is_user_error, is_url, replace_on_success
 from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
 
@@ -60,12 +61,15 @@ def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | 
     with full_disk_is_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_on_success(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask, or the folder's access list, has it; safetensors gives 0600
             try:
                 save_file(state, temporary, header)
             except SafetensorError as e:  # wraps the operating system's errors as text
                 if "No space left" in str(e) or "os error 28" in str(e):
                     raise OSError(errno.ENOSPC, "No space left on device") from e
                 raise
+            temporary.chmod(mode)
             with open(temporary, "rb") as f:
                 os.fsync(f.fileno())
 
@@ -85,7 +89,7 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
         if path.is_file():
             state = load_file(path)
         else:
-            frozen = {} if left_out else load_file(path / checkpoint.FROZEN)
+            frozen = {} if left_out else _load_frozen(path)
             statistics = path / checkpoint.STATISTICS
             state = (
                 frozen | (load_file(statistics) if statistics.exists() else {}) | checkpoint.Reader(path).whole(kind)
@@ -101,13 +105,32 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
                 f"checkpoint {path} is of another model: {name} is {have}, here {want}: use its own model.* keys"
             )
     meta = checkpoint.read_meta(path)
-    if left_out and frozen_digest(model) != meta["frozen"]:
+    model.load_state_dict(state)
+    if not path.is_dir() or frozen_digest(model) == meta["frozen"]:
+        return
+    if left_out:
         text, sam = meta["config"]["text"]["name"], meta["config"]["model"]["checkpoint"]
         raise UserError(
-            f"{path} was saved without its frozen weights, and those of text.name {text} and model.checkpoint {sam} "
+            f"{path} has no whole file of its frozen weights, and those of text.name {text} and model.checkpoint {sam} "
             "are not the ones it was trained with: set both to the former files"
         )
-    model.load_state_dict(state)
+    raise _frozen_damage(path / checkpoint.FROZEN, "its digest differs")
+
+
+def _load_frozen(path: Path) -> dict[str, Tensor]:
+    file = path / checkpoint.FROZEN
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        require_readable(path)
+        raise _frozen_damage(file, e) from None
+
+
+def _frozen_damage(file: Path, what: object) -> UserError:
+    return UserError(
+        f"{file} is damaged ({what}), the trained weights beside it are another file: remove it, and model.checkpoint and "
+        "text.name are read in its place, or restore it with dit-ds train --resume"
+    )
 
 
 class LoadedModel(NamedTuple):
@@ -146,6 +169,29 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> Loa
         model.load_pretrained(config.model.checkpoint)
     load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
     return LoadedModel(model.eval(), config, meta)
+
+
+def with_data_root(path: str | Path, config: RunConfig, data_root: str | None) -> RunConfig:
+    """The configuration with the root that shards are read from.
+
+    A root that is a URL or a `pipe:` command is followed only if the user gave it, here or in a YAML of their own: a
+    checkpoint may come from anyone, and must not make this machine run a command.
+
+    Args:
+        path, config: of `load_model`.
+        data_root: what the user gave; None for the configuration's own.
+    Raises:
+        UserError: none was given, and the checkpoint records a URL or a command.
+    """
+    if data_root is not None:  # the run's reader may not support it
+        data = config.data.model_copy(update={"root": data_root, "reader": "auto"})
+        return config.model_copy(update={"data": data})
+    if is_url(config.data.root) and Path(path).suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"{path} records {config.data.root!r} as its data.root, and a URL or command from a checkpoint is not "
+            "followed: give the shards with --data-root"
+        )
+    return config
 
 
 def _untuned(path: str | Path, overrides: dict[str, Any]) -> LoadedModel:

@@ -147,7 +147,7 @@ class Saver:
         meta["digest"] = {k: f"{v:016x}" for k, v in totals.items()}
         files = {e["name"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
         if self.frozen is not None:
-            _link(self.frozen, temporary / checkpoint.FROZEN)
+            checkpoint.link(self.frozen, temporary / checkpoint.FROZEN)
             self._frozen_entry = self._frozen_entry or _entry(self.frozen)
             files[checkpoint.FROZEN] = self._frozen_entry
         if self._statistics:
@@ -216,14 +216,6 @@ class _Hashed:
             piece = data[at : at + _CHUNK]
             self.file.write(piece)
             self.sha.update(piece)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, so that a copied checkpoint is complete; a symbolic one where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        target.symlink_to(os.path.relpath(source, target.parent))
 
 
 def _sync_folder(folder: Path) -> None:

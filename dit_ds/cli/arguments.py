@@ -63,6 +63,16 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
 
 
+def probability(text: str) -> float:
+    """A number above 0 and below 1."""
+    try:
+        if 0 < float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1")
+
+
 def names(text: str) -> list[str]:
     """Texts separated by commas."""
     return text.split(",")

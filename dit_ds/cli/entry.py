@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dit-ds: interrupted", file=sys.stderr)
         return 130
+    except PermissionError as e:
+        if e.filename is None:
+            raise
+        return _fail(UserError(f"cannot use {e.filename} (permission denied): ask its owner, or choose another"), 2)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -17,6 +17,11 @@ def add(commands: Any) -> None:
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, evaluated with dit-ds eval")
     p.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by --out's ending, or text")
     p.add_argument("--out", metavar="FILE", help="write it there instead of printing it")
+    p.add_argument(
+        "--shards",
+        metavar="HASH",
+        help="results on the shards whose manifest_sha begins so (default: those that the run evaluates on)",
+    )
     _shared(p)
 
 
@@ -36,7 +41,7 @@ def _experiments(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from dit_ds.paper import compare, compare_report
 
-    result = compare.compare(args.runs, args.table, args.configs)
+    result = compare.compare(args.runs, args.table, args.configs, args.shards)
     form = args.format or compare_report.format_of(args.out)
     if args.out:
         report(args, {"written": compare_report.write(result, form, args.out)})

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from dit_ds.cli.arguments import pixels, seconds
+from dit_ds.cli.arguments import from_one, from_zero, pixels, probability, seconds
 from dit_ds.cli.output import command, report
 from dit_ds.errors import UserError
 
@@ -63,9 +63,11 @@ def _add_eval(commands: Any) -> None:
         "was trained on it)",
     )
     p.add_argument("--data-root", help="where the shards are, if they moved since training")
-    p.add_argument("--batch-size", type=int, help="expressions at once on a rank (default: the run's)")
-    p.add_argument("--workers", type=int, help="loader processes a rank (default: the run's)")
-    p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
+    p.add_argument("--batch-size", type=from_one, help="expressions at once on a rank (default: the run's)")
+    p.add_argument("--workers", type=from_zero, help="loader processes a rank (default: the run's)")
+    p.add_argument(
+        "--threshold", type=probability, help="a pixel is in above this probability (default: the run's, 0.35)"
+    )
     p.add_argument("--shuffle-text", action="store_true", help="control: give each image another image's expressions")
     p.add_argument("--predictions", metavar="DIR", help="write each predicted mask as DIR/IMAGE_EXPRESSION.png")
 
@@ -84,8 +86,10 @@ def _add_predict(commands: Any) -> None:
         help="a point on the object, in pixels of the picture; may be repeated",
     )
     p.add_argument("--box", metavar="X0,Y0,X1,Y1", type=pixels("X0,Y0,X1,Y1"), help="a box around the object")
-    p.add_argument("--out", required=True, help="PNG to write: the picture beside the prediction")
-    p.add_argument("--threshold", type=float, help="a pixel is in above this probability (default: the run's, 0.35)")
+    p.add_argument("--out", required=True, help="picture to write: the picture beside the prediction")
+    p.add_argument(
+        "--threshold", type=probability, help="a pixel is in above this probability (default: the run's, 0.35)"
+    )
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -282,7 +282,9 @@ class CheckpointConfig(Section):
         "read from model.checkpoint and text.name when the checkpoint is loaded",
     )
     on_full_disk: Literal["stop", "go_on"] = Field(
-        "stop", description="when a checkpoint can't be written; the former one stays whole either way"
+        "stop",
+        description="when a checkpoint, metrics or the log can't be written; the former checkpoint stays whole either way. "
+        "go_on: lines wait in memory, and are written when there is room",
     )
 
 

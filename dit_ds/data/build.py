@@ -91,7 +91,7 @@ def build_train_dataset(config: RunConfig) -> ExpressionDataset:
 def build_eval_dataset(
     config: RunConfig,
     split: str,
-    data_root: str | None = None,
+    *,
     kind: str | None = None,
     sentence_shift: int = 0,
     trained: Sequence[str] | None = None,
@@ -100,7 +100,6 @@ def build_eval_dataset(
 
     Args:
         split: its name.
-        data_root: of the shards, by default the run's.
         kind: of the prompts: text, point or box; by default `DataConfig.default_prompt`.
         sentence_shift: see `ExpressionDataset`.
         trained: the kinds of prompts that the model was trained with, by default the run's; empty for SAM's weights.
@@ -108,8 +107,6 @@ def build_eval_dataset(
         UserError: no such dataset or split, or it is incomplete.
     """
     d = config.data
-    if data_root is not None:  # the run's reader may not support it
-        d = d.model_copy(update={"root": data_root, "reader": "auto"})
     index = SplitIndex.load(val_folder(d), split)
     tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
     trained = d.prompts if trained is None else trained

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from dit_ds.errors import RunFailed
-from dit_ds.files import usable_cores
+from dit_ds.processes import die_with_parent, usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,6 +69,7 @@ def _map_in_workers(call: Callable[[Item], Result], items: Sequence[Item], worke
 def _init_worker(call: Callable[[Any], Any], items: Sequence[Any]) -> None:
     global _call, _items
     _call, _items = call, items
+    die_with_parent()
     # Ctrl-C is handled by the parent, which waits for the items that are being worked on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

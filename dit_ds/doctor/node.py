@@ -13,7 +13,8 @@ from pathlib import Path
 
 from dit_ds.doctor.check import Check, Context
 from dit_ds.errors import UserError
-from dit_ds.files import GIB, full_disk_is_user_error, usable_cores
+from dit_ds.files import GIB, full_disk_is_user_error
+from dit_ds.processes import usable_cores
 
 _COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++"}
 _LOCK_IS_OLD = 600  # seconds; building one of DeepSpeed's operators takes about one minute

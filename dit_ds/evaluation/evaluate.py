@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_ds.checkpointing.weights import load_model
+from dit_ds.checkpointing.weights import load_model, with_data_root
 from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import iterate, make_loader
@@ -23,7 +23,7 @@ from dit_ds.evaluation.inference import check_kind, trained_prompts
 from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.evaluation.results import write_to_run
-from dit_ds.files import full_disk_is_user_error
+from dit_ds.files import atomic_write, full_disk_is_user_error
 
 Collect = Callable[[dict[str, Any], int, np.ndarray], None]
 
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
 
     Args:
         path: as for `load_model`. A run's result is also written into its folder, see `write_to_run`.
-        data_root: where the shards are; by default where the run read them.
+        data_root: where the shards are; by default where the run read them, if that is a local folder.
         batch_size, workers: as for `evaluate`; by default the run's.
         shuffle_text: give each image the expressions of another: a control that measures what the image alone predicts.
         threshold: a pixel is in if its probability exceeds this; by default the run's.
@@ -114,7 +114,11 @@ def evaluate_checkpoint(
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
     dataset = build_eval_dataset(
-        config, split, data_root, kind=kind, sentence_shift=int(shuffle_text), trained=trained_prompts(config, meta)
+        with_data_root(path, config, data_root),
+        split,
+        kind=kind,
+        sentence_shift=int(shuffle_text),
+        trained=trained_prompts(config, meta),
     )
     collect = None if predictions is None else _write_masks(Path(predictions))
     world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
@@ -133,9 +137,19 @@ def evaluate_checkpoint(
         name, _, split_by = dataset.index.datasets[0].name.partition("/")
         how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
+        how |= _set_of(dataset, meta, data_root, config.data.root)
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
         write_to_run(path, config, result | how)
     return result
+
+
+def _set_of(
+    dataset: ExpressionDataset, meta: dict[str, Any], data_root: str | None, configured_root: str
+) -> dict[str, Any]:
+    """Which shards were read, and whether they are those that the run evaluates on."""
+    sha = dataset.index.manifest_sha
+    expected = meta.get("val_manifest_sha", sha if data_root is None else None)  # former checkpoints do not say
+    return {"manifest_sha": sha, "data_root": data_root or configured_root, "configured_set": sha == expected}
 
 
 def _write_masks(folder: Path) -> Collect:
@@ -144,8 +158,7 @@ def _write_masks(folder: Path) -> Collect:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(batch: dict[str, Any], i: int, mask: np.ndarray) -> None:
-        with full_disk_is_user_error(folder):
-            name = f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name)
+        with atomic_write(folder / f"{batch['image_id'][i]:012d}_{int(batch['sample'][i]):06d}.png") as f:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(f, "PNG")
 
     return write

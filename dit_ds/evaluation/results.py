@@ -20,13 +20,17 @@ METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
 def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run.
 
+    Of shards other than those that the run evaluates on, the name ends in `-HASH.json`, with the start of their
+    manifest's SHA-256.
+
     It is the folder that the checkpoint lies in, if it lies in a run's; for weights that were not tuned, the folder that
     their configuration names, unless a run was trained there. Else nothing is written. A folder that can't be written
     is a warning: the result is on stdout.
 
     Args:
         path: as for `load_model`.
-        result: with the keys `split`, `prompt` and `step`.
+        result: with the keys `split`, `prompt`, `step`, `manifest_sha` and `configured_set`: whether these are the shards
+            that the run evaluates on.
     """
     from dit_ds.checkpointing import reader  # imports torch, which readers of results do not need
 
@@ -38,7 +42,8 @@ def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) ->
         run = found.parent.parent
     else:
         return
-    name = f"{result['split']}-{result['prompt']}-step_{result['step']:08d}.json"
+    name = f"{result['split']}-{result['prompt']}-step_{result['step']:08d}"
+    name += ".json" if result["configured_set"] else f"-{result['manifest_sha'][:8]}.json"
     try:
         write_json(run / "evaluations" / name, result)
         if not (run / "config.yaml").exists():

@@ -66,7 +66,7 @@ def load_tokenizer(name: str) -> Any:
     """
     folder = resolve_name(name)
     try:
-        return _transformers().AutoTokenizer.from_pretrained(folder)
+        return _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise _absent(folder, e) from None
 
@@ -82,7 +82,7 @@ def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:
     """
     folder = resolve_name(name)
     try:
-        config = _transformers().AutoConfig.from_pretrained(folder)
+        config = _transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise _absent(folder, e) from None
     config = getattr(config, "text_config", config)

@@ -46,7 +46,9 @@ class Line:
     notes: list[str] = field(default_factory=list)
 
 
-def compare(runs: list[str], number: int | None = None, folder: str | Path = FOLDER) -> dict[str, Any]:
+def compare(
+    runs: list[str], number: int | None = None, folder: str | Path = FOLDER, manifest: str | None = None
+) -> dict[str, Any]:
     """`dit-ds compare`: the tables that have a row with the settings of a run, or the one of a given number.
 
     A run follows the paper's row of the same settings; in a table given by number, a run without such a row is at the
@@ -56,6 +58,7 @@ def compare(runs: list[str], number: int | None = None, folder: str | Path = FOL
         runs: run folders.
         number: of the paper's table.
         folder: of the paper's configurations.
+        manifest: see `read_run`.
     Returns:
         `tables`, each with `table` (None for runs alone), `title`, `labels`, `columns`, `rows`, `notes`. A row's
         `values`, `deltas`, `spread` and `marks` (best, second) are in the columns' order, None where there is no value;
@@ -66,7 +69,7 @@ def compare(runs: list[str], number: int | None = None, folder: str | Path = FOL
     if number == 8:
         raise UserError("Table 8 is about memory, not about figures of runs: see dit-ds memory table8")
     rows = [e for e in experiments.experiments(number, folder) if e.table.number != 8]
-    scored = _read(runs)
+    scored = _read(runs, manifest)
     fits = {id(s): [e for e in rows if e.settings == s.settings] for s in scored}
     numbers = [number] if number else sorted({e.table.number for fitting in fits.values() for e in fitting})
     tables = [_with_paper(TABLES[n], scored, fits, rows if number else []) for n in numbers]
@@ -75,7 +78,7 @@ def compare(runs: list[str], number: int | None = None, folder: str | Path = FOL
     return {"tables": tables}
 
 
-def _read(runs: list[str]) -> list[ScoredRun]:
+def _read(runs: list[str], manifest: str | None) -> list[ScoredRun]:
     """The runs that were evaluated, with a warning for each of the others.
 
     Raises:
@@ -85,7 +88,7 @@ def _read(runs: list[str]) -> list[ScoredRun]:
     missing: list[NotEvaluated] = []
     for run in dict.fromkeys(map(Path, runs)):
         try:
-            scored += read_run(run)
+            scored += read_run(run, manifest)
         except NotEvaluated as e:
             missing.append(e)
     if not scored:

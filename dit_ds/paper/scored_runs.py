@@ -43,12 +43,15 @@ class ScoredRun:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(folder: str | Path) -> list[ScoredRun]:
+def read_run(folder: str | Path, manifest: str | None = None) -> list[ScoredRun]:
     """The newest results of a run on each split, one entry for each kind of prompt.
 
     Results are `evaluations/*.json`, which `dit-ds eval` writes. If these lack the split that training evaluates, its
     result is the line of metrics.jsonl of the same step, else the last line.
 
+    Args:
+        manifest: read only results on the shards whose manifest's SHA-256 begins so; by default, on those that the run
+            evaluates on.
     Raises:
         NotEvaluated: there is no result yet.
         UserError: no run folder, or a damaged file.
@@ -58,14 +61,18 @@ def read_run(folder: str | Path) -> list[ScoredRun]:
         raise UserError(f"{folder} is no run: it has no config.yaml; name a folder that dit-ds train made")
     config = load_config(folder / "config.yaml")
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
+    others = 0  # results on other shards
     for path in sorted((folder / "evaluations").glob("*.json")):
         found = checked_evaluation(read_json(path, "evaluation"), config)
         if found is None:
             raise UserError(f"{path} is no evaluation: remove it, or run dit-ds eval again")
+        if not _of_set(found, manifest):
+            others += 1
+            continue
         newest = by_prompt.setdefault(found["prompt"], {})
         if not found.get("shuffle_text") and found["step"] >= newest.get(found["split"], {"step": -1})["step"]:
             newest[found["split"]] = found
-    in_training = evaluations_in_training(folder, config)
+    in_training = [] if manifest else evaluations_in_training(folder, config)
     if in_training:
         newest = by_prompt.setdefault(in_training[-1]["prompt"], {})
         steps = {e["step"] for e in newest.values()}
@@ -74,9 +81,23 @@ def read_run(folder: str | Path) -> list[ScoredRun]:
     scored = [
         _scored(folder, config, prompt, splits) for prompt, splits in sorted(by_prompt.items(), reverse=True) if splits
     ]
+    if not scored and manifest:
+        raise NotEvaluated(
+            f"{folder} has no evaluation on shards {manifest}: see manifest_sha in its evaluations/*.json"
+        )
     if not scored:
         raise NotEvaluated(f"{folder} has no evaluation yet: run dit-ds eval {folder} --split {config.data.val_split}")
+    if others:
+        what = "1 evaluation" if others == 1 else f"{others} evaluations"
+        scored[0].notes.append(f"{what} on other shards left out: --shards HASH reads them")
     return scored
+
+
+def _of_set(result: dict[str, Any], manifest: str | None) -> bool:
+    """Whether a result is of the asked shards; results of former versions do not say, and are the run's own."""
+    if manifest is None:
+        return result.get("configured_set", True) is True
+    return str(result.get("manifest_sha", "")).startswith(manifest)
 
 
 def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict[str, Any]]) -> ScoredRun:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,9 @@ from torch import nn
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
+from dit_ds.training.log_files import LineFile, LineFileHandler, ScalarBoard
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger("dit_ds")
 
@@ -30,64 +29,61 @@ class RunLog:
     """Writes the run's folder. Made by all ranks together.
 
     Args:
-        resumed_at: the step of the checkpoint that is resumed; lines of later steps are dropped, as they will be repeated.
-            None for a new run: all lines are dropped.
-        evaluated_at: the step of the last evaluation before the checkpoint; lines of later ones are dropped.
+        resumed_at: the step of the checkpoint that is resumed; lines of later steps, which will be repeated, are moved to
+            `metrics.jsonl.superseded`. None for a new run: all lines are.
+        evaluated_at: the step of the last evaluation before the checkpoint; lines of later ones are moved, too.
     Raises:
         UserError: the folder can't be written.
     """
 
     def __init__(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int = 0):
         self.world, self.folder = world, Path(config.run_dir)
-        self._metrics: TextIO | None = None
-        self._samples: TextIO | None = None
-        self._board: SummaryWriter | None = None
+        go_on = config.checkpoint.on_full_disk == "go_on"
+        self._metrics = LineFile(self.folder / "metrics.jsonl", go_on) if world.main else None
+        self._nonfinite = LineFile(self.folder / "nonfinite.jsonl", go_on) if world.main else None
+        self._samples: LineFile | None = None
+        self._board: ScalarBoard | None = None
+        self._handler = LineFileHandler(self.folder / "log.txt", go_on) if world.main else None
         if world.main:
             self._open(config, world, resumed_at, evaluated_at)
         gather_objects(None)  # rank 0 cuts the other ranks' sample logs, too: they wait before they append
         if config.log.samples:
-            self._samples = open(self.folder / f"samples/rank_{world.rank:05d}.jsonl", "a")
+            self._samples = LineFile(self.folder / f"samples/rank_{world.rank:05d}.jsonl", go_on)
 
     def _open(self, config: RunConfig, world: World, resumed_at: int | None, evaluated_at: int) -> None:
         with full_disk_is_user_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             config.save(self.folder / "config.yaml")
             write_json(self.folder / "environment.json", environment(world))
-            _log.addHandler(logging.FileHandler(self.folder / "log.txt"))
             path = self.folder / "metrics.jsonl"
             (self.folder / "samples").mkdir(exist_ok=True)
             for lines in (path, self.folder / "nonfinite.jsonl", *self.folder.glob("samples/rank_*.jsonl")):
                 if lines.exists() or lines == path:
                     _cut(lines, resumed_at, evaluated_at)
-            self._metrics = open(path, "a")
+            if self._handler is not None:
+                _log.addHandler(self._handler)
             if config.log.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(resumed_at or 0) + 1)
+                go_on = config.checkpoint.on_full_disk == "go_on"
+                self._board = ScalarBoard(self.folder / "tensorboard", (resumed_at or 0) + 1, go_on)
 
     def metrics(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and TensorBoard's scalars of the same names. Values that are not finite become null."""
         if self._metrics is None:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._metrics.write(json.dumps({"kind": kind} | values) + "\n")
-        self._metrics.flush()
+        self._metrics.write(json.dumps({"kind": kind} | values))
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+            self._board.add(kind, values, values["step"])
 
     def samples(self, step: int, epoch: int, samples: list[int]) -> None:
         """One line of this rank's sample log, where `log.samples` asks for it: a step's samples, without padding."""
         if self._samples is not None:
-            self._samples.write(json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
-            self._samples.flush()
+            self._samples.write(json.dumps({"step": step, "epoch": epoch, "samples": samples}))
 
     def nonfinite(self, values: dict[str, Any]) -> None:
         """One line of nonfinite.jsonl: the losses and samples of a step whose gradient was not finite."""
-        if self.world.main:
-            with open(self.folder / "nonfinite.jsonl", "a") as f:
-                f.write(json.dumps(values) + "\n")
+        if self._nonfinite is not None:
+            self._nonfinite.write(json.dumps(values))
 
     def log(self, message: str) -> None:
         """A line of the log, on stderr too."""
@@ -125,23 +121,42 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close."""
-        for f in (self._metrics, self._board, self._samples):
+        for f in (self._metrics, self._nonfinite, self._board, self._samples):
             if f is not None:
                 f.close()
+        if self._handler is not None:
+            _log.removeHandler(self._handler)
+            self._handler.close()
+
+
+def trace_of_run(run_dir: str | Path) -> str | None:
+    """The first trace that a training left in a folder, beside its configuration and log; None where there is none."""
+    folder = Path(run_dir)
+    lines = (folder / "metrics.jsonl", folder / "nonfinite.jsonl", *sorted(folder.glob("samples/rank_*.jsonl")))
+    traces = [*sorted(folder.glob("checkpoints/*")), folder / "best.json"]
+    found = [p for p in traces if p.exists()] + [p for p in lines if p.is_file() and p.stat().st_size]
+    return str(found[0].relative_to(folder)) if found else None
 
 
 def _cut(path: Path, step: int | None, evaluated: int) -> None:
-    """Keep a file's lines up to `step`, and of evaluations up to `evaluated`; none where `step` is None."""
-    with atomic_write(path) as f:
-        if step is not None and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                    keep = entry["step"] <= (evaluated if entry.get("kind") == "eval" else step)
-                except (ValueError, KeyError):  # a line that a kill cut short
-                    continue
-                if keep:
-                    f.write(line.encode() + b"\n")
+    """Keep a file's lines up to `step`, and of evaluations up to `evaluated`; none where `step` is None.
+
+    The others are moved to the end of `NAME.superseded`.
+    """
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            keep = step is not None and entry["step"] <= (evaluated if entry.get("kind") == "eval" else step)
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+            keep = False
+        (kept if keep else moved).append(f"{line}\n")
+    if moved:  # first, so that a kill between the two leaves them twice and not nowhere
+        with open(path.with_name(f"{path.name}.superseded"), "a") as f:
+            f.writelines(moved)
+    with atomic_write(path) as out:
+        out.write("".join(kept).encode())
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     for note in datasets.train.index.notes:
         log.log(note)
     frozen_digest = weights.frozen_digest(model) if world.main else ""
-    frozen = _store_frozen(model, config, world, frozen_digest)
+    frozen = _store_frozen(model, config, world, frozen_digest, newest)
     model.checkpoint_activations(config.train.activation_checkpointing)
     if config.train.compile:
         model.compile_blocks()
@@ -171,7 +171,7 @@ def _load_model(
     return model, progress, loaded
 
 
-def _store_frozen(model: Segmenter, config: RunConfig, world: World, digest: str) -> Path | None:
+def _store_frozen(model: Segmenter, config: RunConfig, world: World, digest: str, newest: Path | None) -> Path | None:
     """Write the weights that are not trained, once for the run. Collective."""
     if config.checkpoint.frozen != "store":
         return None
@@ -179,6 +179,8 @@ def _store_frozen(model: Segmenter, config: RunConfig, world: World, digest: str
     try:
         if world.main:
             path = weights.store_frozen(model, digest, config.run_dir)
+            if newest is not None and not (newest / checkpoint.FROZEN).exists():
+                checkpoint.relink_frozen(config.run_dir, path)
     except UserError as e:
         error = e
     all_or_none(error)

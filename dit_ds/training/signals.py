@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,10 @@ import torch.distributed as dist
 
 from dit_ds.distributed import World
 
-_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM before a time limit, and on preemption; NCCL takes USR1
+# SLURM before a time limit, and on preemption (NCCL takes USR1); and Ctrl-C
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_ONE_STOP = 1.0  # seconds within which signals count as one: a terminal and a launcher may both send it
+_log = logging.getLogger("dit_ds")
 
 
 class SyncedFlags(NamedTuple):
@@ -23,7 +28,9 @@ class SyncedFlags(NamedTuple):
 
 
 class StopSignal:
-    """Notes SIGUSR2 and SIGTERM, and synchronizes flags at step boundaries, where all ranks can act together.
+    """Notes SIGUSR2, SIGTERM and SIGINT, and synchronizes flags at step boundaries, where all ranks can act together.
+
+    A SIGINT that comes more than a second after the first signal is an impatient user's: it raises `KeyboardInterrupt`.
 
     A context manager: the former signal handlers are restored at its end. Handlers are set in the main thread only.
 
@@ -33,6 +40,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._noted_at = 0.0
         self._group: dist.ProcessGroup | None = None
         self._former: dict[int, Any] = {}
 
@@ -47,7 +55,14 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signal is not None and now - self._noted_at > _ONE_STOP:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self._noted_at = now
         self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            _log.info("stopping after this step, with a checkpoint; Ctrl-C again ends at once without one")
 
     def connect(self, world: World) -> None:
         """Call before the first `agree`. On GPUs flags go over gloo, so that no kernel is waited for. Collective."""

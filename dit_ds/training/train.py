@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.evaluation.evaluate import evaluate
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.training.nonfinite import StepSamples, check_gradient, count_damaged
+from dit_ds.training.run_lock import lock_run
+from dit_ds.training.run_log import trace_of_run
 from dit_ds.training.saving import commit, save, save_and_stop_if_due
 from dit_ds.training.schedule import learning_rate, set_learning_rate
 from dit_ds.training.setup import Run, check_request, set_up
@@ -36,22 +37,29 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         UserError: a request that can't be met.
         RunFailed: the gradient is not finite, and goes on so or must not be.
         RankFailed: this rank's loader workers died or stalled.
-        Interrupted: on SIGUSR2 or SIGTERM, once a checkpoint is saved.
+        Interrupted: on SIGUSR2, SIGTERM or SIGINT, once a checkpoint is saved.
+        KeyboardInterrupt: on a second SIGINT.
     """
     with StopSignal() as stop_signal:
         # what can be refused without the other ranks is refused before any waits for another
         _, world_size, _ = set_environment()
         datasets = check_request(config, world_size)
-        if not resume and any(Path(config.run_dir).glob("checkpoints/*step_*/manifest.json")):
-            raise UserError(f"{config.run_dir} holds a run already: go on with --resume, or choose another --run_dir")
+        if not resume and (trace := trace_of_run(config.run_dir)):
+            raise UserError(
+                f"{config.run_dir} holds a run already ({trace}): go on with --resume, or choose another --run_dir"
+            )
         world = connect()
         stop_signal.connect(world)
+        lock = lock_run(config.run_dir, world)
         try:
             with worker_failures():
                 result = train_epochs(set_up(config, datasets, world, stop_signal))
         except (Interrupted, RunFailed):  # of all ranks alike
             disconnect()
             raise
+        finally:
+            if lock is not None:
+                lock.close()
         disconnect()
         return result
 

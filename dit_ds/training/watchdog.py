@@ -17,22 +17,30 @@ _log = logging.getLogger("dit_ds")
 
 
 class Heartbeat(NamedTuple):
-    """What a rank posts; times are seconds since the epoch, by the rank's clock."""
+    """What a rank posts. It holds no time of day: the clocks of hosts differ, and are set while a run goes on."""
 
+    beat: int  # counts the heartbeats
     phases: int  # of the loop, begun so far
     step: int
     phase: str  # the current one
-    since: float  # when it began
-    posted: float
+    seconds: float  # that it lasts so far
     host: str
+
+
+class Sighting(NamedTuple):
+    """The newest heartbeat of a rank, and when rank 0 first saw it, by its own monotonic clock."""
+
+    heartbeat: Heartbeat
+    at: float
 
 
 class Watchdog:
     """Logs a warning that names the stalled rank, when the loop has made no progress for some time.
 
     A thread of each rank posts heartbeats to a store on rank 0: how many phases of the loop it has begun, and the
-    current one. Rank 0's thread reads them. The stalled rank is one whose heartbeats stopped (its process is stopped,
-    its node is down), else the one that has begun the fewest phases. When rank 0 does not answer, rank 1 warns.
+    current one. Rank 0's thread reads them, and notes when it saw each change. The stalled rank is one whose heartbeats
+    stopped (its process is stopped, its node is down), else the one that has begun the fewest phases. When rank 0 does
+    not answer, rank 1 warns.
 
     Args:
         seconds: without progress before a warning, and between warnings.
@@ -40,7 +48,8 @@ class Watchdog:
 
     def __init__(self, world: World, seconds: float):
         self.world, self.seconds = world, seconds
-        self._phases, self._step, self._phase, self._since = 0, 0, "starting", time.time()
+        self._phases, self._step, self._phase, self._since = 0, 0, "starting", time.monotonic()
+        self._sightings: dict[int, Sighting] = {}  # by rank
         self._closed = threading.Event()
         self._store = connect_store(world)
         self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
@@ -48,7 +57,7 @@ class Watchdog:
 
     def at(self, step: int, phase: str) -> None:
         """The loop begins a phase of optimizer step `step`. All ranks call this equally often, in the same order."""
-        self._phases, self._step, self._phase, self._since = self._phases + 1, step, phase, time.time()
+        self._phases, self._step, self._phase, self._since = self._phases + 1, step, phase, time.monotonic()
 
     def close(self) -> None:
         """Stop the thread."""
@@ -57,17 +66,20 @@ class Watchdog:
 
     def _run(self) -> None:
         interval = min(5.0, self.seconds / 4)
-        warned = time.time()
+        warned, beat, host = time.monotonic(), 0, socket.gethostname()
         while not self._closed.wait(interval):
             try:
-                key, host = f"rank{self.world.rank}", socket.gethostname()
-                heartbeat = Heartbeat(
-                    self._phases, self._step, self._phase, since=self._since, posted=time.time(), host=host
+                key, beat = f"rank{self.world.rank}", beat + 1
+                lasts = time.monotonic() - self._since
+                self._store.set(
+                    key,
+                    json.dumps(Heartbeat(beat, self._phases, self._step, phase=self._phase, seconds=lasts, host=host)),
                 )
-                self._store.set(key, json.dumps(heartbeat))
                 self._store.get(key)  # set() does not wait for an answer, so it cannot time out
-                if self.world.main and time.time() - max(warned, self._since) > self.seconds:
-                    warned = time.time()
+                if self.world.main:
+                    self._look()
+                if self.world.main and time.monotonic() - max(warned, self._since) > self.seconds:
+                    warned = time.monotonic()
                     self._warn()
             except dist.DistStoreError:  # no answer in time
                 if self.world.rank == 1:
@@ -75,16 +87,25 @@ class Watchdog:
             except (RuntimeError, ValueError):  # rank 0 has ended, and the store with it
                 return
 
+    def _look(self) -> None:
+        """Note which ranks' heartbeats changed."""
+        now = time.monotonic()
+        for rank in range(self.world.world_size):
+            key = f"rank{rank}"
+            if rank in self._sightings or self._store.check([key]):
+                heartbeat = Heartbeat(*json.loads(self._store.get(key)))
+                if rank not in self._sightings or heartbeat.beat != self._sightings[rank].heartbeat.beat:
+                    self._sightings[rank] = Sighting(heartbeat, now)
+
     def _warn(self) -> None:
-        ranks, now = range(self.world.world_size), time.time()
-        posted = [r for r in ranks if self._store.check([f"rank{r}"])]
-        heartbeats = {r: Heartbeat(*json.loads(self._store.get(f"rank{r}"))) for r in posted}
-        silent = [r for r in ranks if r not in heartbeats or now - heartbeats[r].posted > self.seconds / 2]
-        rank = silent[0] if silent else min(heartbeats, key=lambda r: heartbeats[r].phases)
-        stalled = heartbeats.get(rank, Heartbeat(0, 0, "starting", since=now, posted=now, host="an unknown host"))
+        ranks, now, seen = range(self.world.world_size), time.monotonic(), self._sightings
+        silent = [r for r in ranks if r not in seen or now - seen[r].at > self.seconds / 2]
+        rank = silent[0] if silent else min(seen, key=lambda r: seen[r].heartbeat.phases)
+        never = Sighting(Heartbeat(0, 0, 0, phase="starting", seconds=now - self._since, host="an unknown host"), now)
+        stalled, at = seen.get(rank, never)
         how = "its process does not answer" if silent else f"it is {stalled.phase}"
         waiting = "; the others wait for it" if self.world.world_size > 1 else ""
         _log.warning(
             f"warning: nothing done for {now - self._since:.0f} s: rank {rank} on {stalled.host} stalled at step "
-            f"{stalled.step} for {now - stalled.since:.0f} s, {how}{waiting}"
+            f"{stalled.step} for {stalled.seconds + now - at:.0f} s, {how}{waiting}"
         )

@@ -19,6 +19,7 @@ _TINT = np.array([255, 60, 40])
 _CELL = 220  # pixels: longer side of an image on a sheet
 _BAND = 18  # pixels: height of a line of text
 _GAP = 6  # pixels between pictures
+_FORMATS = {".png": "PNG", ".pdf": "PDF", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _WRONG = (220, 0, 0)  # the frame of a wrong prediction
 
 
@@ -40,15 +41,14 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 def picture_format(path: str | Path) -> str:
-    """PNG or PDF, by the file's ending; called before any work is done.
+    """Pillow's and Matplotlib's name of a format, by the file's ending; called before any work is done.
 
     Raises:
         UserError: another ending.
     """
-    kind = Path(path).suffix[1:].upper()
-    if kind not in ("PNG", "PDF"):
-        raise UserError(f"{path} is neither a .png nor a .pdf: name one of these")
-    return kind
+    if (ending := Path(path).suffix.lower()) not in _FORMATS:
+        raise UserError(f"{path} is no picture's name: let it end in {', '.join(_FORMATS)}")
+    return _FORMATS[ending]
 
 
 def _caption(canvas: Image.Image, at: tuple[int, int], text: str, width: int, size: int = 13) -> None:
@@ -56,6 +56,20 @@ def _caption(canvas: Image.Image, at: tuple[int, int], text: str, width: int, si
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip(".") + "…" if len(text) > 2 else ""
     ImageDraw.Draw(canvas).text(at, text, fill=(20, 20, 20), font=font)
+
+
+def save_picture(image: Image.Image, out: str | Path, **options: Any) -> None:
+    """Write a picture in the format of its name, whole or not at all.
+
+    Args:
+        options: of Pillow's `save`.
+    Raises:
+        UserError: the name has another ending, or it can't be written.
+    """
+    kind, data = picture_format(out), io.BytesIO()
+    image.save(data, kind, **options)
+    with atomic_write(out) as f:
+        f.write(data.getvalue())
 
 
 def side_by_side(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image:
@@ -93,7 +107,7 @@ def write_grid(
     across: int = 1,
     scale: int = 1,
 ) -> None:
-    """Write a PNG or PDF of expressions, each with its image, ground truth and predictions under the text.
+    """Write a picture of expressions, each with its image, ground truth and predictions under the text.
 
     Args:
         titles: of the models.
@@ -103,7 +117,6 @@ def write_grid(
     Raises:
         UserError: `out` has another ending, or can't be written.
     """
-    kind, picture = picture_format(out), io.BytesIO()
     cell, band, gap = _CELL * scale, _BAND * scale, _GAP * scale
     width = (2 + len(titles)) * (cell + gap) + 2 * gap
     heights = [2 * band + gap + _fit(row.pixels, cell)[1] for row in rows]
@@ -124,9 +137,7 @@ def write_grid(
                     (0, 0, image.width - 1, image.height - 1), outline=_WRONG, width=4 * scale
                 )
             canvas.paste(image, at)
-    canvas.save(picture, kind, resolution=100 * scale, quality=95)
-    with atomic_write(out) as f:
-        f.write(picture.getvalue())
+    save_picture(canvas, out, resolution=100 * scale, quality=95)
 
 
 def _fit(pixels: np.ndarray, cell: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_ds.checkpointing.weights import load_model
+from dit_ds.checkpointing.weights import load_model, with_data_root
 from dit_ds.config.schema import RunConfig
 from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.jpeg import decode_jpeg
@@ -47,7 +47,7 @@ def grid(
 
     Args:
         paths: checkpoints of one data set, of any method and image size.
-        data_root: where the shards are; by default where each run read them.
+        data_root: where the shards are; by default where each run read them, if that is a local folder.
         rows: number of expressions, spread over the split.
         samples: the expressions to show instead, by their number in the split from 0 on.
         wrong_below: IoU under which a prediction is wrong.
@@ -137,7 +137,7 @@ def _predict_all(
     first = None
     for path in paths:
         model, config, _ = load_model(path)
-        dataset = build_eval_dataset(config, split, data_root)
+        dataset = build_eval_dataset(with_data_root(path, config, data_root), split)
         first = first or (path, config, dataset)
         _require_same_set(first, (path, config, dataset))
         chosen = _choose(len(dataset), split, rows, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ import torch
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, device, read_expression, read_picture, segment, trained_prompts
-from dit_ds.files import full_disk_is_user_error
-from dit_ds.visualize.drawing import side_by_side
+from dit_ds.visualize.drawing import picture_format, save_picture, side_by_side
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def predict_image(
     Args:
         path: as for `load_model`.
         image: file of the picture.
-        out: PNG to write.
+        out: picture to write, in the format of its ending.
         text, points, box: at least one of them; with `threshold` as for `segment`.
     Returns:
         `out`, the prompts, and `covered`, the share of the picture that the mask covers.
@@ -40,6 +40,9 @@ def predict_image(
     if text is None and not points and box is None:
         raise UserError("nothing says what to segment: give --text, --point or --box")
     expression = None if text is None else read_expression(text)
+    picture_format(out)
+    if Path(out).exists() and Path(out).samefile(image):
+        raise UserError(f"--out {out} is the picture itself: choose another name")
     pixels = read_picture(image)
     _check_coordinates(points, box, *pixels.shape[:2])
     model, config, meta = load_model(path)
@@ -52,8 +55,7 @@ def predict_image(
     given: dict[str, Any] = {"text": text} if text is not None else {}
     given |= {"points": [list(p) for p in points]} if points else {}
     given |= {"box": list(box)} if box is not None else {}
-    with full_disk_is_user_error(out):
-        side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in given.items())).save(out, "PNG")
+    save_picture(side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in given.items())), out)
     return {"out": out} | given | {"covered": round(float(mask.mean()), 4)}
 
 

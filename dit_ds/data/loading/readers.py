@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,8 @@ class StreamReader:
         """
         import webdataset
 
-        url, error = str(self.index.shards[shard]), "it ends early"
+        file, error = self.index.shards[shard], "it ends early"
+        url = str(file.absolute() if isinstance(file, Path) else file)  # webdataset takes "pipe:.." for a command
         most: dict[str, Any] = {}
         expected = np.count_nonzero(self.index.images[:, 0] == shard)
         for _ in range(_ATTEMPTS):

@@ -20,23 +20,23 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from dit_ds.errors import RankFailed
+from dit_ds.processes import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def worker_init_fn(_: int) -> None:
     """Set up a worker process: one thread, memory reuse, signals, and death along with its parent."""
     torch.set_num_threads(1)
+    die_with_parent()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the training process is killed, its workers are, too
         # keep freed image memory for the next image: page faults cost as much as resizing it (musl has no mallopt)
         if hasattr(libc, "mallopt"):
             libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's maximum
             libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-    # SLURM signals all processes of a task; the training process handles these and ends its workers itself
-    for number in (signal.SIGUSR2, signal.SIGTERM):
+    # SLURM signals all processes of a task, and Ctrl-C all of a terminal; the training process handles these and ends its workers itself
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dit_ds.data.shards.storage import file_of, read_file
 from dit_ds.errors import UserError
-from dit_ds.files import atomic_write, is_url
+from dit_ds.files import atomic_write, check_name, is_url
 
 NAME = "manifest.json"
 SCHEMA = 2
@@ -87,12 +87,14 @@ def _require_fields(manifest: dict[str, Any]) -> None:
     for key in ("dataset", "split_by", "description", "image_set", "digest"):
         _require(isinstance(manifest[key], str), key)
     _require(all(s["shards"] for s in manifest["splits"].values()) and bool(manifest["splits"]), "splits")
-    for split in manifest["splits"].values():
+    for name, split in manifest["splits"].items():
+        check_name(name, NAME)
         _require(all(type(split[k]) is int for k in COUNTS), "counts")
         _require(all(type(n) is int for n in split.get("dropped", {}).values()), "dropped")
         for entry in split["shards"]:
             _require(all(type(entry[k]) is int for k in ("bytes", *COUNTS)), "counts of a shard")
             _require(all(type(entry[k]) is str for k in ("name", "sha256")), "names of a shard")
+            check_name(entry["name"], NAME)
             members = np.array([s[:7] for s in entry["samples"]])
             # with --skip-bad a shard may have no samples
             _require(not len(members) or (members.shape[1:] == (7,) and members.dtype.kind == "i"), "samples")

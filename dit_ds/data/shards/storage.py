@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dit_ds.errors import UserError
-from dit_ds.files import is_url
+from dit_ds.files import check_name, is_url
+
+# of names that become a part of a URL or of a shell's command: nothing that a shell or a URL interprets
+_PLAIN = re.compile(r"[A-Za-z0-9._+,=@-]+")
 
 
 def local(folder: str | Path) -> Path:
@@ -25,15 +29,31 @@ def locate(root: str | Path, *parts: str) -> Path | str:
     Args:
         root: a folder; https://.., s3://.. (read with the aws command), or another URL that `webdataset.gopen` opens;
             or `pipe:COMMAND`, where {} in the command is replaced by the file's path; without {} it is appended.
+        parts: names of folders below it.
+    Raises:
+        UserError: a part is a path, or below a URL has characters that a shell or a URL would interpret.
     """
+    for part in parts:
+        _check(part, root)
     if not is_url(root):
         return Path(root, *parts)
     path, root = "/".join(parts), str(root)
     return root.replace("{}", path + "/{}") if "{}" in root else f"{root.rstrip('/')}/{path}"
 
 
+def _check(name: str, folder: str | Path) -> None:
+    check_name(name, folder)
+    if is_url(folder) and not _PLAIN.fullmatch(name):
+        raise UserError(f"{folder}: the name {name!r} below it may have letters, digits and ._+,=@- only")
+
+
 def file_of(folder: Path | str, name: str) -> Path | str:
-    """A file in a folder that `locate` returned: a local path, or a URL for `webdataset.gopen`."""
+    """A file in a folder that `locate` returned: a local path, or a URL for `webdataset.gopen`.
+
+    Raises:
+        UserError: as of `locate`.
+    """
+    _check(name, folder)
     if not is_url(folder):
         return Path(folder, name)
     url = str(folder).replace("{}", name) if "{}" in str(folder) else f"{folder}/{name}"
@@ -46,11 +66,13 @@ def read_file(folder: Path | str, name: str) -> bytes:
     Raises:
         UserError: it is missing or can't be reached.
     """
-    import webdataset
-
-    url = str(file_of(folder, name))
+    file = file_of(folder, name)
     try:
-        with webdataset.gopen(url) as f:
+        if isinstance(file, Path):  # `gopen` would take a folder called "pipe:.." for a command
+            return file.read_bytes()
+        import webdataset
+
+        with webdataset.gopen(file) as f:
             return f.read()
     except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {url} ({' '.join(str(e).split()) or type(e).__name__})") from None
+        raise UserError(f"cannot read {file} ({' '.join(str(e).split()) or type(e).__name__})") from None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from dit_ds.errors import RunFailed
-from dit_ds.files import usable_cores
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
+from dit_ds.processes import usable_cores
 
 
 def worker_pool(processes: int, *modules: str, initializer: Callable[[], None] | None = None) -> ProcessPoolExecutor:
@@ -19,7 +23,22 @@ def worker_pool(processes: int, *modules: str, initializer: Callable[[], None] |
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dit_ds.planning.memory.worker", *modules])
-    return ProcessPoolExecutor(processes, context, initializer=initializer, max_tasks_per_child=1)
+    start = functools.partial(_start, initializer)
+    return ProcessPoolExecutor(processes, context, initializer=start, max_tasks_per_child=1)
+
+
+def _end_with_command() -> None:
+    command = multiprocessing.parent_process()
+    if command is not None:
+        command.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _start(initializer: Callable[[], None] | None) -> None:
+    # the parent is the server, which stays for as long as this process does: the command's own end is watched
+    threading.Thread(target=_end_with_command, daemon=True).start()
+    if initializer is not None:
+        initializer()
 
 
 def predict(requests: Iterable[MemoryRequest], processes: int | None = None) -> Iterator[MemoryEstimate]:

@@ -36,6 +36,7 @@ from dit_ds.planning.memory.abort import AbortChannel
 from dit_ds.planning.memory.allocator_counters import Allocator, AllocatorPhasePeaks, CudaAllocator
 from dit_ds.planning.memory.profiled_step import Steps
 from dit_ds.planning.memory.tracker import MemoryTracker, Profile
+from dit_ds.processes import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "dit_ds.cli", "memory", "measure", "--json", "--config",
              f"{folder}/config.yaml"],
-            capture_output=True, text=True,
+            capture_output=True, text=True, preexec_fn=die_with_parent,
         )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:

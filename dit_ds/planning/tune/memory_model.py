@@ -30,13 +30,14 @@ from typing import Any
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
 from dit_ds.engine.zero_presets import SETTINGS
-from dit_ds.files import usable_cores, write_json
+from dit_ds.files import write_json
 from dit_ds.planning.communication import ModuleTrace
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
 from dit_ds.planning.memory.estimate import worker_pool
 from dit_ds.planning.memory.request import MemoryRequest
 from dit_ds.planning.tune.candidates import BUCKETS, Candidate
 from dit_ds.planning.tune.time_model import FlopCounts
+from dit_ds.processes import usable_cores
 
 _REFERENCE = "zero2"  # the setting at which policies and kernels are profiled
 _POLICY = "block"  # with which the other settings are profiled

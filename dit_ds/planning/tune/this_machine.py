@@ -14,6 +14,7 @@ import torch
 
 from dit_ds.errors import RunFailed
 from dit_ds.models.attention_kernels import KERNELS, why_not
+from dit_ds.processes import die_with_parent
 
 
 def gpu() -> tuple[str, float] | None:
@@ -34,7 +35,7 @@ def _probe(*arguments: str) -> dict[str, Any]:
         RunFailed: the subprocess failed.
     """
     command = [sys.executable, "-m", "dit_ds.planning.tune.this_machine", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=die_with_parent)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise RunFailed(f"this machine's GPU and attention kernels can't be looked up: {error}")

@@ -29,6 +29,7 @@ from dit_ds.files import read_json, write_json
 from dit_ds.planning.tune.candidates import Candidate
 from dit_ds.planning.tune.output import write_run
 from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
+from dit_ds.processes import die_with_parent
 
 _log = logging.getLogger("dit_ds")
 _INTERRUPTED = 75  # exit status of a training that a signal stopped
@@ -189,7 +190,9 @@ def _run(command: list[str], log: Any) -> int:
         Interrupted: this process got SIGTERM or SIGUSR2; the command has been stopped.
     """
     with _terminated_as_interrupt():
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+        )
         try:
             status = process.wait()
         except BaseException:

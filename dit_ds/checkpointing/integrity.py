@@ -1,0 +1,55 @@
+"""Whether a checkpoint's files are what was written, by its manifest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dit_ds.errors import UserError
+from dit_ds.files import check_name, read_json, sha256_of
+
+
+def manifest_files(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a checkpoint's files, by name."""
+    file = path / "manifest.json"
+    files = read_json(file, "manifest")["files"]
+    return {check_name(name, file): entry for name, entry in files.items()}
+
+
+def require_readable(path: Path) -> None:
+    """Check that this user may read a checkpoint's files.
+
+    Raises:
+        UserError: names one that may not be read.
+    """
+    folders = [path] if path.is_dir() else []
+    if wrong := [f for f in folders if not os.access(f, os.R_OK | os.X_OK)]:
+        raise UserError(f"cannot read the folder {wrong[0]} (permission denied): ask its owner for chmod a+rx")
+    files = sorted(path.iterdir()) if folders else [path]
+    if wrong := [f for f in files if f.exists() and not os.access(f, os.R_OK)]:
+        raise UserError(f"cannot read {wrong[0]} (permission denied): ask its owner for chmod a+r")
+
+
+def damages(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint's files, by size and SHA-256; each of `parts` callers reads its share.
+
+    Returns:
+        A text for each file, which begins with its name.
+    Raises:
+        UserError: a file may not be read by this user, which says nothing of what is in it.
+    """
+    require_readable(path)
+    wrong = []
+    try:
+        for i, (name, entry) in enumerate(sorted(manifest_files(path).items())):
+            file = path / name
+            if not file.exists():
+                wrong.append(f"{name} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                wrong.append(f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}")
+            elif i % parts == part and sha256_of(file) != entry["sha256"]:
+                wrong.append(f"{name} has another SHA-256")
+    except (UserError, KeyError, TypeError, AttributeError, OSError) as e:  # a disk that can't be read, too
+        wrong.append(str(e))
+    return wrong
