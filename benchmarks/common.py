@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from dit_ds.processes import usable_cores
 from dit_ds.planning.memory.tracker import LiveTensors
+from dit_ds.processes import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 
