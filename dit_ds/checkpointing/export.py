@@ -35,7 +35,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
         name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
         for name, x in model.state_dict().items()
     }
-    header = {k: meta[k] for k in ("step", "epoch", "val_manifest_sha") if k in meta}
+    header: dict[str, Any] = {k: meta[k] for k in ("step", "epoch", "val_manifest_sha") if k in meta}
     header["config"] = config.model_dump(mode="json")
     out = Path(out)
     save_tensors(state, out, {"dit_ds": json.dumps(header), "format": "pt"})
