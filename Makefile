@@ -36,7 +36,7 @@ lint: setup
 PYTEST := $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: setup
-	@$(MAKE) --no-print-directory -j 2 --output-sync=line lint test-not-slow
+	@$(MAKE) --no-print-directory -j 2 lint test-not-slow
 
 test-not-slow: setup
 	$(PYTEST) -m "not slow"
