@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, dit_ds, environment, tiny_config
+from conftest import ROOT, dit_ds, environment, small_disk, tiny_config
 from warm_ranks import WarmProcess, output_files
 
 from dit_ds.config.load import validate
@@ -260,11 +260,7 @@ def test_more_loader_processes_than_cores(config, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(config, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path / "small", "2m") as small:
         config["run_dir"] = str(small / "run")
         c = Context(config=validate(config))
         (check,) = run_checks([configured.run_folder], c, 60)
@@ -273,8 +269,6 @@ def test_a_full_disk_is_one_line(config, tmp_path):
         (check,) = run_checks([configured.run_folder], c, 60)
         assert check.status == "fail" and "no space left" in check.found and "another folder" in check.remedy
         assert os.listdir(small) == ["full"]
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 def test_a_damaged_shard_and_a_damaged_checkpoint(config, shards, tmp_path):

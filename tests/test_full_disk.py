@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import metrics_of, start_ranks, wait_for_step
+from conftest import metrics_of, small_disk, start_ranks, wait_for_step
 
 from dit_ds.errors import UserError
 from dit_ds.training.log_files import LineFile, ScalarBoard
@@ -18,13 +17,8 @@ from dit_ds.training.log_files import LineFile, ScalarBoard
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A file system of 256 megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "256m") as folder:
+        yield folder
 
 
 def fill(folder: Path) -> Path:

@@ -84,7 +84,14 @@ def test_an_untuned_checkpoint_evaluates_from_its_configuration(mixed, refusal, 
     path.write_text(yaml.safe_dump(values))
     assert "set model.checkpoint" in refusal("eval", path, "--prompt", "point")
     said = refusal(
-        "predict", path, "--text", "a star", "--image", ROOT / "benchmarks/results/tune.png", "--out", tmp_path
+        "predict",
+        path,
+        "--text",
+        "a star",
+        "--image",
+        ROOT / "benchmarks/results/tune.png",
+        "--out",
+        tmp_path / "x.png",
     )
     assert "set model.checkpoint" in said
     values["model"] |= {"checkpoint": str(tmp_path / "model.safetensors"), "scheme": "default"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, dit_ds, environment, metrics_of, refused, start_ranks, tiny_config, wait_for_step
+from conftest import ROOT, dit_ds, environment, metrics_of, refused, small_disk, start_ranks, tiny_config, wait_for_step
 
 from dit_ds.checkpointing.integrity import damages
 from dit_ds.checkpointing.reader import Reader
@@ -291,13 +291,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_where_it_must(config, tmp_p
 @pytest.mark.parametrize(("policy", "asynchronous"), [("stop", "false"), ("go_on", "true")])
 def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy, asynchronous):
     """Room for one checkpoint and a half."""
-    small = tmp_path / "small"
-    small.mkdir()
     size = 1.5 * 12 * sum(np.prod(s) for s in Reader(whole / "checkpoints/step_00000012").shapes.values())
-    options = f"size={int(size / 1024)}k"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path / "small", f"{int(size / 1024)}k") as small:
         arguments = ["train", "--config", config, "--run_dir", small / "run", "--checkpoint.frozen", "leave_out",
                      "--checkpoint.on_full_disk", policy, "--checkpoint.asynchronous", asynchronous]  # fmt: skip
         done = dit_ds(*arguments, ranks=1, check=None)
@@ -308,5 +303,3 @@ def test_a_full_disk_keeps_the_former_checkpoint(config, whole, tmp_path, policy
             assert metrics_of(small / "run")[-1]["step"] == FULL_EPOCH
         assert [p.name for p in (small / "run/checkpoints").iterdir()] == ["step_00000004"]
         assert damages(small / "run/checkpoints/step_00000004") == []
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)

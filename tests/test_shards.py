@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import ROOT, dit_ds, environment, refused
+from conftest import ROOT, dit_ds, environment, refused, small_disk
 from tqdm import tqdm
 
 from dit_ds.data.annotations.refer import load_refer
@@ -241,22 +241,17 @@ def test_verify_names_a_shard_that_was_cut_short_changed_or_lost(shards, tmp_pat
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def full_soon(tmp_path):
     """A file system of one megabyte."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_shard(refer_tree, small_disk):
-    line = refused(dit_ds("data", "shard", "--refer-root", refer_tree, "--images", refer_tree / "images/train2014", "--out", small_disk,
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(refer_tree, full_soon):
+    line = refused(dit_ds("data", "shard", "--refer-root", refer_tree, "--images", refer_tree / "images/train2014", "--out", full_soon,
                           "--shards", "train=2", check=None))  # fmt: skip
     assert "no space left" in line
-    folder = small_disk / "refcoco/unc"
+    folder = full_soon / "refcoco/unc"
     assert not (folder / "manifest.json").exists() and not list(folder.glob(".*.tmp"))
-    assert "no space left" in refused(dit_ds("data", "sample", small_disk / "s", check=None))
-    assert not list((small_disk / "s").glob("refcoco/*"))
+    assert "no space left" in refused(dit_ds("data", "sample", full_soon / "s", check=None))
+    assert not list((full_soon / "s").glob("refcoco/*"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, dit_ds, metrics_of, refused, tiny_config
+from conftest import ROOT, dit_ds, metrics_of, refused, small_disk, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -252,13 +251,7 @@ def test_a_checkpoint_of_another_size_is_refused(refusal, trained, tmp_path):
 
 
 def test_a_full_disk_ends_a_run_in_one_line_and_keeps_no_half_checkpoint(config_file, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path / "small", "3m") as small:
         arguments = ["train", "--config", config_file, "--run_dir", small / "run", "--train.max_steps", "1"]
         assert "no space left" in refused(dit_ds(*arguments, check=None))
         assert not list((small / "run").glob("checkpoints/*")) and not list((small / "run/frozen").iterdir())
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
