@@ -42,7 +42,7 @@ def arguments(name: str, shards: Path, refer_tree: Path, tmp_path: Path) -> list
     }[name]
 
 
-@pytest.mark.parametrize("name", ["sample", "train", "plan", "tune"])
+@pytest.mark.parametrize("name", ["sample", "train", "plan", pytest.param("tune", marks=pytest.mark.slow)])
 def test_a_killed_command_leaves_no_process(name, shards, refer_tree, tmp_path):
     words = [str(a) for a in arguments(name, shards, refer_tree, tmp_path)]
     process = subprocess.Popen([sys.executable, "-m", "dit_ds.cli", *words], cwd=ROOT, env=environment(),

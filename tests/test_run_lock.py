@@ -128,7 +128,7 @@ def test_a_requeued_job_takes_its_own_lock_at_once(tmp_path, monkeypatch):
         assert owner.alive() is None
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("links", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("found", ["nothing", "dead", "rubbish"])
 def test_of_many_that_start_together_one_trains(tmp_path, monkeypatch, found, links):
     if not links:
