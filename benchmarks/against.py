@@ -111,7 +111,11 @@ def measure(what: str, folder: Path) -> None:
 
 
 def _once(tree: Path, what: str, folder: Path) -> float:
-    environment = os.environ | golden.PINNED | {"PYTHONPATH": str(tree), "AGAINST": what, "AGAINST_FOLDER": str(folder)}
+    environment = os.environ | golden.PINNED | {
+        "PYTHONPATH": str(tree), "AGAINST": what, "AGAINST_FOLDER": str(folder),
+        # compiled code in the user's cache may be for other instruction sets than the pinned ones
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor_{tree.name}"),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, __file__], cwd=tree, env=environment, capture_output=True, text=True, timeout=600
     )
