@@ -140,6 +140,11 @@ def test_closed_gates_leave_swin_and_its_folder_loads(tmp_path):
     torch.nn.init.normal_(ours.gates[2][2].weight)
     ours(image, torch.randn(2, 4, 5), mask)
     assert (seen[1] - want).abs().max() > 1e-3
+    state = reference.state_dict()
+    cut = {n: x for n, x in state.items() if not n.startswith("encoder.layers.1.blocks.0.mlp")}
+    reference.save_pretrained(tmp_path / "cut", state_dict=cut)
+    with pytest.raises(UserError, match=rf"cut lacks {len(state) - len(cut)} of the Swin's"):
+        ours.load_pretrained(tmp_path / "cut")
     with pytest.raises(UserError, match="is no folder with a Swin of transformers"):
         ours.load_pretrained(tmp_path)
     with pytest.raises(UserError, match="is of another size"):

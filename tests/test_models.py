@@ -11,7 +11,8 @@ from dit_ds.errors import UserError
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.image_encoder import ImageEncoder, JointBlock
 from dit_ds.models.losses import segmentation_loss
-from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder, load_sam_checkpoint, resize_positions
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder, resize_positions
+from dit_ds.models.sam_checkpoint import load_sam_checkpoint
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
 
 

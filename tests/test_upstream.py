@@ -30,6 +30,11 @@ import dit_ds.torchvision_stub  # noqa: F401
 CALLS = {
     "torch._subclasses.fake_tensor.FakeTensorMode": "* allow_non_fake_inputs",
     "torch._subclasses.fake_tensor.FakeTensorMode.may_turn_const": "self t",
+    "torch._tensor._rebuild_from_type_v2": "func new_type args state",
+    "torch._utils._rebuild_parameter": "data requires_grad backward_hooks",
+    "torch._utils._rebuild_parameter_with_state": "data requires_grad backward_hooks state",
+    "torch._utils._rebuild_tensor": "storage storage_offset size stride",
+    "torch._utils._rebuild_tensor_v2": "storage storage_offset size stride requires_grad backward_hooks",
     "torch.cuda.memory._record_memory_history": "* enabled max_entries",
     "torch.cuda.memory._snapshot": "",
     "torch.nn.Module._apply": "self fn recurse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,10 @@ from dit_ds.engine.zero_state import MASTER
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, is_url, replace_on_success
 from dit_ds.models.build import build_model
+from dit_ds.models.sam_checkpoint import describe
 from dit_ds.models.segmenter import Segmenter
+
+_log = logging.getLogger("dit_ds")
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
@@ -199,5 +203,6 @@ def _untuned(path: str | Path, overrides: dict[str, Any]) -> LoadedModel:
     if config.model.checkpoint is None:
         raise UserError(f"{path} names no weights: set model.checkpoint, or give the folder of a run that was trained")
     model = build_model(config)
-    model.load_pretrained(config.model.checkpoint)
+    for line in describe(model.load_pretrained(config.model.checkpoint)):
+        _log.info(line)
     return LoadedModel(model.eval(), config, {"step": 0, "epoch": 0, "config": config.model_dump(mode="json")})

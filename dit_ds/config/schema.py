@@ -145,8 +145,9 @@ class ModelConfig(Section):
     decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
     checkpoint: str | None = Field(
         None,
-        description="official sam_vit_*.pth to start from, of lavt and rela a folder with a Swin of transformers; none "
-        "starts from random weights",
+        description="file to start from, with all of SAM in it: an official sam_vit_*.pth, a SamModel of transformers "
+        "(file or folder), or what dit-ds export wrote; of lavt and rela a folder with a Swin of transformers; none starts "
+        "from random weights",
     )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
     freeze_mask_decoder: bool = Field(False, description="don't train the mask decoder and the prompts' embeddings")

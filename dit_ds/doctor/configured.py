@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dit_ds.config.schema import RunConfig, TextConfig
 from dit_ds.doctor.check import Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.errors import UserError
 from dit_ds.files import GIB, full_disk_is_user_error
+from dit_ds.models.segmenter import Segmenter
 
 
 def configuration(c: Context) -> Iterator[Check]:
@@ -62,30 +64,45 @@ def _read_rate(path: Path) -> float:
 
 
 def sam_checkpoint(c: Context) -> Iterator[Check]:
-    """The file to start from, or a folder for other methods: its directory of tensors is read, not the tensors."""
+    """The file to start from, by names and shapes: the tensors themselves are not read."""
+    from dit_ds.models.checkpoint_file import read_tensors
+    from dit_ds.models.sam_checkpoint import check_sam_checkpoint
+
     path = c.run_config.model.checkpoint
     if path is None:
         yield Check("sam checkpoint", "ok", "none configured: random weights")
-        return
-    remedy = "download sam_vit_b_01ec64.pth or its larger kin, or set model.checkpoint"
-    if c.run_config.model.name != "dit_sam":
-        remedy = "save a Swin of transformers there, as microsoft/swin-base-patch4-window12-384-in22k"
-    try:
-        if (Path(path) / "config.json").exists():
-            names = ("model.safetensors", "pytorch_model.bin")
-            path = next((str(Path(path) / n) for n in names if (Path(path) / n).exists()), f"{path}/{names[0]}")
-        if path.endswith(".safetensors"):
-            from safetensors import safe_open
+    elif c.run_config.model.name == "dit_sam":
+        yield Check("sam checkpoint", "ok", f"{path}, {check_sam_checkpoint(path, _model_shapes(c.run_config))}")
+    else:
+        yield Check("sam checkpoint", "ok", f"{path}, {len(read_tensors(path, values=False))} tensors")
 
-            with safe_open(path, "pt") as f:
-                count = len(list(f.keys()))
-        else:
-            count = len(torch.load(path, map_location="meta", weights_only=True, mmap=True))
-        yield Check("sam checkpoint", "ok", f"{path}, {count} tensors")
-    except FileNotFoundError:
-        yield Check("sam checkpoint", "fail", f"no file {path}", remedy)
-    except Exception as e:  # torch.load raises many kinds for a damaged file
-        yield Check("sam checkpoint", "fail", f"{path} can't be read ({type(e).__name__})", remedy)
+
+def _model_shapes(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The model's tensors without data; of SAM's parts alone where the text encoder, of which another check tells, is
+    not there."""
+    from dit_ds.models.text_encoder import offline_text
+
+    try:
+        return _fake_model(config).state_dict()
+    except UserError:
+        stand_in = config.model_copy(update={"text": TextConfig(name="bert-base-uncased")})
+        with offline_text(stand_in):
+            state = _fake_model(stand_in).state_dict()
+    return {n: x for n, x in state.items() if n.startswith(("image_encoder.", "prompt_encoder.", "mask_decoder."))}
+
+
+def _fake_model(config: RunConfig) -> Segmenter:
+    """The configuration's model with tensors that have no data.
+
+    Raises:
+        UserError: there is no text encoder.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dit_ds.models.build import build_model
+
+    with FakeTensorMode():
+        return build_model(config, text_weights=False)
 
 
 def text_encoder(c: Context) -> Iterator[Check]:
@@ -137,14 +154,9 @@ def run_folder(c: Context) -> Iterator[Check]:
 
 def _checkpoint_bytes(c: Context) -> int:
     """fp32 masters, Adam's two moments and the moving average of trained parameters; 0 if the model can't be built."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from dit_ds.models.build import build_model
-
     config = c.run_config
     try:
-        with FakeTensorMode():  # tensors without data
-            model = build_model(config, text_weights=False)
+        model = _fake_model(config)
     except UserError:  # no text encoder: the check `text_encoder` reports it
         return 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.instruction import Options, StaticTokens, make_instruction
 from dit_ds.models.losses import segmentation_loss
-from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder, load_sam_checkpoint
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder
+from dit_ds.models.sam_checkpoint import load_sam_checkpoint
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder
 
@@ -179,7 +180,5 @@ class DITSAM(Segmenter):
         self.image_encoder.compile_blocks()
 
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
-        """See `load_sam_checkpoint`; `missing` is of SAM's own parts."""
-        report = load_sam_checkpoint(self, path)
-        added = ("text_encoder.", "text_projection.", "image_encoder.instruction.", "image_encoder.static_tokens.")
-        return report | {"missing": [n for n in report["missing"] if not n.startswith(added)]}
+        """See `load_sam_checkpoint`."""
+        return load_sam_checkpoint(self, path)

@@ -1,21 +1,16 @@
-"""SAM's parts: sizes, the batched prompt encoder and mask decoder, and official checkpoints by name."""
+"""SAM's parts: sizes, the batched prompt encoder and mask decoder, and position tables of other lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
-
-from dit_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -168,39 +163,3 @@ def resize_positions(state: dict[str, Tensor], target: dict[str, Tensor]) -> dic
             table = F.interpolate(value.t()[None].float(), want.shape[0], mode="linear")
             fitted[name] = table[0].t().to(value.dtype)
     return fitted
-
-
-def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
-    """Load an official `sam_vit_*.pth`, or what `dit-ds export` wrote, into a model by name, positions resized.
-
-    Returns:
-        `loaded`, `missing` (in the model only) and `unexpected` (in the file only) tensor names.
-    Raises:
-        UserError: no such file, not a checkpoint of tensors, or one of another size.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            state: dict[str, Any] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no SAM checkpoint at {path}: download sam_vit_b_01ec64.pth or its larger kin") from None
-    except Exception as e:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} is not a readable SAM checkpoint ({type(e).__name__}): download it again") from None
-    target = model.state_dict()
-    state = resize_positions({k: v for k, v in state.items() if isinstance(v, Tensor)}, target)
-    for name in state.keys() & target.keys():
-        if state[name].shape != target[name].shape:
-            have, want = tuple(state[name].shape), tuple(target[name].shape)
-            of_text = name.startswith(("text_", "image_encoder.instruction.", "image_encoder.static_tokens."))
-            keys = "text.name, model.scheme and model.static_tokens" if of_text else "model.size"
-            raise UserError(f"{path} is of another size: {name} is {have}, the model's {want}: set {keys} to match")
-    loaded = sorted(state.keys() & target.keys())
-    if not loaded:
-        raise UserError(f"{path} holds no tensor with a name of SAM's: give an official sam_vit_*.pth")
-    model.load_state_dict({k: state[k] for k in loaded}, strict=False)
-    return {
-        "loaded": loaded,
-        "missing": sorted(target.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - target.keys()),
-    }

@@ -88,7 +88,7 @@ class Segmenter(nn.Module):
         Returns:
             `loaded`, `missing` (in the model only) and `unexpected` (in the file only) tensor names.
         Raises:
-            UserError: no such file, or one of another size.
+            UserError: no such file, or one that lacks a part, or is of another size or network.
         """
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_ds.errors import UserError
-from dit_ds.models.sam import load_sam_checkpoint
+from dit_ds.models.checkpoint_file import load_by_name
 from dit_ds.models.segmenter import Segmenter
 
 
@@ -208,12 +208,18 @@ class TextSwin(nn.Module):
             raise UserError(f"model.checkpoint {path} is no folder with a Swin of transformers: download one, as "
                             "microsoft/swin-base-patch4-window12-384-in22k")  # fmt: skip
         try:
-            loaded: Any = SwinModel.from_pretrained(path, add_pooling_layer=False).state_dict()
+            read: Any = SwinModel.from_pretrained(path, add_pooling_layer=False, output_loading_info=True)
+            loaded, info = read[0].state_dict(), read[1]
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(f"model.checkpoint {path} can't be loaded ({str(e).splitlines()[0]})") from None
+        absent = {_our_name(n) for n in info["missing_keys"]}  # which transformers fills with random numbers
         state = {_our_name(n): x for n, x in loaded.items()}
-        swin = ("embeddings.", "stages.")
-        mine = {n: x for n, x in self.state_dict().items() if n.startswith(swin)}
+        mine = {n: x for n, x in self.state_dict().items() if n.startswith(("embeddings.", "stages."))}
+        if lacking := sorted(absent & mine.keys()):
+            raise UserError(
+                f"model.checkpoint {path} lacks {len(lacking)} of the Swin's {len(mine)} tensors ({lacking[0]}, ..): "
+                "save it whole"
+            )
         for name in sorted(state.keys() & mine.keys()):
             if state[name].shape != mine[name].shape:
                 have, want = tuple(state[name].shape), tuple(mine[name].shape)
@@ -244,7 +250,7 @@ class SwinSegmenter(Segmenter):
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
         """See `TextSwin.load_pretrained`; of what `dit-ds export` wrote, all parameters by name."""
         if str(path).endswith(".safetensors"):
-            return load_sam_checkpoint(self, path)
+            return load_by_name(self, path)
         return self.backbone.load_pretrained(path)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
+from dit_ds.models.sam_checkpoint import describe
 from dit_ds.training.log_files import LineFile, LineFileHandler, ScalarBoard
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
@@ -109,15 +110,10 @@ class RunLog:
         """Log how many tensors of `model.checkpoint` were loaded, and the names of those that were not.
 
         Args:
-            report: names by `loaded`, `missing` and `unexpected`, from `Segmenter.load_pretrained`.
+            report: from `Segmenter.load_pretrained`.
         """
-        self.log(f"model.checkpoint: {len(report['loaded'])} tensors loaded by name")
-        for what, names in (
-            ("not in the checkpoint, fresh", report["missing"]),
-            ("not in the model, ignored", report["unexpected"]),
-        ):
-            if names:
-                self.log(f"{what}: {', '.join(names)}")
+        for line in describe(report):
+            self.log(line)
 
     def close(self) -> None:
         """Flush and close."""
