@@ -1,7 +1,8 @@
-"""Damage a sharded set in seeded ways: does `data verify` find each, and what does reading it for training do?
+"""Damage a sharded set in seeded ways: does `data verify` find each, and what does reading it for training do? And forge
+run folders, checkpoints and exported files: what do the commands that read them do (see forgeries.py)?
 
-python benchmarks/mutations.py --json                # 1,000 damages, minutes
-python benchmarks/mutations.py --n 50 --out /tmp/m   # half a minute: that it works
+python benchmarks/mutations.py --json                             # 1,000 damages and 280 forgeries
+python benchmarks/mutations.py --n 50 --forgeries 7 --out /tmp/m  # a minute: that it works
 
 Training may stop in one line, name the samples that are bad, or read what was never touched; a sample that differs from
 the undamaged set's, is lost or comes twice without a word is silently wrong, and there must be none.
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
+import forgeries  # noqa: E402
 import numpy as np  # noqa: E402
 from damages import DAMAGES  # noqa: E402
 
@@ -150,6 +152,12 @@ def run(n: int, seed: int, folder: Path, images: int = 48) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
 
 
+def forge(n: int, seed: int, folder: Path, commands: tuple[str, ...] = tuple(forgeries.COMMANDS)) -> dict[str, Any]:
+    """Forged runs of a small sharded set, see `forgeries.run`."""
+    make_set(folder / "set", 24, seed)
+    return forgeries.run(n, seed, folder, folder / "set", commands)
+
+
 def markdown(result: dict[str, Any], command: str) -> str:
     """The report."""
     rows = [{"kind": k} | r for k, r in result["by_kind"].items()] + [{"kind": "all"} | result["total"]]
@@ -166,25 +174,43 @@ with the undamaged set's. "Identical": the damage lies where that reader never l
 members) or where only a report comes from.
 "Sealed again": the manifest's checksum was recomputed, so only cross-checks can find the damage.
 
+{common.table(rows, columns)}
+{_forged(result["forged"])}"""
+
+
+def _forged(result: dict[str, Any]) -> str:
+    """The report's part on forged runs."""
+    rows = [{"kind": k} | r for k, r in result["by_kind"].items()] + [{"kind": "all"} | result["total"]]
+    columns = {"forgery": lambda r: r["kind"]}
+    columns |= {k: lambda r, k=k: r[k] for k in ("forgeries", *forgeries.OUTCOMES)}
+    return f"""
+# Forged runs
+
+A run's folder, its checkpoint and its exported file, forged in seeded ways, each time a fresh copy, and given to
+{", ".join(f"`{c}`" for c in result["commands"])}. "Sealed again": the checkpoint's manifest has the forged files' sizes and
+hashes. "Used": as data. "Escaped": a process was started, or a file outside the run's folder was touched.
+
 {common.table(rows, columns)}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=1000, help="damages (default 1000)")
+    parser.add_argument("--forgeries", type=int, default=280, help="of runs, see forgeries.py (default 280)")
     parser.add_argument("--seed", type=int, default=0, help="another seed damages otherwise (default 0)")
     parser.add_argument("--images", type=int, default=48, help="of the set that is damaged (default 48)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder for mutations.json and .md")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutations_", dir=os.environ.get("TMPDIR")) as scratch:
-        result = run(args.n, args.seed, Path(scratch), args.images)
+        forged = forge(args.forgeries, args.seed, Path(scratch) / "forged")  # first: it forks
+        result = run(args.n, args.seed, Path(scratch), args.images) | {"forged": forged}
     result = common.conditions("cpu") | {"images": args.images} | result
-    command = f"python benchmarks/mutations.py --n {args.n} --seed {args.seed} --json"
+    command = f"python benchmarks/mutations.py --n {args.n} --forgeries {args.forgeries} --seed {args.seed} --json"
     common.write(args.out, "mutations", result, markdown(result, command))
     total = result["total"]
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in total.items()))
-    if result["missed"] or total["found_by_verify"] < total["damages"]:
+    if result["missed"] or forged["wrong"] or total["found_by_verify"] < total["damages"]:
         sys.exit(1)
 
 

@@ -73,6 +73,14 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
         f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
 
 
+def parse_json(text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """As `json.loads`; a text that is nested too deeply for it raises `ValueError`, as any other that is not JSON."""
+    try:
+        return json.loads(text, object_hook=object_hook)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read a JSON file.
 
@@ -83,8 +91,7 @@ def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]
         UserError: the file is missing, can't be read, or is not JSON.
     """
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            return json.load(f, object_hook=object_hook)
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"), object_hook)
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
     except OSError as e:

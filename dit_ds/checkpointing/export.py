@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dit_ds.checkpointing import reader as checkpoint
+from dit_ds.checkpointing.integrity import damage_is_user_error
 from dit_ds.checkpointing.weights import load_model, save_tensors
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.errors import UserError
@@ -39,7 +39,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
     header["config"] = config.model_dump(mode="json")
     out = Path(out)
     save_tensors(state, out, {"dit_ds": json.dumps(header), "format": "pt"})
-    with checkpoint.damage_is_user_error(out):
+    with damage_is_user_error(out):
         back = load_file(out)
     if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
         raise UserError(f"{out} could not be read back as written: check the disk")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from dit_ds.errors import UserError
 from dit_ds.files import check_name, read_json, sha256_of
@@ -29,6 +33,25 @@ def require_readable(path: Path) -> None:
     files = sorted(path.iterdir()) if folders else [path]
     if wrong := [f for f in files if f.exists() and not os.access(f, os.R_OK)]:
         raise UserError(f"cannot read {wrong[0]} (permission denied): ask its owner for chmod a+r")
+
+
+def damaged(path: Path, why: object) -> UserError:
+    """The error that a checkpoint is damaged."""
+    return UserError(f"checkpoint {path} is damaged ({why}): use another of the run's")
+
+
+@contextlib.contextmanager
+def damage_is_user_error(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises into one line: it is damaged, or may not be read.
+
+    Args:
+        path: the checkpoint's folder, or an exported file.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as e:
+        require_readable(path)  # safetensors reports a file that may not be read as missing
+        raise damaged(path, e) from None
 
 
 def damages(path: Path, part: int = 0, parts: int = 1) -> list[str]:

@@ -9,26 +9,26 @@ parameter name. `saver.py` writes it.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
 from torch import Tensor
 
-from dit_ds.checkpointing.integrity import damages, manifest_files, require_readable
+from dit_ds.checkpointing.integrity import damage_is_user_error, damaged, damages, manifest_files
+from dit_ds.checkpointing.meta import Count, read_meta
 from dit_ds.distributed import World, all_or_none, gather_objects
 from dit_ds.engine.zero_state import MASTER, digest
 from dit_ds.errors import UserError
-from dit_ds.files import read_json, replace_on_success, sha256_of
+from dit_ds.files import parse_json, read_json, replace_on_success, sha256_of
 
+_RANGES = TypeAdapter(dict[str, tuple[Count, Count]])
 FROZEN, STATISTICS = "frozen.safetensors", "statistics.safetensors"
 _log = logging.getLogger("dit_ds")
 
@@ -59,38 +59,11 @@ def find(path: str | Path) -> Path:
         return checkpoints[-1]
     try:
         step = int(read_json(best, "best score")["step"])
-    except (UserError, LookupError, TypeError, ValueError) as e:
+    except (UserError, LookupError, TypeError, ValueError, OverflowError) as e:
         step = read_meta(checkpoints[-1])["progress"]["best_step"]
         _log.warning(f"warning: {best} is damaged ({e}): using the best step that {checkpoints[-1]} names, {step}")
     chosen = path / "checkpoints" / f"step_{step:08d}"
     return chosen if chosen in checkpoints else checkpoints[-1]
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; an exported file, in its header."""
-    if not path.is_file():
-        return read_json(path / "meta.json", "checkpoint")
-    with damage_is_user_error(path), safe_open(path, "pt") as f:
-        meta = (f.metadata() or {}).get("dit_ds")
-    if meta is None:
-        raise UserError(
-            f"{path} was not written by dit-ds export: give a run's folder or one of its checkpoints/step_*"
-        )
-    return json.loads(meta)
-
-
-@contextlib.contextmanager
-def damage_is_user_error(path: Path) -> Iterator[None]:
-    """Turn what reading a file raises into one line: it is damaged, or may not be read.
-
-    Args:
-        path: the checkpoint's folder, or an exported file.
-    """
-    try:
-        yield
-    except (SafetensorError, OSError) as e:
-        require_readable(path)  # safetensors reports a file that may not be read as missing
-        raise UserError(f"checkpoint {path} is damaged ({e}): use another of the run's") from None
 
 
 def newest_whole(run_dir: str | Path, world: World) -> Path | None:
@@ -172,10 +145,10 @@ def _saved_steps(run_dir: Path) -> list[int]:
     path, steps = run_dir / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if entry["kind"] == "save":
                 steps.append(int(entry["step"]))
-        except (ValueError, LookupError, TypeError):  # a line that a kill cut short
+        except (ValueError, LookupError, TypeError, OverflowError):  # a line that a kill cut short
             continue
     return steps
 
@@ -195,8 +168,14 @@ class Reader:
         self._files: dict[Path, Any] = {}
         with damage_is_user_error(path):
             for file in sorted(path / n for n in manifest_files(path) if n.startswith("rank_")):
-                for name, (start, numel) in json.loads(self._open(file).metadata()["ranges"]).items():
+                for name, (start, numel) in self._ranges(file).items():
                     self._where.setdefault(name, []).append((start, numel, file))
+
+    def _ranges(self, file: Path) -> dict[str, tuple[int, int]]:
+        try:
+            return _RANGES.validate_json((self._open(file).metadata() or {}).get("ranges", ""))
+        except ValidationError as e:
+            raise damaged(self.path, f"the ranges in {file.name}: {e.errors()[0]['msg']}") from None
 
     def _open(self, file: Path) -> Any:
         if file not in self._files:
@@ -205,16 +184,20 @@ class Reader:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """(numel,) of a parameter's `kind`, from element `start` on."""
-        out, found = torch.empty(numel), 0
+        pieces: list[tuple[int, int, int, Any]] = []
         with damage_is_user_error(self.path):
             for at, length, file in self._where.get(name, []):
                 low, high = max(at, start), min(at + length, start + numel)
                 if low < high:
-                    piece = self._open(file).get_slice(f"{kind}/{name}")[low - at : high - at]
-                    out[low - start : high - start] = piece
-                    found += high - low
-        if found != numel:
-            raise UserError(f"checkpoint {self.path} is damaged ({name} is not whole): use another of the run's")
+                    held = self._open(file).get_slice(f"{kind}/{name}")
+                    if held.get_shape() != [length]:
+                        raise damaged(self.path, f"{file.name} has {kind}/{name} in another length than it says")
+                    pieces.append((at, low, high, held))
+            if sum(high - low for _, low, high, _ in pieces) != numel:  # before memory for it is taken
+                raise damaged(self.path, f"{name} is not whole")
+            out = torch.empty(numel)
+            for at, low, high, held in pieces:
+                out[low - start : high - start] = held[low - at : high - at]
         return out
 
     def whole(self, kind: str) -> dict[str, Tensor]:
@@ -235,9 +218,7 @@ class Reader:
         """
         for kind, total in digests.items():
             if f"{total % (1 << 64):016x}" != self.meta["digest"][kind]:
-                raise UserError(
-                    f"checkpoint {self.path} is damaged (the {kind} digest differs): use another of the run's"
-                )
+                raise damaged(self.path, f"the {kind} digest differs")
 
 
 def remove(path: Path) -> None:

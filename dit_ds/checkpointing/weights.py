@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_ds.checkpointing import reader as checkpoint
-from dit_ds.checkpointing.integrity import require_readable
+from dit_ds.checkpointing.integrity import damage_is_user_error, require_readable
+from dit_ds.checkpointing.meta import read_meta
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batchnorm import running_statistics
@@ -89,7 +90,7 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
             `model` differ.
     """
     left_out = path.is_dir() and not (path / checkpoint.FROZEN).exists()
-    with checkpoint.damage_is_user_error(path):
+    with damage_is_user_error(path):
         if path.is_file():
             state = load_file(path)
         else:
@@ -108,7 +109,7 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
             raise UserError(
                 f"checkpoint {path} is of another model: {name} is {have}, here {want}: use its own model.* keys"
             )
-    meta = checkpoint.read_meta(path)
+    meta = read_meta(path)
     model.load_state_dict(state)
     if not path.is_dir() or frozen_digest(model) == meta["frozen"]:
         return
@@ -164,7 +165,7 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> Loa
     if Path(path).suffix in (".yaml", ".yml"):
         return _untuned(path, overrides or {})
     path = checkpoint.find(path)
-    meta = checkpoint.read_meta(path)
+    meta = read_meta(path)
     here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
     config = validate(merge(merge(meta["config"], here), overrides or {}), source=path)
     complete = path.is_file() or (path / checkpoint.FROZEN).exists()

@@ -126,25 +126,25 @@ def averaged(state: TrainingState) -> Any:
     return state.average_in_module(import_deepspeed().zero.GatheredParameters)
 
 
+_COUNTS = ("global_steps", "global_samples", "skipped_steps")
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def counters(engine: Any) -> dict[str, Any]:
     """DeepSpeed's own counters and fp16's loss scale, for a checkpoint."""
-    counts = {k: getattr(engine, k) for k in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
+    counts = {k: getattr(engine, k) for k in (*_COUNTS, "micro_steps")}
     scaler = _loss_scaler(engine) if engine.fp16_enabled() else None
     return counts | {"loss_scale": {k: getattr(scaler, k) for k in _LOSS_SCALE if hasattr(scaler, k)}}
 
 
 def set_counters(engine: Any, saved: dict[str, Any]) -> None:
-    """Go on counting where a checkpoint was."""
-    for key, value in saved.items():
-        if key == "micro_steps":  # of the micro-batches there are now
-            engine.micro_steps = saved["global_steps"] * engine.gradient_accumulation_steps()
-        elif key != "loss_scale":
-            setattr(engine, key, value)
-    for key, value in saved["loss_scale"].items():
-        setattr(_loss_scaler(engine), key, value)
+    """Go on counting where a checkpoint was. Other keys than those of `counters` are not looked at."""
+    for key in _COUNTS:
+        setattr(engine, key, saved[key])
+    engine.micro_steps = saved["global_steps"] * engine.gradient_accumulation_steps()  # of those there are now
+    for key in _LOSS_SCALE:
+        if key in saved["loss_scale"] and engine.fp16_enabled():
+            setattr(_loss_scaler(engine), key, saved["loss_scale"][key])
 
 
 def _loss_scaler(engine: Any) -> Any:

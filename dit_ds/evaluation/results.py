@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
-from dit_ds.files import write_json
+from dit_ds.files import parse_json, write_json
 
 _log = logging.getLogger("dit_ds")
 
@@ -78,7 +77,7 @@ def evaluations_in_training(folder: Path, config: RunConfig) -> list[dict[str, A
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:  # the last line of a run that was killed
             continue
         if isinstance(entry, dict) and entry.get("kind") == "eval":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
+from dit_ds.files import parse_json
 from dit_ds.paper.tables import MISPRINTS, TABLES, Row, Table
 
 FOLDER = "configs/paper"
@@ -115,7 +115,7 @@ def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -
 def text_encoder(name: str) -> str:
     """clip or bert: by the `model_type` in the folder `text.name`, else by the name."""
     try:
-        kind = json.loads((Path(name) / "config.json").read_text())["model_type"]
+        kind = parse_json((Path(name) / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         kind = Path(name).name
     return "clip" if "clip" in kind.lower() else "bert"

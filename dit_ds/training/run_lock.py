@@ -21,7 +21,7 @@ from typing import Any
 
 from dit_ds.distributed import World, all_or_none
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error, replace_on_success
+from dit_ds.files import full_disk_is_user_error, parse_json, replace_on_success
 
 NAME = "run.lock"
 INTERVAL = 10.0  # seconds between two heartbeats
@@ -212,7 +212,7 @@ def _time(path: Path) -> int | None:
 def _read(path: Path) -> Owner | None:
     """None where there is no lock, or one that cannot be understood."""
     try:
-        values: Any = json.loads(path.read_text())
+        values: Any = parse_json(path.read_text())
         return Owner(**values)
     except (OSError, ValueError, TypeError):
         return None

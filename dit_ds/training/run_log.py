@@ -17,7 +17,7 @@ from torch import nn
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, gather_objects
-from dit_ds.files import atomic_write, full_disk_is_user_error, write_json
+from dit_ds.files import atomic_write, full_disk_is_user_error, parse_json, write_json
 from dit_ds.models.sam_checkpoint import describe
 from dit_ds.training.log_files import LineFile, LineFileHandler, ScalarBoard
 
@@ -143,7 +143,7 @@ def _cut(path: Path, step: int | None, evaluated: int) -> None:
     moved: list[str] = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             keep = step is not None and entry["step"] <= (evaluated if entry.get("kind") == "eval" else step)
         except (ValueError, KeyError, TypeError):  # a line that a kill cut short
             keep = False

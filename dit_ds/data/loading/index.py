@@ -17,6 +17,7 @@ from dit_ds.data.loading.sampler import Samples
 from dit_ds.data.shards.manifest import manifest_bytes, manifest_errors, parse_manifest, size_errors
 from dit_ds.data.shards.storage import file_of
 from dit_ds.errors import UserError
+from dit_ds.files import parse_json
 
 JPG, JSON = 2, 5  # a member's first column in `SplitIndex.images`; its columns are offset, bytes, CRC-32
 
@@ -206,10 +207,14 @@ class SplitIndex:
             UserError: it has another image, or other refs and sentences, than the manifest says. The manifest is wrong
                 then, and other samples may be misnumbered, so this is no `BadSample`.
         """
-        meta = json.loads(data)
         first, last = (bisect.bisect_left(self.refs[:, 0], i) for i in (image, image + 1))
-        lengths = [len(r["sentences"]) for r in meta["refs"]]
-        if meta["image_id"] != self.images[image, 1] or lengths != self.refs[first:last, 3].tolist():
+        try:
+            meta = parse_json(data)
+            lengths = [len(r["sentences"]) for r in meta["refs"]]
+            same = meta["image_id"] == self.images[image, 1] and lengths == self.refs[first:last, 3].tolist()
+        except (ValueError, LookupError, TypeError):
+            same = False
+        if not same:
             raise UserError(
                 f"{self.shards[self.images[image, 0]]}: {self.key(image)}.json has other refs than the manifest says: "
                 "remove the manifest and shard again"
