@@ -283,12 +283,8 @@ def test_an_official_checkpoint_loads_by_name(tmp_path):
     for i in (0, 1):
         theirs, ours = (m.mask_decoder.transformer.layers[i].state_dict() for m in (sam, model))
         assert all(torch.equal(ours[n], x) for n, x in theirs.items())
-    assert model.image_encoder.pos_embed.shape == (1, 32, 32, 768)
-    assert model.image_encoder.blocks[0].attn.rel_pos_h.shape == (63, 64)  # from a window's 27
-    assert model.image_encoder.blocks[2].attn.rel_pos_h.shape == (63, 64)  # from 127
-    torch.testing.assert_close(
-        model.image_encoder.blocks[3].mlp.lin1.weight, sam.image_encoder.blocks[3].mlp.lin1.weight
-    )
+    for name, value in sam.image_encoder.state_dict().items():  # the position tables, too, at their own lengths
+        assert torch.equal(model.image_encoder.state_dict()[name], value)
     with pytest.raises(UserError, match="of another size.*model.size"):
         load_sam_checkpoint(DITSAM(text, "vit_l", 64), tmp_path / "sam_vit_b.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "sam_vit_b.pth").read_bytes()[:100000])

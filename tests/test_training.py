@@ -237,12 +237,12 @@ def test_requests_that_cannot_be_met(refusal, trained, config_file, tmp_path):
     assert "--text is empty" in refusal(*picture, "--image", ROOT / "README.md", "--text", " ")
 
 
-def test_a_checkpoint_of_another_size_is_refused(refusal, trained, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(refusal, trained, tmp_path):
     copy = tmp_path / "step_00000010"
     shutil.copytree(trained / "run/checkpoints/step_00000010", copy)  # complete: frozen weights are in it
     dit_ds("eval", copy)
     meta = json.loads((copy / "meta.json").read_text())
-    meta["config"]["data"]["image_size"] = 128
+    meta["config"]["model"]["static_tokens"] = 2
     (copy / "meta.json").write_text(json.dumps(meta))
     assert "is of another model" in refusal("eval", copy)
     file = copy / "rank_00001.safetensors"

@@ -24,6 +24,7 @@ from dit_ds.engine.zero_state import MASTER
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, is_url, replace_on_success
 from dit_ds.models.build import build_model
+from dit_ds.models.positions import is_other_length
 from dit_ds.models.sam_checkpoint import describe
 from dit_ds.models.segmenter import Segmenter
 
@@ -80,7 +81,7 @@ def save_tensors(state: dict[str, Tensor], path: Path, header: dict[str, str] | 
 
 
 def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
-    """Load a checkpoint's weights into a model of the same configuration.
+    """Load a checkpoint's weights into a model of the same configuration, whatever its image size.
 
     Args:
         path: a checkpoint's folder, or an exported file.
@@ -103,7 +104,10 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
     if left_out:  # the model's own frozen weights are used; their digest is compared below
         state = {n: x for n, x in frozen_state(model).items() if n not in state} | state
     for name in sorted(state.keys() | target.keys()):
-        if name not in state or name not in target or state[name].shape != target[name].shape:
+        both = name in state and name in target
+        if not both or not (
+            state[name].shape == target[name].shape or is_other_length(name, state[name], target[name])
+        ):
             have = tuple(state[name].shape) if name in state else "absent"
             want = tuple(target[name].shape) if name in target else "absent"
             raise UserError(

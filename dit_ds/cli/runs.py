@@ -68,6 +68,7 @@ def _add_eval(commands: Any) -> None:
     p.add_argument(
         "--threshold", type=probability, help="a pixel is in above this probability (default: the run's, 0.35)"
     )
+    p.add_argument("--image-size", type=from_one, help="side of the square input, in pixels (default: the run's)")
     p.add_argument("--shuffle-text", action="store_true", help="control: give each image another image's expressions")
     p.add_argument("--predictions", metavar="DIR", help="write each predicted mask as DIR/IMAGE_EXPRESSION.png")
 
@@ -128,6 +129,7 @@ def _eval(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         predictions=args.predictions,
         prompt=args.prompt,
+        image_size=args.image_size,
     )
     report(args, result)
     return 0

@@ -93,11 +93,12 @@ def evaluate_checkpoint(
     threshold: float | None = None,
     predictions: str | None = None,
     prompt: str | None = None,
+    image_size: int | None = None,
 ) -> dict[str, Any]:
     """`dit-ds eval`: the metrics of one split, the same digits on any number of ranks.
 
     Args:
-        path: as for `load_model`. A run's result is also written into its folder, see `write_to_run`.
+        path: as for `load_model`. A run's result as it is configured is also written into its folder, see `write_to_run`.
         data_root: where the shards are; by default where the run read them, if that is a local folder.
         batch_size, workers: as for `evaluate`; by default the run's.
         shuffle_text: give each image the expressions of another: a control that measures what the image alone predicts.
@@ -105,10 +106,13 @@ def evaluate_checkpoint(
         predictions: folder for the predicted masks, as `IMAGEID_EXPRESSION.png`.
         prompt: text, point or box; by default text, if the model was trained on it. Points depend on the sample alone:
             they are the same in each evaluation.
+        image_size: side of the square input, in pixels; by default the run's.
     Raises:
         UserError: no such checkpoint or split, or a prompt that the model can't read.
     """
-    model, config, meta = load_model(path)
+    # the scales are of training, and may be larger than the images
+    overrides = {} if image_size is None else {"data": {"image_size": image_size, "scales": []}}
+    model, config, meta = load_model(path, overrides)
     kind = prompt or config.data.default_prompt
     check_kind(config, kind)
     if shuffle_text and kind != "text":
@@ -133,7 +137,8 @@ def evaluate_checkpoint(
     )
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
-    if world.main and not shuffle_text and postprocess.threshold == config.eval.threshold:  # as the run is configured
+    as_configured = not shuffle_text and image_size is None and postprocess.threshold == config.eval.threshold
+    if world.main and as_configured:
         name, _, split_by = dataset.index.datasets[0].name.partition("/")
         how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"], "dataset": name, "split_by": split_by}

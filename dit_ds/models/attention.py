@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.errors import UserError
 from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
+from dit_ds.models.positions import relative_positions
 
 BACKENDS = ("auto", "eager", *KERNELS)
 # Query rows (samples x heads x N) given to a kernel at once: on a GPU enough to fill it, on a CPU few enough to stay in its cache.
@@ -37,9 +38,7 @@ def relative_table(table: Tensor, size: int) -> Tensor:
 
     A table of another length than 2*size-1 is interpolated linearly.
     """
-    if table.shape[0] != 2 * size - 1:
-        table = F.interpolate(rearrange(table, "n d -> 1 d n"), size=2 * size - 1, mode="linear")[0].t()
-    return table[_offsets(size, table.device)]
+    return relative_positions(table, 2 * size - 1)[_offsets(size, table.device)]
 
 
 def _offsets(size: int, device: torch.device) -> Tensor:
@@ -62,7 +61,7 @@ def relative_position_attention(
     Args:
         qkv: (B, N, 3, heads, d): query, key and value of the visual tokens, N = H*W. One tensor, so that its gradient
             is written in place and not gathered from three.
-        table_h, table_w: (2H-1, d) and (2W-1, d), SAM's `rel_pos_h` and `rel_pos_w`.
+        table_h, table_w: SAM's `rel_pos_h` and `rel_pos_w`, (2H-1, d) and (2W-1, d) or of any other length.
         grid: (H, W).
         text_kv: (B, T, 2, heads, d): key and value of the text tokens.
         text_mask: (B, T) bool, False at padding, which is then not attended to; None attends to all.

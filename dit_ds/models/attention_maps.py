@@ -134,7 +134,7 @@ def attention_of_picture(
     """
     encoder = model.image_encoder
     found: dict[int, LayerAttention] = {}
-    grid = encoder.pos_embed.shape[1], encoder.pos_embed.shape[2]
+    grid = encoder.grid
     picture = picture_grid(inputs["size"][0], grid, model.image_size)
 
     def observer(layer: int, attn: JointAttention, x: Tensor, given: Tensor | None, mask: Tensor | None) -> None:

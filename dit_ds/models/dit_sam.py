@@ -80,6 +80,7 @@ class DITSAM(Segmenter):
             backend=attention,
             window_size=window_size,
             global_layers=s.global_layers,
+            pretrained=s.pretrained,
         )
         options = Options(zero_words, adapters, word_dropout)
         self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)

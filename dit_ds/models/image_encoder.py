@@ -1,6 +1,7 @@
 """SAM's image encoder (ViT), every layer of which can read text tokens.
 
-Without text it computes what `segment_anything`'s `ImageEncoderViT` computes, from parameters of the same names.
+Without text it computes what `segment_anything`'s `ImageEncoderViT` computes, from parameters of the same names and
+shapes; at any image size, to which it interpolates the position tables.
 
 Shapes: B samples, T text tokens, N = H*W visual tokens of width D, `heads` heads of width d = D/heads.
 """
@@ -30,6 +31,7 @@ from dit_ds.models.attention import relative_position_attention, text_attention
 from dit_ds.models.attention_kernels import why_not
 from dit_ds.models.instruction import Instruction, StaticTokens
 from dit_ds.models.naive import naive_block
+from dit_ds.models.positions import absolute_positions, take_lengths
 
 
 def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
@@ -132,14 +134,27 @@ class JointBlock(Block):
     With `update_text` the text's rows are computed, too (equation 6), else the visual rows only (equation 8): text that
     the next layer does not read has outputs that nobody uses. In a block with windows each window attends to itself and
     to all text tokens.
+
+    Args:
+        table_grid: H and W that the relative position tables are made for; None: those of what attends, `grid` or a
+            window.
     """
 
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], backend: str, window_size: int = 0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        backend: str,
+        window_size: int = 0,
+        table_grid: tuple[int, int] | None = None,
+    ):
         if backend == "naive" and window_size:
             raise UserError("model.attention naive attends globally: set model.window_size 0, or model.attention auto")
         norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(dim, num_heads, norm_layer=norm, use_rel_pos=True, window_size=window_size, input_size=grid)
-        self.attn = JointAttention(dim, num_heads, (window_size, window_size) if window_size else grid, backend)
+        table_grid = table_grid or ((window_size, window_size) if window_size else grid)
+        self.attn = JointAttention(dim, num_heads, table_grid, backend)
         self.mlp.act = nn.Identity()
         self.mlp.lin2 = LinearOfGELU.of(self.mlp.lin2)
 
@@ -185,7 +200,10 @@ class ImageEncoder(ImageEncoderViT):
         window_size: of the layers that don't attend globally, in tokens; 0 for global attention in all, as in the
             paper's code.
         global_layers: those that attend globally where the others have windows.
+        pretrained: image and window size that the position tables are made for; None: those above. A state dict whose
+            tables have other lengths loads, too: its lengths are then the tables'.
     Attributes:
+        grid: H and W of the image's tokens.
         instruction: the scheme; None: no text enters.
         static_tokens: learnable tokens beside the text, or None.
     """
@@ -204,10 +222,12 @@ class ImageEncoder(ImageEncoderViT):
         backend: str = "auto",
         window_size: int = 0,
         global_layers: tuple[int, ...] = (),
+        pretrained: tuple[int, int] | None = None,
     ):
         norm = partial(nn.LayerNorm, eps=1e-6)
+        table_size, table_window = pretrained or (image_size, window_size)
         super().__init__(
-            image_size,
+            table_size,
             patch_size,
             embed_dim=embed_dim,
             depth=0,
@@ -215,16 +235,20 @@ class ImageEncoder(ImageEncoderViT):
             out_chans=out_chans,
             norm_layer=norm,
         )
-        grid = (image_size // patch_size, image_size // patch_size)
-        self.blocks = nn.ModuleList(
-            JointBlock(embed_dim, num_heads, grid, backend, 0 if i in global_layers else window_size)
-            for i in range(depth)
-        )
+        self.img_size = image_size
+        self.grid = (image_size // patch_size, image_size // patch_size)
+        table_grid = (table_size // patch_size, table_size // patch_size)
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            window, of_window = (0, 0) if i in global_layers else (window_size, table_window)
+            relative = (of_window, of_window) if of_window else table_grid
+            self.blocks.append(JointBlock(embed_dim, num_heads, self.grid, backend, window, relative))
+        self.register_load_state_dict_pre_hook(take_lengths)
         self.instruction = self.static_tokens = None
         self._policy = "none"  # of activation checkpointing
         # SAM leaves these at zero and loads them; from scratch the tokens must differ by position for training to begin
         with torch.no_grad():
-            self.pos_embed.copy_(sine_positions(grid, embed_dim))
+            self.pos_embed.copy_(sine_positions(table_grid, embed_dim))
 
     def checkpoint_activations(self, policy: str) -> None:
         """Choose what the backward pass recomputes.
@@ -257,7 +281,8 @@ class ImageEncoder(ImageEncoderViT):
         Returns:
             (B, out_chans, S/patch, S/patch)
         """
-        x = self.patch_embed(x) + self.pos_embed  # (B, H, W, D)
+        x = self.patch_embed(x)  # (B, H, W, D)
+        x = x + absolute_positions(self.pos_embed, x.shape[1:3])
         if self.instruction is None:
             text = None
         recompute = self._policy != "none" and torch.is_grad_enabled()

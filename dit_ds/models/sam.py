@@ -6,16 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
 
+from dit_ds.models.positions import absolute_positions, is_other_length, relative_positions
+
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths. `vit_b`, `vit_l`, `vit_h` are SAM's; `vit_t` is for CPUs and trained from scratch."""
+    """Widths and depths. `vit_b`, `vit_l`, `vit_h` are SAM's; `vit_t` is for CPUs and trained from scratch.
+
+    Attributes:
+        pretrained: image size in pixels and window size in tokens that the position tables are made for; None: those of
+            the run.
+    """
 
     embed_dim: int
     depth: int
@@ -23,6 +29,7 @@ class Size:
     patch_size: int = 16
     prompt_dim: int = 256
     decoder_mlp_dim: int = 2048
+    pretrained: tuple[int, int] | None = None
 
     @property
     def global_layers(self) -> tuple[int, ...]:
@@ -33,9 +40,9 @@ class Size:
 
 SIZES = {
     "vit_t": Size(embed_dim=128, depth=4, num_heads=4, prompt_dim=64, decoder_mlp_dim=256),
-    "vit_b": Size(embed_dim=768, depth=12, num_heads=12),
-    "vit_l": Size(embed_dim=1024, depth=24, num_heads=16),
-    "vit_h": Size(embed_dim=1280, depth=32, num_heads=16),
+    "vit_b": Size(embed_dim=768, depth=12, num_heads=12, pretrained=(1024, 14)),
+    "vit_l": Size(embed_dim=1024, depth=24, num_heads=16, pretrained=(1024, 14)),
+    "vit_h": Size(embed_dim=1280, depth=32, num_heads=16, pretrained=(1024, 14)),
 }
 
 
@@ -149,17 +156,17 @@ class BatchedMaskDecoder(MaskDecoder):
 
 
 def resize_positions(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fit a checkpoint's position tables to the model's: absolute ones bicubic, relative ones linear."""
+    """Give a state dict's position tables the lengths of another's, interpolated as in the forward pass.
+
+    For code that keeps them at its image's size. This package's models take tables of any length as they are.
+    """
     fitted = dict(state)
     for name, value in state.items():
         want = target.get(name)
-        if want is None or value.shape == want.shape:
+        if want is None or not is_other_length(name, value, want):
             continue
-        if name.endswith("pos_embed") and value.shape[-1] == want.shape[-1]:
-            grid = rearrange(value, "1 h w d -> 1 d h w").float()
-            grid = F.interpolate(grid, want.shape[1:3], mode="bicubic", align_corners=False)
-            fitted[name] = rearrange(grid, "1 d h w -> 1 h w d").to(value.dtype)
-        elif ".rel_pos_" in name and value.shape[-1] == want.shape[-1]:
-            table = F.interpolate(value.t()[None].float(), want.shape[0], mode="linear")
-            fitted[name] = table[0].t().to(value.dtype)
+        if want.ndim == 4:
+            fitted[name] = absolute_positions(value, (want.shape[1], want.shape[2]))
+        else:
+            fitted[name] = relative_positions(value, want.shape[0])
     return fitted

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dit_ds.errors import UserError
 from dit_ds.models.checkpoint_file import read_tensors
-from dit_ds.models.sam import SIZES, resize_positions
+from dit_ds.models.positions import is_other_length
+from dit_ds.models.sam import SIZES
 
 _PARTS = {"image_encoder": "image encoder", "prompt_encoder": "prompt encoder", "mask_decoder": "mask decoder"}
 _ADDED = ("text_encoder.", "text_projection.", "image_encoder.instruction.", "image_encoder.static_tokens.")  # to SAM
@@ -71,7 +72,9 @@ _OTHERS = tuple((re.compile(pattern), network) for pattern, network in (
 
 
 def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
-    """Load all of SAM into a model, position tables resized; of what `dit-ds export` wrote, the text's parts too.
+    """Load all of SAM into a model; of what `dit-ds export` wrote, the text's parts too.
+
+    Position tables keep the file's lengths, of whatever image size.
 
     Args:
         path: as for `read_tensors`.
@@ -118,7 +121,7 @@ def describe(report: Mapping[str, list[str]]) -> list[str]:
 
 
 def _fitting(path: str | Path, target: Mapping[str, Tensor], values: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's tensors with segment-anything's names and the target's shapes; how they were found.
+    """The file's tensors with segment-anything's names and shapes that the target takes; how they were found.
 
     Raises:
         UserError: as of `load_sam_checkpoint`.
@@ -132,8 +135,6 @@ def _fitting(path: str | Path, target: Mapping[str, Tensor], values: bool) -> tu
     state = _of_one_part(translated)
     _refuse_others(path, names, state, target)
     _require_size(path, state, target)
-    resizable = {n: x for n, x in state.items() if n in target and x.ndim == target[n].ndim and x.numel()}
-    state |= resize_positions(resizable, dict(target))
     _require_shapes(path, state, target)
     _require_all(path, state, target)
     return state, notes
@@ -257,8 +258,11 @@ def _require_size(path: str | Path, state: Mapping[str, Tensor], target: Mapping
 
 
 def _require_shapes(path: str | Path, state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Equal shapes, positions resized, and weights in floating point."""
-    differ = [n for n in sorted(state.keys() & target.keys()) if state[n].shape != target[n].shape]
+    """Equal shapes but for the lengths of position tables, and weights in floating point."""
+    both = sorted(state.keys() & target.keys())
+    differ = [
+        n for n in both if state[n].shape != target[n].shape and not is_other_length(n, state[n], target[n])
+    ]
     if differ:
         name, of_text = differ[0], differ[0].startswith(_ADDED)
         keys = "text.name, model.scheme and model.static_tokens" if of_text else "model.size"
@@ -266,8 +270,7 @@ def _require_shapes(path: str | Path, state: Mapping[str, Tensor], target: Mappi
             f"{path} is of another size: {len(differ)} tensors have another shape ({name} is "
             f"{tuple(state[name].shape)}, the model's {tuple(target[name].shape)}): set {keys} to match"
         )
-    whole = [n for n in sorted(state.keys() & target.keys()) if not state[n].is_floating_point()]
-    whole = [n for n in whole if target[n].is_floating_point()]
+    whole = [n for n in both if not state[n].is_floating_point() and target[n].is_floating_point()]
     if whole:
         raise UserError(
             f"{path} holds {len(whole)} weights that are no floating-point numbers, as of a quantized model "

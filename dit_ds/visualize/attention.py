@@ -111,7 +111,7 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
     logits, found = attention_of_picture(model, inputs, is_word.to(device()), chosen)
     postprocess = MaskPostprocess.from_config(config)
     prediction = postprocess(logits[0].cpu(), size[0], pixels.shape[:2], config.data.image_size).numpy()
-    side = model.image_size / encoder.pos_embed.shape[1]  # of a patch, in pixels of the square
+    side = model.image_size / encoder.grid[0]  # of a patch, in pixels of the square
     height, width = (side * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))
     words = tokenizer.convert_ids_to_tokens(tokens[0][is_word].tolist())
     by_layer = {i + 1: x for i, x in sorted(found.items())}
