@@ -127,15 +127,23 @@ class ModelConfig(Section):
         description="default: text meets the image in the mask decoder only; end_to_end: E-DIT, equations 4-7; "
         "layer_wise: L-DIT, equation 8; cascade: Table 9's; cross_attention, cross_attention_ffn: Table 4's",
     )
+    scheme_form: Literal["paper", "released"] = Field(
+        "paper",
+        description="the scheme as the paper's text has it, or as its released code, where that is another: "
+        "cross_attention's keys are then the text tokens that left the former layer; cross_attention_ffn, and "
+        "layer_wise with static tokens, have no projections (but one for all layers, where the text is not as wide as "
+        "the ViT); end_to_end's adapters start at zero, with dropout behind each",
+    )
     word_init: Literal["auto", "zero", "uniform"] = Field(
         "auto",
-        description="initial weights of the text's projections into the ViT: zero, much as the paper's released code, so "
-        "that all text tokens are equal at first; uniform, PyTorch's; auto: zero where model.checkpoint is given",
+        description="initial weights of the text's projections into the ViT, in schemes that have some: zero, much as the "
+        "paper's released code, so that all text tokens are equal at first; uniform, PyTorch's; auto: zero where "
+        "model.checkpoint is given",
     )
     adapters: Literal["frozen", "always", "never"] = Field(
         "frozen",
         description="end_to_end's linear layer on the text between two layers: where the ViT is frozen (the paper), "
-        "always (its released code), or never",
+        "always (its released code, but for static tokens), or never",
     )
     static_tokens: int = Field(0, ge=0, description="learnable tokens beside the text in each layer (Table 2)")
     static_form: Literal["concat", "add"] = Field(

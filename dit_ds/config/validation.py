@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dit_ds.config.schema import DataConfig, RunConfig
+from dit_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from dit_ds.errors import UserError
 from dit_ds.files import is_url
 
 _DIT_SAM_ONLY = {
     "data": ("prompts",),
     "model": (
-        "scheme", "word_init", "adapters", "static_tokens", "static_form", "decoder_layers", "freeze_image_encoder",
+        "scheme", "scheme_form", "word_init", "adapters", "static_tokens", "static_form", "decoder_layers", "freeze_image_encoder",
         "freeze_mask_decoder", "freeze_projections", "mask_padding", "align_corners", "window_size", "word_dropout",
     ),
     "train": ("dice_weight",),
@@ -74,6 +74,8 @@ def _check_scheme(config: RunConfig) -> None:
         )
     if m.adapters != "frozen" and m.scheme != "end_to_end":
         raise UserError(f"model.adapters are of model.scheme end_to_end, not of {m.scheme}: leave them out")
+    if m.scheme_form == "released":
+        _check_released(m)
     if m.freeze_projections and not m.freeze_image_encoder:
         raise UserError("model.freeze_projections goes with model.freeze_image_encoder: set both, or neither")
     has_text = "text" in config.data.prompts
@@ -83,6 +85,26 @@ def _check_scheme(config: RunConfig) -> None:
         raise UserError(
             "nothing is left to train: set one of model.freeze_image_encoder, model.freeze_mask_decoder and "
             "text.freeze to false, or model.scheme to layer_wise"
+        )
+
+
+def _check_released(m: ModelConfig) -> None:
+    """What the paper's released code does not have."""
+    if m.scheme == "cascade":
+        raise UserError("model.scheme cascade was not released: set model.scheme_form paper")
+    if m.static_tokens and m.scheme not in ("layer_wise", "end_to_end"):
+        raise UserError(
+            f"model.scheme {m.scheme} was not released with static tokens: set model.static_tokens 0, or "
+            "model.scheme_form paper"
+        )
+    if m.static_tokens and m.static_form != "add":
+        raise UserError("static tokens were released as added ones: set model.static_form add")
+    wanted = "never" if m.static_tokens else "always"
+    if m.scheme == "end_to_end" and m.adapters != wanted:
+        beside = "beside static tokens " if m.static_tokens else ""
+        raise UserError(
+            f"model.scheme end_to_end was released {beside}with adapters {wanted}: set model.adapters {wanted}, or "
+            "model.scheme_form paper"
         )
 
 

@@ -33,6 +33,7 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
         config.data.image_size,
         m.scheme,
         zero_words=m.word_init == "zero" or (m.word_init == "auto" and m.checkpoint is not None),
+        released=m.scheme_form == "released",
         adapters=m.adapters == "always" or (m.adapters == "frozen" and m.freeze_image_encoder),
         static_tokens=m.static_tokens,
         add_static=m.static_form == "add",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_ds.models.image_encoder import ImageEncoder
-from dit_ds.models.instruction import Options, StaticTokens, make_instruction
+from dit_ds.models.instruction import Options, make_instruction, make_static_tokens
 from dit_ds.models.losses import segmentation_loss
 from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder
 from dit_ds.models.sam_checkpoint import load_sam_checkpoint
@@ -26,6 +26,7 @@ class DITSAM(Segmenter):
         image_size: side of the square input.
         scheme: how text enters the image encoder, a key of `instruction.SCHEMES`.
         zero_words: the projections of the text start with zero weights, see `instruction.Options`.
+        released: the scheme as the paper's released code has it, where that is another, see `instruction`.
         adapters: `end_to_end` has linear layers between those of the ViT.
         static_tokens: learnable tokens beside the text in each layer (paper Table 2).
         add_static: they are added to the text tokens instead.
@@ -49,6 +50,7 @@ class DITSAM(Segmenter):
         image_size: int = 512,
         scheme: str = "layer_wise",
         *,
+        released: bool = False,
         zero_words: bool = False,
         adapters: bool = False,
         static_tokens: int = 0,
@@ -82,10 +84,12 @@ class DITSAM(Segmenter):
             global_layers=s.global_layers,
             pretrained=s.pretrained,
         )
-        options = Options(zero_words, adapters, word_dropout)
+        options = Options(zero_words, adapters, word_dropout, released, static=static_tokens > 0)
         self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)
         if static_tokens:
-            self.image_encoder.static_tokens = StaticTokens(static_tokens, s.embed_dim, s.depth, add_static)
+            self.image_encoder.static_tokens = make_static_tokens(
+                scheme, static_tokens, s.embed_dim, s.depth, add_static, released
+            )
         self.prompt_encoder = TextPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)
         self.text_projection = nn.Linear(text_encoder.dim, s.prompt_dim)  # W_o of equation 7

@@ -286,35 +286,42 @@ class ImageEncoder(ImageEncoderViT):
         if self.instruction is None:
             text = None
         recompute = self._policy != "none" and torch.is_grad_enabled()
+        former = None  # text tokens that the former layer put out, for a scheme that reads them
         together = int(self._policy.removeprefix("every_")) if self._policy.startswith("every_") else 1
         for i in range(0, len(self.blocks), together):
             layers = range(i, min(i + together, len(self.blocks)))
             if recompute:
-                x, text = checkpoint(self._layers, layers, x, text, text_mask, use_reentrant=False, **self._contexts())
+                x, text, former = checkpoint(
+                    self._layers, layers, x, text, former, text_mask, use_reentrant=False, **self._contexts()
+                )
             else:
-                x, text = self._layers(layers, x, text, text_mask)
+                x, text, former = self._layers(layers, x, text, former, text_mask)
         return self.neck(rearrange(x, "b h w d -> b d h w"))
 
     def _layers(
-        self, layers: range, x: Tensor, text: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Some layers: (B, H, W, D) to the same, and the text that the next layer's instruction takes."""
+        self, layers: range, x: Tensor, text: Tensor | None, former: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Some layers: (B, H, W, D) to the same, and `text` and `former` that the next layer's instruction takes."""
         for i in layers:
             if text is None or self.instruction is None:
                 x, _ = self.blocks[i](x)
                 continue
-            carries = self.instruction.carries
-            update_text = carries == "layer" and i + 1 < len(self.blocks)  # the last layer's is not read
-            made = tokens = self.instruction(text, i, x)  # (B, T, D)
+            carries, reads_former = self.instruction.carries, self.instruction.reads_former_layer
+            # the last layer's is not read
+            update_text = (carries == "layer" or reads_former) and i + 1 < len(self.blocks)
+            more = (former, text_mask) if reads_former else ()
+            made = tokens = self.instruction(text, i, x, *more)  # (B, T, D)
             mask = text_mask
             if self.static_tokens is not None:
                 tokens, mask = self.static_tokens(tokens, mask, i)  # (B, T+k, D)
             x, updated = self.blocks[i](x, tokens, mask, update_text)
             if update_text:
-                text = updated[:, : made.shape[1]]
+                former = updated[:, : made.shape[1]]
+            if carries == "layer":
+                text = former
             elif carries == "tokens":
                 text = made
-        return x, text
+        return x, text, former
 
     def _contexts(self) -> dict[str, Any]:
         """Of `checkpoint`: with selective the attention operator's outputs are saved within a layer."""
