@@ -117,12 +117,9 @@ def evaluate_checkpoint(
     check_kind(config, kind)
     if shuffle_text and kind != "text":
         raise UserError(f"--shuffle-text is about words, and the prompt is a {kind}: leave it out")
+    at = with_data_root(path, config, data_root)
     dataset = build_eval_dataset(
-        with_data_root(path, config, data_root),
-        split,
-        kind=kind,
-        sentence_shift=int(shuffle_text),
-        trained=trained_prompts(config, meta),
+        at, split, kind=kind, sentence_shift=int(shuffle_text), trained=trained_prompts(config, meta)
     )
     collect = None if predictions is None else _write_masks(Path(predictions))
     world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
@@ -139,10 +136,8 @@ def evaluate_checkpoint(
     result = {"split": split, "prompt": kind} | metrics
     as_configured = not shuffle_text and image_size is None and postprocess.threshold == config.eval.threshold
     if world.main and as_configured:
-        name, _, split_by = dataset.index.datasets[0].name.partition("/")
         how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
-        how |= {"step": meta["step"], "dataset": name, "split_by": split_by}
-        how |= _set_of(dataset, meta, data_root, config.data.root)
+        how |= {"step": meta["step"]} | _set_of(dataset, meta, data_root, config.data.root)
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
         write_to_run(path, config, result | how)
     return result
@@ -152,9 +147,11 @@ def _set_of(
     dataset: ExpressionDataset, meta: dict[str, Any], data_root: str | None, configured_root: str
 ) -> dict[str, Any]:
     """Which shards were read, and whether they are those that the run evaluates on."""
+    name, _, split_by = dataset.index.datasets[0].name.partition("/")
     sha = dataset.index.manifest_sha
     expected = meta.get("val_manifest_sha", sha if data_root is None else None)  # former checkpoints do not say
-    return {"manifest_sha": sha, "data_root": data_root or configured_root, "configured_set": sha == expected}
+    read = {"manifest_sha": sha, "data_root": data_root or configured_root, "configured_set": sha == expected}
+    return {"dataset": name, "split_by": split_by} | read
 
 
 def _write_masks(folder: Path) -> Collect:

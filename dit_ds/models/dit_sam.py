@@ -88,7 +88,7 @@ class DITSAM(Segmenter):
         self.image_encoder.instruction = make_instruction(scheme, text_encoder.dim, s.embed_dim, s.depth, options)
         if static_tokens:
             self.image_encoder.static_tokens = make_static_tokens(
-                scheme, static_tokens, s.embed_dim, s.depth, add_static, released
+                scheme, static_tokens, s.embed_dim, s.depth, additive=add_static, released=released
             )
         self.prompt_encoder = TextPromptEncoder(s, image_size)
         self.mask_decoder = BatchedMaskDecoder(s, decoder_layers)

@@ -242,7 +242,7 @@ class ImageEncoder(ImageEncoderViT):
         for i in range(depth):
             window, of_window = (0, 0) if i in global_layers else (window_size, table_window)
             relative = (of_window, of_window) if of_window else table_grid
-            self.blocks.append(JointBlock(embed_dim, num_heads, self.grid, backend, window, relative))
+            self.blocks.append(JointBlock(embed_dim, num_heads, self.grid, backend, window, table_grid=relative))
         self.register_load_state_dict_pre_hook(take_lengths)
         self.instruction = self.static_tokens = None
         self._policy = "none"  # of activation checkpointing
@@ -282,7 +282,7 @@ class ImageEncoder(ImageEncoderViT):
             (B, out_chans, S/patch, S/patch)
         """
         x = self.patch_embed(x)  # (B, H, W, D)
-        x = x + absolute_positions(self.pos_embed, x.shape[1:3])
+        x = x + absolute_positions(self.pos_embed, (x.shape[1], x.shape[2]))
         if self.instruction is None:
             text = None
         recompute = self._policy != "none" and torch.is_grad_enabled()
