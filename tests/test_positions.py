@@ -9,16 +9,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import MINILM, ROOT, dit_ds, metrics_of, tiny_config
+from conftest import MINILM, ROOT, dit_ds, metrics_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_ds import torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.checkpointing.weights import load_model
+from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
+from dit_ds.models.build import build_model
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.positions import absolute_positions, relative_positions
@@ -141,10 +141,12 @@ def test_an_untrained_sam_is_one_at_every_image_size(tmp_path, monkeypatch):
     """An official file at another image size than SAM's: the tables are the file's, and `export` would write them so."""
     monkeypatch.setitem(SIZES, "small", Size(DIM, DEPTH, HEADS, prompt_dim=16, decoder_mlp_dim=32))
     sam = small_sam().float()
-    torch.save({f"image_encoder.{n}": x for n, x in sam.state_dict().items()}, tmp_path / "sam.pth")
     model = DITSAM(TextEncoder(MINILM, layers=1), "small", 112, "default")
+    whole = {n: x for n, x in model.state_dict().items() if n.startswith(("prompt_encoder.", "mask_decoder."))}
+    whole |= {f"image_encoder.{n}": x for n, x in sam.state_dict().items()}
+    torch.save(whole, tmp_path / "sam.pth")
     report = model.load_pretrained(tmp_path / "sam.pth")
-    assert len(report["loaded"]) == len(sam.state_dict()) and not report["unexpected"]
+    assert len(report["loaded"]) == len(whole) and not report["unexpected"]
     x = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         torch.testing.assert_close(model.image_encoder(x), by_segment_anything(sam, x, 0), rtol=1e-4, atol=1e-5)
@@ -153,7 +155,7 @@ def test_an_untrained_sam_is_one_at_every_image_size(tmp_path, monkeypatch):
     wider = {"image_encoder.pos_embed": torch.zeros(1, 10, 10, DIM + 1)}
     empty = {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(0, DIM // HEADS)}
     for wrong in (wider, empty):
-        torch.save(wrong, tmp_path / "wrong.pth")
+        torch.save(whole | wrong, tmp_path / "wrong.pth")
         with pytest.raises(UserError, match="of another size"):
             model.load_pretrained(tmp_path / "wrong.pth")
     assert torch.equal(model.image_encoder.pos_embed, sam.pos_embed)  # untouched by what was refused
@@ -166,28 +168,24 @@ def test_tables_in_bf16_are_interpolated_in_fp32():
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got, want))
 
 
-def test_a_trained_run_is_evaluated_tuned_and_resumed_at_other_image_sizes(shards, refusal, tmp_path):
-    config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(shards, tmp_path / "run")))
-    steps = ["--train.max_steps", "2"]
-    dit_ds("train", "--config", config, *steps)
-    [in_training] = metrics_of(tmp_path / "run", "eval")
-    larger = json.loads(dit_ds("eval", tmp_path / "run", "--image-size", "96", "--json").stdout)
-    assert larger["n"] == in_training["n"] and larger["oiou"] != in_training["oiou"]
-    assert not (tmp_path / "run/evaluations").exists()  # of what is evaluated as the run is configured
-    assert "data.image_size = 100" in refusal("eval", tmp_path / "run", "--image-size", "100")
-
-    dit_ds("export", tmp_path / "run", "--out", tmp_path / "model.safetensors")
-    tables = {n: x for n, x in load_file(tmp_path / "model.safetensors").items() if "pos_" in n and "pe_" not in n}
+def test_a_run_trains_resumes_and_is_evaluated_at_other_image_sizes(config_file, refusal, tmp_path):
+    """From a file of 64 px at 96 px under ZeRO-3, in two parts: the tables that train are the file's."""
+    run, start = tmp_path / "run", build_model(load_config(config_file)).state_dict()
+    tables = {n: x for n, x in start.items() if n.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))}
     assert {x.shape[0] for n, x in tables.items() if "rel_pos" in n} == {7}  # 64 px: 4 tokens a side
-    # tuned at 96 px from the file under ZeRO-3, in two parts: the tables that train are the file's
-    tune = ["train", "--config", config, "--run_dir", tmp_path / "tuned", "--data.image_size", "96",
-            "--model.checkpoint", tmp_path / "model.safetensors", "--deepspeed.config",
-            ROOT / "configs/deepspeed/zero3.json", "--deepspeed.override.train_micro_batch_size_per_gpu", "4"]  # fmt: skip
-    dit_ds(*tune, "--train.max_steps", "1", ranks=2)
-    dit_ds(*tune, *steps, "--resume", ranks=2)
-    model = load_model(tmp_path / "tuned").model
+    torch.save(start, tmp_path / "start.pth")
+    train = ["train", "--config", config_file, "--data.image_size", "96", "--model.checkpoint", tmp_path / "start.pth",
+             "--deepspeed.config", ROOT / "configs/deepspeed/zero3.json"]  # fmt: skip
+    dit_ds(*train, "--train.max_steps", "1", ranks=2)
+    dit_ds(*train, "--train.max_steps", "2", "--resume", ranks=2)
+    model = load_model(run).model
     assert model.image_size == 96
     for name, value in tables.items():
         tuned = model.get_parameter(name)
         assert tuned.shape == value.shape and 0 < (tuned - value).abs().max() < 0.1, name
+
+    in_training = metrics_of(run, "eval")[-1]
+    larger = json.loads(dit_ds("eval", run, "--image-size", "64", "--json").stdout)
+    assert larger["n"] == in_training["n"] and larger["oiou"] != in_training["oiou"]
+    assert not (run / "evaluations").exists()  # of what is evaluated as the run is configured
+    assert "data.image_size = 100" in refusal("eval", run, "--image-size", "100")

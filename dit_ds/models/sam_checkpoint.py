@@ -260,9 +260,7 @@ def _require_size(path: str | Path, state: Mapping[str, Tensor], target: Mapping
 def _require_shapes(path: str | Path, state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Equal shapes but for the lengths of position tables, and weights in floating point."""
     both = sorted(state.keys() & target.keys())
-    differ = [
-        n for n in both if state[n].shape != target[n].shape and not is_other_length(n, state[n], target[n])
-    ]
+    differ = [n for n in both if state[n].shape != target[n].shape and not is_other_length(n, state[n], target[n])]
     if differ:
         name, of_text = differ[0], differ[0].startswith(_ADDED)
         keys = "text.name, model.scheme and model.static_tokens" if of_text else "model.size"
