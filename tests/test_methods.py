@@ -17,7 +17,7 @@ from dit_ds.engine import engine
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
-from dit_ds.evaluation.postprocess import original_probabilities
+from dit_ds.evaluation.postprocess import MaskPostprocess, original_probabilities
 from dit_ds.models.lavt import LAVT
 from dit_ds.models.losses import two_class_loss
 from dit_ds.models.rela import Output, ReLA, SinePositions
@@ -149,8 +149,75 @@ def test_closed_gates_leave_swin_and_its_folder_loads(tmp_path):
         ours.load_pretrained(tmp_path)
     with pytest.raises(UserError, match="is of another size"):
         TextSwin("swin_b", 384, 5, gates=4, attention="sdpa").load_pretrained(tmp_path / "swin")
-    with pytest.raises(UserError, match="set data.image_size 384 or more"):
-        TextSwin("swin_b", 352, 5, gates=4, attention="sdpa")
+
+
+def swin_layer(layer, x: torch.Tensor, side: int, window: int, shift: int) -> torch.Tensor:
+    """A layer of Swin written out: each of (side * side, C) tokens attends to those that share its window, in a grid that
+    is padded with zeros to whole windows, then moved by `shift` as on a torus; but across no edge of the padded grid."""
+    a, whole = layer.attention, -(-side // window) * window
+    heads = a.num_attention_heads
+    y = torch.zeros(whole, whole, x.shape[1], dtype=x.dtype)
+    y[:side, :side] = layer.layernorm_before(x).view(side, side, -1)
+    rows, columns = (t.flatten() for t in torch.meshgrid(torch.arange(whole), torch.arange(whole), indexing="ij"))
+    moved = [(t - shift) % whole for t in (rows, columns)]
+    wrapped = [t < shift for t in (rows, columns)]  # moved across the edge
+    label = torch.stack([*(m // window for m in moved), *wrapped], 1)  # (N, 4)
+    together = (label[:, None] == label).all(2)  # (N, N)
+    offset = [m[:, None] - m + window - 1 for m in moved]
+    index = (offset[0] * (2 * window - 1) + offset[1]).clamp(
+        0, (2 * window - 1) ** 2 - 1
+    )  # that of far ones is not used
+    bias = a.relative_position_bias.relative_position_bias_table[index].permute(2, 0, 1)  # (heads, N, N)
+    q, k, v = (f(y.flatten(0, 1)).unflatten(1, (heads, -1)).transpose(0, 1) for f in (a.q_proj, a.k_proj, a.v_proj))
+    logits = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2]) + bias).masked_fill(~together, -math.inf)
+    out = a.o_proj((logits.softmax(2) @ v).transpose(0, 1).flatten(1))
+    x = x + out.view(whole, whole, -1)[:side, :side].flatten(0, 1)
+    return x + layer.mlp(layer.layernorm_after(x))
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_windows_are_shifted_on_grids_of_any_size(side, attention):
+    """Also where the grid is one window, as at 384 px, or smaller than one: the originals' Swin, not transformers'."""
+    torch.manual_seed(side)
+    model = TextSwin("swin_t_tiny", 64, 5, gates=4, attention=attention).double().eval()
+    for layer in model.stages[2].blocks:
+        torch.nn.init.normal_(layer.attention.relative_position_bias.relative_position_bias_table)
+    x = want = torch.randn(side * side, 128, dtype=torch.float64)
+    for layer, shift in zip(model.stages[2].blocks, (0, 1)):
+        x, want = model._layer(layer, x[None], (side, side))[0], swin_layer(layer, want, side, 2, shift)
+    rtol = 1e-6 if attention == "eager" else 1e-12  # its softmax is in fp32
+    torch.testing.assert_close(x, want, rtol=rtol, atol=rtol)
+
+
+def test_an_image_smaller_than_a_window_is_segmented():
+    with torch.device("meta"):
+        stages = TextSwin("swin_b", 96, 5, gates=4, attention="sdpa")(
+            torch.empty(1, 3, 96, 96), torch.empty(1, 4, 5), torch.empty(1, 4, dtype=torch.bool)
+        )
+    assert [tuple(x.shape[1:]) for x in stages] == [(128, 24, 24), (256, 12, 12), (512, 6, 6), (1024, 3, 3)]
+
+
+def test_lavts_upsampling_aligns_corners():
+    """In its loss and in evaluation: the square's corners are the logits' corners."""
+    config = validate(
+        {"model": {"name": "lavt", "size": "swin_t_tiny"}, "data": {"image_size": 64, "resize": "stretch"}}
+    )
+    g = torch.Generator().manual_seed(0)
+    logits, mask = torch.randn(1, 2, 16, 16, generator=g), torch.rand(1, 64, 64, generator=g) > 0.6
+    position = torch.arange(64) * 15 / 63
+    weights = (1 - (position[:, None] - torch.arange(16)).abs()).clamp(min=0)  # (64, 16): linear between neighbours
+    large = torch.einsum("ih,bahw,jw->baij", weights, logits, weights)
+    p = large.softmax(1).gather(1, mask[:, None].long())
+    w = torch.where(mask, 1.1, 0.9)
+    torch.testing.assert_close(tiny("lavt").loss(logits, mask, torch.ones(1)), -(p.log()[:, 0] * w).sum() / w.sum())
+    difference = (large[:, 1] - large[:, 0])[0]
+    postprocess = MaskPostprocess.from_config(config)
+    got = postprocess(logits[0, 1] - logits[0, 0], torch.tensor([64, 64]), (64, 64), 64)
+    unsure = (difference.sigmoid() - config.eval.threshold).abs() < 1e-5
+    assert torch.equal(got | unsure, (difference.sigmoid() > config.eval.threshold) | unsure) and got.any()
+    rela = validate({"model": {"name": "rela", "size": "swin_t_tiny"}, "data": {"image_size": 64}})
+    assert postprocess.align_corners and not MaskPostprocess.from_config(rela).align_corners
 
 
 @pytest.mark.parametrize("name", METHODS)

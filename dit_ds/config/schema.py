@@ -170,7 +170,7 @@ class ModelConfig(Section):
         "paper's released code",
     )
     align_corners: bool = Field(
-        False, description="of the logits' bilinear upsampling; true in the paper's released code"
+        False, description="of the logits' bilinear upsampling; true in the paper's released code; lavt's always are"
     )
     attention: Literal[
         "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "naive"
@@ -187,6 +187,11 @@ class ModelConfig(Section):
     word_dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout of the text that enters the ViT; 0.1 in the paper's released code"
     )
+
+    @property
+    def aligns_corners(self) -> bool:
+        """Whether the logits' upsampling aligns corners: as `align_corners` says, and always LAVT's."""
+        return self.align_corners or self.name == "lavt"
 
 
 class TextConfig(Section):

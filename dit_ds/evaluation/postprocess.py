@@ -72,7 +72,7 @@ class MaskPostprocess:
     def from_config(cls, config: RunConfig, threshold: float | None = None) -> MaskPostprocess:
         """As configured; `threshold` overrides the configuration's."""
         e = config.eval
-        return cls(threshold or e.threshold, e.mask_rule, config.model.align_corners, e.no_target_pixels)
+        return cls(threshold or e.threshold, e.mask_rule, config.model.aligns_corners, e.no_target_pixels)
 
     def __call__(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
         """(s, s) logits to an (H, W) bool mask; `size`, `shape`, `image_size` as for `original_probabilities`."""

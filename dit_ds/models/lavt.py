@@ -62,8 +62,6 @@ class LAVT(SwinSegmenter):
         size: a key of `swin.SIZES`.
         image_size: side of the square input.
         attention: eager or sdpa, of Swin's windows.
-    Raises:
-        UserError: the image is too small for Swin's windows.
     """
 
     def __init__(self, text_encoder: TextEncoder, size: str = "swin_b", image_size: int = 480, attention: str = "sdpa"):
@@ -77,12 +75,12 @@ class LAVT(SwinSegmenter):
 
     def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """As `Segmenter.forward`: (B, 2, S/4, S/4) logits of background and target in training, in evaluation their
-        difference (B, S/4, S/4), above 0 where the target is the likelier."""
+        difference (B, S/4, S/4), above 0 where the target is the likelier, to be upsampled with corners aligned."""
         text = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
         logits = self.decoder(self.backbone(self.preprocess(image, size), text, token_mask)).float()
         return logits if self.training else logits[:, 1] - logits[:, 0]
 
     def loss(self, output: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Weighted cross-entropy of the logits, enlarged to the mask's size; see `two_class_loss`."""
-        logits = F.interpolate(output, mask.shape[-2:], mode="bilinear", align_corners=False)
+        """Weighted cross-entropy of the logits, enlarged to the mask's size with corners aligned; see `two_class_loss`."""
+        logits = F.interpolate(output, mask.shape[-2:], mode="bilinear", align_corners=True)
         return two_class_loss(logits, mask, weight)

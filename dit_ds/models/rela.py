@@ -221,8 +221,6 @@ class ReLA(SwinSegmenter):
         size: a key of `swin.SIZES`.
         image_size: side of the square input.
         attention: eager or sdpa, of Swin's windows.
-    Raises:
-        UserError: the image is too small for Swin's windows.
     """
 
     def __init__(self, text_encoder: TextEncoder, size: str = "swin_b", image_size: int = 480, attention: str = "sdpa"):

@@ -124,8 +124,6 @@ class TextSwin(nn.Module):
         text_dim: width of the text features.
         gates: stages that have a gate; the last one's is never reached by a gradient.
         attention: eager or sdpa, of the windows.
-    Raises:
-        UserError: the last stage is smaller than a window.
     """
 
     def __init__(self, size: str, image_size: int, text_dim: int, gates: int, attention: str):
@@ -133,9 +131,6 @@ class TextSwin(nn.Module):
         from transformers import SwinConfig, SwinModel
 
         s = SIZES[size]
-        if -(-image_size // 32) < s.window_size:
-            raise UserError(f"model.size {size} has windows of {s.window_size} x {s.window_size} tokens of 32 pixels: "
-                            f"set data.image_size {32 * s.window_size} or more")  # fmt: skip
         config = SwinConfig(image_size=image_size, embed_dim=s.embed_dim, depths=s.depths, num_heads=s.num_heads,
                             window_size=s.window_size, drop_path_rate=s.drop_path)  # fmt: skip
         config._attn_implementation = attention
@@ -190,9 +185,11 @@ class TextSwin(nn.Module):
         return out
 
     def _layer(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """One of Swin's layers, its windows shifted on a grid of one window, too, as in the originals' Swin. By default
+        `transformers` does not shift there, and cuts windows down to a smaller grid."""
         if self._recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, grid, use_reentrant=False)[0]
-        return block(x, grid)[0]
+            return checkpoint(block, x, grid, always_partition=True, use_reentrant=False)[0]
+        return block(x, grid, always_partition=True)[0]
 
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
         """Load Swin's own parameters from a folder that `transformers` saved, of an image classifier, too.
