@@ -65,6 +65,7 @@ def test_rela_has_its_papers_parameters(bert):
         "all": (millions(model), 225.52),
     }
     assert {k: round(v, 2) for k, (v, _) in parts.items()} == {k: v for k, (_, v) in parts.items()}
+    assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("text_encoder.")) == 116_629_821
 
 
 def instance_norm(x: torch.Tensor) -> torch.Tensor:
@@ -221,7 +222,7 @@ def test_lavts_upsampling_aligns_corners():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_trained_parameter_gets_a_gradient_and_padding_has_none(name):
+def test_every_trained_parameter_gets_a_gradient_and_lavts_padding_has_none(name):
     model = tiny(name, 96)
     image, size, tokens, real = inputs(96)
     loss = model.loss(model(image, size, tokens, real), torch.rand(2, 96, 96) > 0.7, torch.ones(2))
@@ -233,9 +234,11 @@ def test_every_trained_parameter_gets_a_gradient_and_padding_has_none(name):
     with torch.no_grad():
         if name == "rela":
             model.predictor.no_target[2].bias[0] = 99  # there is a target
+            torch.nn.init.normal_(model.predictor.layers[0].to_words.words.weight)
         logits = model(image, size, tokens, real)
         assert logits.shape == (2, 24, 24) and logits.dtype == torch.float32
-        assert torch.equal(logits, model(image, size, torch.where(real, tokens, 7), real))
+        other = model(image, size, torch.where(real, tokens, 7), real)
+        assert torch.equal(logits, other) == (name == "lavt")  # ReLA's region queries read padding, as in the original
         assert not torch.equal(logits, model(image, size, torch.where(real, 7, tokens), real))
 
 
@@ -261,20 +264,87 @@ def test_relas_regions_hear_no_words_at_first_and_learn_to():
     out = predictor(levels, features, words)
     assert all(torch.equal(a, b) for a, b in zip(out, predictor(levels, features, torch.randn(2, 12, 768))))
     out.mask.square().mean().backward()
-    assert predictor.layers[0].to_words.out.weight.grad.abs().max() > 0
+    assert predictor.layers[0].to_words.words.weight.grad.abs().max() > 0
     assert [layer.to_words is not None for layer in predictor.layers] == [True, False, False]
+
+
+def multihead(attention) -> torch.nn.MultiheadAttention:
+    """PyTorch's, with the weights of ours."""
+    d = attention.out.in_features
+    theirs = torch.nn.MultiheadAttention(d, attention.heads, batch_first=True, dtype=torch.float64)
+    projections = (attention.q, attention.k, attention.v)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
+        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
+        theirs.out_proj.load_state_dict(attention.out.state_dict())
+    return theirs
+
+
+def test_relas_predictor_is_the_originals():
+    """Written out over PyTorch's attention, whose masks say where a query does *not* attend; any weights, in fp64."""
+    torch.manual_seed(3)
+    p = tiny("rela").predictor.double()
+    for x in p.parameters():
+        torch.nn.init.normal_(x, std=0.3)
+    levels = [torch.randn(2, 32, n, n).double() for n in (2, 4, 8)]
+    features, text = torch.randn(2, 32, 16, 16).double(), torch.randn(2, 12, 768).double()
+    got = p(levels, features, text)
+
+    def heads(x):
+        x = p.norm(x)
+        embedded, minimap = p.mask_embed(x), p.minimap(x)
+        of_regions = embedded @ features.flatten(2)  # (B, Q, HW)
+        target = minimap.transpose(1, 2) @ embedded @ features.flatten(2)  # (B, 2, HW)
+        return of_regions.view(2, 100, 16, 16), target.view(2, 2, 16, 16), minimap, p.no_target(x).mean(1)
+
+    x = p.queries.expand(2, -1, -1)
+    for i, layer in enumerate(p.layers):
+        level = levels[i % 3]
+        h, w = level.shape[2:]
+        position = p.sine_positions(level.shape, level.device, level.dtype).flatten(2).transpose(1, 2)
+        visual = level.flatten(2).transpose(1, 2) + p.levels[i % 3]
+        small = torch.nn.functional.interpolate(heads(x)[0], (h, w), mode="bilinear", align_corners=False)
+        outside = small.sigmoid().flatten(2) < 0.5
+        outside = outside & ~outside.all(2, keepdim=True)
+        mask = outside.repeat_interleave(layer.to_image.heads, 0)
+        said = multihead(layer.to_image)(x + p.positions, visual + position, visual, attn_mask=mask)[0]
+        x = layer.norms[0](x + said)
+        if i == 0:
+            words = text @ layer.to_words.words.weight.t()
+            said = layer.to_words.norm(x + multihead(layer.to_words)(x, words, words)[0])
+            x = x + said * layer.to_words.scale.sigmoid() * 0.1
+        x = layer.norms[1](x + multihead(layer.to_regions)(x + p.positions, x + p.positions, x)[0])
+        x = layer.norms[2](x + layer.ffn(x))
+    _, target, minimap, none = heads(x)
+    for mine, want in zip(got, (target, minimap.transpose(1, 2).view(2, 2, 10, 10), none)):
+        torch.testing.assert_close(mine, want.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_relas_initial_attention_is_pytorchs():
+    """Mask2Former's: one Xavier-uniform matrix for queries, keys and values, no biases; the text's projection is zero."""
+    torch.manual_seed(0)
+    attention = tiny("rela").predictor.layers[0].to_words
+    stacked = torch.cat([p.weight for p in (attention.q, attention.k, attention.v)])
+    for weight in (stacked, attention.out.weight):
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.95 * bound < weight.abs().max() <= bound
+    assert not any(p.bias.any() for p in (attention.q, attention.k, attention.v, attention.out))
+    assert not attention.words.weight.any() and attention.words.bias is None
 
 
 def test_relas_loss_and_its_no_target():
     g = torch.Generator().manual_seed(0)
-    mask = torch.stack([torch.zeros(20, 20), (torch.rand(20, 20, generator=g) > 0.5).float()])
+    mask = torch.stack([torch.zeros(20, 20), (torch.rand(20, 20, generator=g) > 0.2).float()])
+    # a region's centre lies between four pixels: all of them must be of the target
+    regions = mask.view(2, 10, 2, 10, 2).amin((2, 4))
+    assert (regions[1] != mask[1, ::2, ::2]).any() and regions[1].any()
     sizes = ((2, 2, 20, 20), (2, 2, 10, 10), (2, 2))
     out = Output(*(torch.randn(*s, generator=g, dtype=torch.float64).float() for s in sizes))
     want = 0.0
     for i in range(2):
         for logits, target, share in (
             (out.mask[i], mask[i], 1.0),
-            (out.minimap[i], mask[i, ::2, ::2], 0.1),
+            (out.minimap[i], regions[i], 0.1),
             (out.no_target[i][:, None, None], torch.full((1, 1), 1.0 - i), 0.1),
         ):
             p = logits.softmax(0)

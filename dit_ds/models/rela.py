@@ -72,6 +72,10 @@ class _MultiHead(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        for projection in (self.q, self.k, self.v, self.out):
+            # as Mask2Former, where one matrix (3D, D) is q, k and v
+            nn.init.xavier_uniform_(projection.weight, gain=1.0 if projection is self.out else 2**-0.5)
+            nn.init.zeros_(projection.bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, Q, D), (B, N, D) twice and (B, Q, N) bool, True where a query attends, to (B, Q, D)."""
@@ -92,17 +96,22 @@ class Attention(_MultiHead):
 
 
 class LanguageAttention(_MultiHead):
-    """The region queries attend to the text, padding included, as in the original."""
+    """What the text adds to the region queries, as in the original: sigmoid(scale) * 0.1 * LN(x + attention(x, text)).
+
+    The queries attend to padding, too. The text's projection is zero at first: what is added is the same for any text.
+    """
 
     def __init__(self, dim: int, heads: int, text_dim: int):
         super().__init__(dim, heads)
-        self.words = nn.Linear(text_dim, dim)
+        self.words = nn.Linear(text_dim, dim, bias=False)
+        nn.init.zeros_(self.words.weight)
+        self.norm = nn.LayerNorm(dim)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, queries: Tensor, text: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, text_dim) to (B, Q, D)."""
         text = self.words(text)  # (B, T, D)
-        return self.attend(queries, text, text) * self.scale.sigmoid() * 0.1
+        return self.norm(queries + self.attend(queries, text, text)) * self.scale.sigmoid() * 0.1
 
 
 class Layer(nn.Module):
@@ -116,12 +125,8 @@ class Layer(nn.Module):
         self.to_words = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
         self.ffn = nn.Sequential(nn.Linear(d, size.rela_ffn), nn.ReLU(), nn.Linear(size.rela_ffn, d))
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
-        for p in self.parameters():  # as Mask2Former
-            if p.dim() > 1:
-                nn.init.xavier_uniform_(p)
-        if self.to_words is not None:  # text adds nothing at first
-            nn.init.zeros_(self.to_words.out.weight)
-            nn.init.zeros_(self.to_words.out.bias)
+        for linear in (self.ffn[0], self.ffn[2]):  # as Mask2Former
+            nn.init.xavier_uniform_(linear.weight)
 
     def forward(
         self, x: Tensor, x_positions: Tensor, visual: Tensor, positions: Tensor, mask: Tensor, text: Tensor
@@ -213,11 +218,13 @@ class Predictor(nn.Module):
 class ReLA(SwinSegmenter):
     """ReLA: LAVT's backbone, its gates closed at first, Mask2Former's pixel decoder, and region queries.
 
+    Source: the original's code, with which its outputs are the same for the same weights.
+
     Under DeepSpeed's bf16 or fp16 the pixel decoder computes in that type, too, while the original's stays in fp32 under
     autocast, as it does here under `torch_autocast` in the DeepSpeed JSON.
 
     Args:
-        text_encoder: BERT without its pooler.
+        text_encoder: BERT without its pooler; its features of padding are kept.
         size: a key of `swin.SIZES`.
         image_size: side of the square input.
         attention: eager or sdpa, of Swin's windows.
@@ -228,6 +235,7 @@ class ReLA(SwinSegmenter):
         s = SIZES[size]
         self.image_size = image_size
         self.text_encoder = text_encoder
+        text_encoder.zero_padding = False  # the region queries read what it makes of padding
         self.backbone = TextSwin(size, image_size, text_encoder.dim, gates=3, attention=attention)
         gates: Any = self.backbone.gates
         for gate in gates:  # tanh(0): closed. Both layers at zero would stay there
@@ -250,9 +258,14 @@ class ReLA(SwinSegmenter):
         return (out.mask[:, 1] - out.mask[:, 0]).masked_fill(none[:, None, None], _NO_TARGET)
 
     def loss(self, output: Output, mask: Tensor, weight: Tensor) -> Tensor:
-        """5 (mask + 0.1 minimap + 0.1 no-target), each a `two_class_loss`; a sample with an empty mask has no target."""
+        """5 (mask + 0.1 minimap + 0.1 no-target), each a `two_class_loss`; a sample with an empty mask has no target.
+
+        A region is of the target if all pixels next to its centre are.
+        """
         logits = F.interpolate(output.mask, mask.shape[-2:], mode="bilinear", align_corners=False)
-        regions = F.interpolate(mask[:, None].float(), (_SIDE, _SIDE), mode="nearest")[:, 0]
+        regions = F.interpolate(mask[:, None].float(), (_SIDE, _SIDE), mode="bilinear", align_corners=False)[
+            :, 0
+        ].floor()
         none = mask.flatten(1).sum(1) == 0
         parts = (two_class_loss(output.minimap, regions, weight), two_class_loss(output.no_target, none, weight))
         return 5 * (two_class_loss(logits, mask, weight) + 0.1 * parts[0] + 0.1 * parts[1])
