@@ -73,31 +73,48 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
         f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
 
 
-def parse_json(text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def parse_json(text: str | bytes, **hooks: Callable[[Any], Any] | None) -> Any:
     """As `json.loads`; a text that is nested too deeply for it raises `ValueError`, as any other that is not JSON."""
     try:
-        return json.loads(text, object_hook=object_hook)
+        return json.loads(text, **hooks)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def read_json(
+    path: str | Path,
+    what: str,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    unique_keys: bool = False,
+) -> Any:
     """Read a JSON file.
 
     Args:
         what: names the file's content in messages, as "manifest".
         object_hook: as for `json.load`.
+        unique_keys: refuse an object with the same key twice, of which the last would count. Without `object_hook`.
     Raises:
         UserError: the file is missing, can't be read, or is not JSON.
     """
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8-sig"), object_hook)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return parse_json(text, object_hook=object_hook, object_pairs_hook=_unique if unique_keys else None)
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
     except OSError as e:
         raise UserError(f"cannot read the {what} {path} ({e.strerror}): see that it can be reached") from None
     except ValueError as e:
         raise UserError(f"the {what} {path} is not valid JSON ({e})") from None
+    except RecursionError:
+        raise UserError(f"the {what} {path} is nested too deeply: do not use it") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"'{next(k for k in keys if keys.count(k) > 1)}' stands twice")
+    return found
 
 
 def sha256_of(path: str | Path) -> str:

@@ -15,6 +15,7 @@ from dit_ds.config.schema import RunConfig, TextConfig
 from dit_ds.doctor.check import Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
+from dit_ds.engine.deepspeed_schema import require_monitors
 from dit_ds.errors import UserError
 from dit_ds.files import GIB, full_disk_is_user_error
 from dit_ds.models.segmenter import Segmenter
@@ -23,6 +24,7 @@ from dit_ds.models.segmenter import Segmenter
 def configuration(c: Context) -> Iterator[Check]:
     """Whether the batch can be split over the ranks, and the DeepSpeed JSON is valid."""
     ds = DeepSpeedJson(deepspeed_config(c.run_config, c.world_size))
+    require_monitors(ds.raw)
     micro, steps, stage = ds.micro_batch, ds.accumulation, ds.stage
     text = f"batch {c.run_config.train.batch_size} is micro-batch {micro} x {c.world_size} ranks x {steps} accumulated"
     yield Check("configuration", "ok", f"{text}, ZeRO stage {stage}")

@@ -11,20 +11,9 @@ import torch
 from dit_ds.config.load import merge
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batch_split import exact_split
+from dit_ds.engine.deepspeed_schema import as_deepspeed_reads, refuse_as_deepspeed, without_what_the_run_sets
 from dit_ds.errors import UserError
 from dit_ds.files import read_json
-
-# keys of DeepSpeed's that the run's YAML determines, and the keys there
-_SET_BY_RUN = {
-    "train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.batch_size (it follows from the world size and the micro-batch)",
-    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
-    "scheduler": "train.schedule",
-    "gradient_clipping": "train.gradient_clipping",
-    "steps_per_print": "log.every_steps",
-    "tensorboard": "log.tensorboard",
-}
-
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,12 +41,15 @@ class DeepSpeedJson:
     @property
     def offload_optimizer(self) -> bool:
         """Whether the JSON has optimizer states in host memory."""
-        return "offload_optimizer" in self.zero
+        return self._offloads("offload_optimizer")
 
     @property
     def offload_param(self) -> bool:
         """Whether the JSON has ZeRO-3's parameters in host memory."""
-        return "offload_param" in self.zero
+        return self._offloads("offload_param")
+
+    def _offloads(self, key: str) -> bool:
+        return self.zero.get(key, {}).get("device", "none") != "none"
 
     @property
     def precision(self) -> str:
@@ -97,36 +89,52 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
         UserError: a missing or malformed file, a key that the run's YAML determines, settings that don't go together.
     """
     path = config.deepspeed.config
-    ds = merge(read_json(path, "DeepSpeed configuration"), config.deepspeed.override)
-    for key in _SET_BY_RUN:
-        if key in ds:
-            raise UserError(f"{path} sets '{key}', which the run owns: remove it there and set {_SET_BY_RUN[key]}")
-    micro = ds.get("train_micro_batch_size_per_gpu", 1)
-    if not isinstance(micro, int) or micro < 1:
-        raise UserError(f"{path}: train_micro_batch_size_per_gpu is {micro!r}, it must be a whole number from 1")
-    ds["train_micro_batch_size_per_gpu"] = micro
-    if config.deepspeed.precision:
-        ds |= {kind: ds.get(kind, {}) | {"enabled": kind == config.deepspeed.precision} for kind in ("bf16", "fp16")}
-    if all(ds.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
-        raise UserError(f"{path} enables bf16 and fp16: use one, as by --deepspeed.precision fp16")
-    view = DeepSpeedJson(ds)
-    if view.stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage is {view.stage!r}, it must be 0, 1, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if (view.zero.get(key) or {}).get("device") == "nvme":
-            raise UserError(f"{path}: zero_optimization.{key}.device is nvme, which is not supported: set it to cpu")
+    found = read_json(path, "DeepSpeed configuration", unique_keys=True)
+    try:
+        if not isinstance(found, dict):
+            raise UserError("it must hold keys and values, as configs/deepspeed/zero2.json does")
+        ds = without_what_the_run_sets(merge(found, config.deepspeed.override))
+        if config.deepspeed.precision:
+            _set_precision(ds, config.deepspeed.precision)
+        ds = as_deepspeed_reads(ds)
+        ds.setdefault("train_micro_batch_size_per_gpu", 1)
+        _check(DeepSpeedJson(ds))
+        refuse_as_deepspeed(ds)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     # explicit where the JSON leaves it open: the types in which gradients are reduced and accumulated
-    ds.setdefault("communication_data_type", view.precision)
-    ds["data_types"] = {"grad_accum_dtype": view.precision} | ds.get("data_types", {})
-    accumulated = ds["data_types"]["grad_accum_dtype"]
-    if accumulated != view.precision and view.stage == 0:
-        raise UserError(
-            f"DeepSpeed adds up {accumulated} gradients of a {view.precision} model at ZeRO stages 1 to 3 only: use one"
-        )
+    ds.setdefault("communication_data_type", DeepSpeedJson(ds).precision)
+    ds["data_types"] = {"grad_accum_dtype": DeepSpeedJson(ds).grad_accum_dtype}
     ds.setdefault(
         "zero_force_ds_cpu_optimizer", False
     )  # torch's fused Adam runs on CPUs, too, without compiling an operator
     return ds
+
+
+def _set_precision(ds: dict[str, Any], precision: str) -> None:
+    for kind in ("bf16", "fp16"):
+        section = ds.get(kind, {})
+        if isinstance(section, dict):  # what else it may be is refused afterwards
+            ds[kind] = section | {"enabled": kind == precision}
+
+
+def _check(ds: DeepSpeedJson) -> None:
+    """Refuse settings that don't go together, or not here."""
+    if all(ds.raw.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+        raise UserError("it enables bf16 and fp16: use one, as by --deepspeed.precision fp16")
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = ds.zero.get(key, {}).get("device", "none")
+        if device == "nvme":
+            raise UserError(f"zero_optimization.{key}.device is nvme, which is not supported: set it to cpu")
+        if device != "none" and ds.stage not in stages:
+            raise UserError(
+                f"zero_optimization.{key} has no effect at stage {ds.stage}: remove it, or set stage {stages[-1]}"
+            )
+    if ds.grad_accum_dtype != ds.precision and ds.stage == 0:
+        raise UserError(
+            f"DeepSpeed adds up {ds.grad_accum_dtype} gradients of a {ds.precision} model at ZeRO stages 1 to 3 only: "
+            "use one"
+        )
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:

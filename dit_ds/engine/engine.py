@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import sys
-import warnings
 from typing import Any
 
 import torch
@@ -17,37 +13,26 @@ from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.distributed import World
 from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
+from dit_ds.engine.deepspeed_schema import MONITORS
+from dit_ds.engine.import_deepspeed import import_deepspeed
 from dit_ds.engine.zero_layout import private
 from dit_ds.engine.zero_state import TrainingState
+from dit_ds.errors import UserError
 
 
-def import_deepspeed() -> Any:
-    """Import DeepSpeed, quiet on stdout and without compiling anything."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # DeepSpeed's calls to torch.distributed under names that torch is renaming: nothing for our users to act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-    from deepspeed.utils.logging import logger
-
-    logger.setLevel(logging.WARNING)
-    for handler in logger.handlers:
-        if getattr(handler, "stream", None) is sys.stdout:  # which is for results
-            handler.setStream(sys.stderr)
-    # the shared-memory collectives for CPUs are compiled at start-up, which hangs for ever on a lock that a killed
-    # process left; gloo serves
-    for name in ("shm_comm", "deepspeed_shm_comm"):
-        deepspeed.ops.__compatible_ops__[name] = False
-    return deepspeed
-
-
-def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
+def initialize(model: nn.Module, config: RunConfig, world: World, monitors: bool = False) -> Any:
     """Wrap the model in a DeepSpeed engine with AdamW over its trainable parameters.
 
     Frozen parameters never reach the optimizer.
+
+    Args:
+        monitors: start those that the DeepSpeed JSON enables; wandb and comet then open a run.
+    Raises:
+        UserError: settings that DeepSpeed refuses for this model or number of ranks, in its words.
     """
     ds_config = deepspeed_config(config, world.world_size)
+    if not monitors:
+        ds_config = {key: value for key, value in ds_config.items() if key not in MONITORS}
     deepspeed = import_deepspeed()
     t = config.train
     model.to(world.device)
@@ -58,7 +43,10 @@ def initialize(model: nn.Module, config: RunConfig, world: World) -> Any:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     exact = {n: x.clone() for n, x in running_statistics(model).items()}
     deepspeed.init_distributed(dist_init_required=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    except (AssertionError, ValueError, NotImplementedError) as e:  # how it refuses what only an engine can check
+        raise UserError(f"DeepSpeed refuses {config.deepspeed.config} here: {e or type(e).__name__}") from e
     restore_fp32_buffers(engine.module, exact)
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
     engine.basic_optimizer.state.clear()

@@ -216,7 +216,7 @@ def _result(row: Row, estimate: MemoryEstimate, measured: dict[str, Any] | None)
     device = plan.needed(allocated, row.gpus)
     counts = "device" if row.form == "released" else "allocated"
     ds = DeepSpeedJson(read_deepspeed_json(c))
-    autocast = c.deepspeed.override.get("torch_autocast", {})
+    autocast = ds.raw.get("torch_autocast", {})
     precision = f"autocast {autocast['dtype']}" if autocast.get("enabled") else ds.precision
     figure = {"device": "device_used_gib", "allocated": "peak_gib"}[counts]
     return {

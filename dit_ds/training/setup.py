@@ -22,6 +22,7 @@ from dit_ds.distributed import World, all_or_none
 from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
+from dit_ds.engine.deepspeed_schema import require_monitors
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
 from dit_ds.models.attention import require
@@ -91,7 +92,7 @@ def check_request(config: RunConfig, world_size: int) -> Datasets:
     Raises:
         UserError: a file is missing, or parts of the configuration contradict each other.
     """
-    deepspeed_config(config, world_size)
+    require_monitors(deepspeed_config(config, world_size))
     text_config(config.text.name, config.text.layers, config.data.tokens)
     return Datasets(build_train_dataset(config), build_eval_dataset(config, config.data.val_split))
 
@@ -120,7 +121,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     model.checkpoint_activations(config.train.activation_checkpointing)
     if config.train.compile:
         model.compile_blocks()
-    engine = ds.initialize(model, config, world)
+    engine = ds.initialize(model, config, world, monitors=True)
     state = TrainingState(engine, config.train.ema_decay)
     state.check_coverage()
     batchnorm = SyncedBatchNormStats(engine.module)
