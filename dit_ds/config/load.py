@@ -6,16 +6,17 @@ precision, offload and the micro-batch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.config.suggestions import did_you_mean, unknown_key
 from dit_ds.config.validation import validate_combinations
+from dit_ds.config.yaml_text import Plain, all_by_form, load_yaml
 from dit_ds.errors import UserError
 
 # former name: present name; the former one is refused
@@ -33,13 +34,19 @@ RENAMED_KEYS = {
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, the files it is based on (`base: other.yaml`), and overrides `--a.b value` or `--a.b=value`.
 
+    Each value is read by its key's type: text as it is written. Of several overrides of a key the last counts.
+
     Raises:
         UserError: a missing or malformed file, a former or unknown key (with the present or nearest one), a value of the
             wrong type, settings that do not go together.
     """
-    values = _read_yaml(Path(path), seen=())
-    for key, value in _parse_overrides(overrides or []):
-        _set(values, key, value)
+    try:
+        values = _read_yaml(Path(path), seen=())
+        for key, value in _parse_overrides(overrides or []):
+            _set(values, key, value)
+        values = _any_by_form(values)
+    except RecursionError:  # an anchor within itself
+        raise UserError(f"{path} is nested too deeply: write it out") from None
     return validate(values, source=None if overrides else path)
 
 
@@ -83,29 +90,25 @@ def _message(errors: ValidationError) -> str:
     error = errors.errors()[0]
     key = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = _did_you_mean(key, field_names(), cutoff=0.5)
-        return f"unknown key '{key}'" + (near or ": see 'dit-ds train --help'")
+        return unknown_key(key, field_names(), error["input"])
     near = ""
     if error["type"] == "literal_error":
         options = [o.strip(" '") for o in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        near = _did_you_mean(str(error["input"]), options)
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{near}"
-
-
-def _did_you_mean(text: str, options: list[str], cutoff: float = 0.6) -> str:
-    near = difflib.get_close_matches(text, options, 1, cutoff=cutoff)
-    return f": did you mean '{near[0]}'?" if near else ""
+        near = did_you_mean(str(error["input"]), options)
+    value = repr(error["input"])
+    value = value if len(value) <= 80 else f"{value[:77]}..."
+    return f"{key} = {value}: {error['msg'][0].lower()}{error['msg'][1:]}{near}"
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path} is based on itself: remove the 'base' that closes the circle")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = load_yaml(path.read_text(encoding="utf-8-sig")) or {}
     except OSError as e:
         raise UserError(f"cannot read the configuration {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid YAML: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, as configs/base.yaml does")
     try:
@@ -115,6 +118,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {base!r}: it is the name of a file")
     return merge(_read_yaml(path.parent / base, (*seen, path)), values)
 
 
@@ -135,13 +140,62 @@ def _parse_overrides(arguments: list[str]) -> Iterator[tuple[str, Any]]:
             raise UserError(f"'{option}' has no key before it: overrides read --section.key value")
         key, equals, text = option[2:].partition("=")
         if not equals:
-            if not rest:
-                raise UserError(f"{option} has no value: overrides read --section.key value")
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{option} has no value: overrides read --section.key value, or --section.key=value")
             text = rest.pop(0)
-        try:
-            yield key, yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{option}: '{text}' is not a YAML value") from None
+        yield key, _parse_value(key, text)
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """A value from the command line: of keys that hold text or one number as it is typed, of others as YAML."""
+    kind = _annotation(key)
+    if kind is None:  # there is no such key, as will be said
+        return Plain(text)
+    if not _is_structured(kind):
+        return None if text == "null" and NoneType in get_args(kind) else Plain(text)
+    try:
+        return load_yaml(text)
+    except ValueError:
+        raise UserError(f"--{key}: '{text}' is not a YAML value") from None
+
+
+def _annotation(key: str) -> Any:
+    """The type of a key's value; `Any` within a key that holds anything, None where there is no such key."""
+    kind: Any = RunConfig
+    for name in key.split("."):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            info = kind.model_fields.get(name)
+            kind = info.annotation if info else None
+        else:
+            kind = Any if _holds_anything(kind) else None
+    return kind
+
+
+def _holds_anything(kind: Any) -> bool:
+    return kind is Any or Any in get_args(kind)
+
+
+def _is_structured(kind: Any) -> bool:
+    """Whether values of that type are sections, lists or dicts, or can be."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel) or _holds_anything(kind):
+        return True
+    return get_origin(kind) in (list, dict, tuple) or any(
+        _is_structured(k) for k in get_args(kind) if get_origin(kind) is not Literal
+    )
+
+
+def _any_by_form(values: dict[str, Any], section: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """The values, those that may be anything by their form; the others are read by the schema."""
+    found = {}
+    for name, value in values.items():
+        info = section.model_fields.get(str(name))
+        kind = info.annotation if info else None
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
+            value = _any_by_form(value, kind)
+        elif _holds_anything(kind):
+            value = all_by_form(value)
+        found[str(name)] = value
+    return found
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -151,7 +205,13 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"unknown key '{key}': '{section}' has no keys of its own")
         values = inner
-    values[last] = value
+    both = isinstance(value, dict) and isinstance(values.get(last), dict) and _is_section(key)
+    values[last] = merge(values[last], value) if both else value
+
+
+def _is_section(key: str) -> bool:
+    kind = _annotation(key)
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
@@ -162,8 +222,19 @@ def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[t
             yield from fields(kind, f"{prefix}{name}.")
         else:
             default = info.get_default(call_default_factory=True)
-            label = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-            yield f"{prefix}{name}", default, label.replace("typing.", ""), info.description or ""
+            yield f"{prefix}{name}", default, _label(kind), info.description or ""
+
+
+def _label(kind: Any) -> str:
+    """A type as it is written, without its constraints."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _label(inner[0])
+    if origin is Union or origin is UnionType:
+        return " | ".join(map(_label, inner))
+    if not inner or origin is Literal:
+        return "None" if kind is NoneType else str(kind if inner else kind.__name__).replace("typing.", "")
+    return f"{origin.__name__}[{', '.join(map(_label, inner))}]"
 
 
 def field_names() -> list[str]:

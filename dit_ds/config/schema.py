@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
+
+# Every number has a range. Where nothing else bounds it from above, these do: what C code can count and wait for
+_MOST = 2**31 - 1
+_LONGEST = 10_000_000  # seconds, or minutes
 
 ACTIVATION_CHECKPOINTING = "none|block|selective|every_[1-9][0-9]*"  # see `ImageEncoder.checkpoint_activations`
 
@@ -16,7 +20,8 @@ ACTIVATION_CHECKPOINTING = "none|block|selective|every_[1-9][0-9]*"  # see `Imag
 class Section(BaseModel):
     """A section of the configuration; keys that are not declared are refused."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    # an empty text is mostly a variable of a script that was not set
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
 
 
 class DataConfig(Section):
@@ -29,7 +34,7 @@ class DataConfig(Section):
     val_split: str = Field("val", description="split to evaluate during training")
     val_dataset: str | None = Field(None, description="dataset of val_split, if not the one that is trained on")
     val_split_by: str | None = Field(None, description="split_by of val_split, if not the one that is trained on")
-    mixture: dict[str, float] = Field(
+    mixture: dict[str, Annotated[float, Field(gt=0, le=100)]] = Field(
         {},
         description="several sets to train on instead of dataset and split_by, as {refcoco/unc: 1, refcocog/umd: 0.5}: "
         "how often an epoch sees each of its samples; images of their val and test splits are left out",
@@ -45,37 +50,43 @@ class DataConfig(Section):
         "samples, which streams can follow; auto: what the reader can",
     )
     max_bad_samples: int = Field(
-        0, ge=0, description="damaged samples that a run may skip, named in the log; 0: the first one ends it"
+        0, ge=0, le=_MOST, description="damaged samples that a run may skip, named in the log; 0: the first one ends it"
     )
     worker_timeout: float = Field(
-        300, gt=0, description="seconds without a batch after which loader workers count as stalled"
+        300, gt=0, le=_LONGEST, description="seconds without a batch after which loader workers count as stalled"
     )
     image_size: int = Field(
-        512, gt=0, multiple_of=16, description="longer side after resizing, and side of the padded square, in pixels"
+        512,
+        gt=0,
+        le=8192,
+        multiple_of=16,
+        description="longer side after resizing, and side of the padded square, in pixels",
     )
     resize: Literal["pad", "stretch"] = Field(
         "pad", description="pad: keep the aspect ratio and pad, as SAM; stretch: to the square, as LAVT and ReLA"
     )
-    tokens: int = Field(20, ge=3, description="tokens an expression is cut or padded to, [CLS] and [SEP] included")
+    tokens: int = Field(
+        20, ge=3, le=4096, description="tokens an expression is cut or padded to, [CLS] and [SEP] included"
+    )
     unit: Literal["ref", "sentence", "image"] = Field(
         "ref",
         description="what an epoch runs over: one sentence of each ref (the paper's code), every sentence, or images: as "
         "ref, with all refs of an image in one step",
     )
-    workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
+    workers: int = Field(4, ge=0, le=1024, description="loader processes a rank; 0 loads in the training process")
     prompts: list[Literal["text", "point", "box"]] = Field(
         ["text"],
         min_length=1,
         description="what tells the model which object is meant: text, point, box; of several, each sample draws one "
         "(the paper's Table 6)",
     )
-    points: int = Field(5, ge=1, description="points of a point prompt, drawn on the mask")
+    points: int = Field(5, ge=1, le=1000, description="points of a point prompt, drawn on the mask")
     train_mask_rule: Literal["half", "any", "soft"] = Field(
         "half",
         description="what of a pixel counts in the resized mask to train on: half, in where at least half of what it "
         "covers was; any, where any was, and soft, the share that was, as the paper's released code",
     )
-    scales: list[int] = Field(
+    scales: list[Annotated[int, Field(ge=16, le=8192)]] = Field(
         [],
         description="training only: the longer side is drawn from these sizes, in pixels, none larger than image_size; "
         "none: always image_size",
@@ -145,12 +156,12 @@ class ModelConfig(Section):
         description="end_to_end's linear layer on the text between two layers: where the ViT is frozen (the paper), "
         "always (its released code, but for static tokens), or never",
     )
-    static_tokens: int = Field(0, ge=0, description="learnable tokens beside the text in each layer (Table 2)")
+    static_tokens: int = Field(0, ge=0, le=4096, description="learnable tokens beside the text in each layer (Table 2)")
     static_form: Literal["concat", "add"] = Field(
         "concat",
         description="concat: beside the text tokens; add: onto them, one for each of data.tokens (the released code)",
     )
-    decoder_layers: int = Field(2, ge=1, description="layers of the mask decoder's transformer; SAM has 2")
+    decoder_layers: int = Field(2, ge=1, le=64, description="layers of the mask decoder's transformer; SAM has 2")
     checkpoint: str | None = Field(
         None,
         description="file to start from, with all of SAM in it: an official sam_vit_*.pth, a SamModel of transformers "
@@ -182,6 +193,7 @@ class ModelConfig(Section):
     window_size: int = Field(
         0,
         ge=0,
+        le=512,
         description="0: all layers of the ViT attend globally (the paper's code); 14: all but four in windows, as SAM",
     )
     word_dropout: float = Field(
@@ -202,38 +214,51 @@ class TextConfig(Section):
         description="a BERT or a CLIP of transformers: hub id, folder, or package:NAME for an installed package",
     )
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the encoder")
-    layers: int | None = Field(None, ge=1, description="use the first so many layers only; none for all")
+    layers: int | None = Field(None, ge=1, le=1000, description="use the first so many layers only; none for all")
     random_init: bool = Field(False, description="the encoder's architecture with fresh weights")
     freeze: bool = Field(False, description="don't train the text encoder")
-    cache: int = Field(0, ge=0, description="remember a frozen encoder's features of so many expressions (for CPUs)")
+    cache: int = Field(
+        0, ge=0, le=_MOST, description="remember a frozen encoder's features of so many expressions (for CPUs)"
+    )
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
     """Optimisation. The defaults are the paper's (section 4.2)."""
 
-    batch_size: int = Field(64, ge=1, description="global batch; what a rank takes at once is the DeepSpeed JSON's")
-    epochs: int = Field(40, ge=1, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; none for all epochs")
-    lr: float = Field(1e-4, gt=0, description="learning rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
+    batch_size: int = Field(
+        64, ge=1, le=_MOST, description="global batch; what a rank takes at once is the DeepSpeed JSON's"
+    )
+    epochs: int = Field(40, ge=1, le=_MOST, description="passes over the data")
+    max_steps: int | None = Field(
+        None, ge=1, le=_MOST, description="stop after so many optimizer steps; none for all epochs"
+    )
+    lr: float = Field(1e-4, gt=0, le=1000, description="learning rate of AdamW")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas")
+    eps: float = Field(1e-8, gt=0, le=1, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, le=1000, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
     )
     on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
     )
-    warmup_epochs: float = Field(3.0, ge=0, description="the learning rate rises linearly for so many epochs")
+    warmup_epochs: float = Field(3.0, ge=0, le=_MOST, description="the learning rate rises linearly for so many epochs")
     weight_decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
-    min_lr: float = Field(0.0, ge=0, description="where the schedule cosine ends")
+    min_lr: float = Field(0.0, ge=0, le=1000, description="where the schedule cosine ends")
     schedule: Literal["step", "cosine", "poly"] = Field(
         "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
     )
-    poly_power: float = Field(0.9, gt=0, description="of the schedule poly")
-    milestones: list[float] = Field([30.0, 35.0], description="epochs at which the learning rate drops")
+    poly_power: float = Field(0.9, gt=0, le=100, description="of the schedule poly")
+    milestones: list[Annotated[float, Field(ge=0, le=_MOST)]] = Field(
+        [30.0, 35.0], description="epochs at which the learning rate drops"
+    )
     lr_decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
-    gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
+    gradient_clipping: float = Field(
+        0.0, ge=0, le=_MOST, description="largest norm of the gradient; 0 leaves it as it is"
+    )
     activation_checkpointing: str = Field(
         "none",
         pattern=f"^({ACTIVATION_CHECKPOINTING})$",
@@ -241,14 +266,16 @@ class TrainConfig(Section):
         "layers at a time), selective (each layer but its attention)",
     )
     compile: bool = Field(False, description="torch.compile the layers of the ViT")
-    dice_weight: float = Field(0.0, ge=0, description="weight of a Dice loss beside the paper's BCE")
+    dice_weight: float = Field(0.0, ge=0, le=_MOST, description="weight of a Dice loss beside the paper's BCE")
 
 
 class EvalConfig(Section):
     """Evaluation, in training and by `dit-ds eval`."""
 
-    every_epochs: int = Field(1, ge=0, description="evaluate after so many epochs, and after the last; 0: never")
-    batch_size: int = Field(16, ge=1, description="expressions at once on a rank")
+    every_epochs: int = Field(
+        1, ge=0, le=_MOST, description="evaluate after so many epochs, and after the last; 0: never"
+    )
+    batch_size: int = Field(16, ge=1, le=_MOST, description="expressions at once on a rank")
     threshold: float = Field(
         0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)"
     )
@@ -260,6 +287,7 @@ class EvalConfig(Section):
     no_target_pixels: int = Field(
         50,
         ge=0,
+        le=_MOST,
         description="a predicted mask of fewer pixels says that there is no target; in sets with such expressions only "
         "(gRefCOCO)",
     )
@@ -283,10 +311,12 @@ class DeepSpeedConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are saved, of what, and how many are kept."""
 
-    every_epochs: int = Field(1, ge=1, description="save after so many epochs, and after the last")
-    every_steps: int | None = Field(None, ge=1, description="save after so many steps, too")
-    every_minutes: float | None = Field(None, gt=0, description="save so many minutes after the last save, too")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+    every_epochs: int = Field(1, ge=1, le=_MOST, description="save after so many epochs, and after the last")
+    every_steps: int | None = Field(None, ge=1, le=_MOST, description="save after so many steps, too")
+    every_minutes: float | None = Field(
+        None, gt=0, le=_LONGEST, description="save so many minutes after the last save, too"
+    )
+    keep: int = Field(2, ge=1, le=_MOST, description="newest checkpoints to keep, besides the best")
     asynchronous: bool = Field(
         True, description="write in the background, from a copy in host memory; false: training waits for the disk"
     )
@@ -305,11 +335,14 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """Metrics, logs and the watchdog's limit."""
 
-    every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    every_steps: int = Field(10, ge=1, le=_MOST, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")
     samples: bool = Field(False, description="write the sample numbers of every step to samples/rank_*.jsonl")
     stall_seconds: float = Field(
-        300, gt=0, description="name the rank for which all others wait after so many seconds without a micro-batch"
+        300,
+        gt=0,
+        le=_LONGEST,
+        description="name the rank for which all others wait after so many seconds without a micro-batch",
     )
 
 
@@ -317,7 +350,7 @@ class RunConfig(Section):
     """Everything a run depends on. The resolved form is saved as config.yaml in its folder."""
 
     run_dir: str = Field("runs/dit", description="the run's folder")
-    seed: int = Field(0, ge=0, description="of weights, sample order and augmentation")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of weights, sample order and augmentation")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     text: TextConfig = Field(default_factory=TextConfig)
@@ -330,4 +363,4 @@ class RunConfig(Section):
     def save(self, path: str | Path) -> None:
         """Write as YAML, atomically."""
         with atomic_write(path) as f:
-            f.write(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
+            f.write(dump_yaml(self.model_dump(mode="json")).encode())

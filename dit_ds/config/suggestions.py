@@ -89,14 +89,21 @@ def key_meant(unknown: str, keys: Iterable[str], elsewhere: Mapping[str, str] = 
     return near[0] if near else None
 
 
-def unknown_key(key: str, keys: Iterable[str]) -> str:
+def unknown_key(key: str, keys: Iterable[str], value: object = None) -> str:
     """The message on a key that does not exist, with what to do instead.
 
     Args:
         keys: those that exist, dotted, and the sections.
+        value: the key's; of an unknown section the first key in it is looked at.
     """
+    keys = list(keys)
+    if isinstance(value, dict) and value and not did_you_mean(key, keys):
+        key, value = f"{key}.{next(iter(value))}", None
     last = key.rpartition(".")[2].lower().replace("-", "_")
     if last in _INSTEAD:
         return f"unknown key '{key}': {_INSTEAD[last]}"
     meant = key_meant(key, keys)
+    if meant == key:
+        section, _, name = key.rpartition(".")
+        return f"unknown key '{key}': in YAML write {section}: {{{name}: ..}}"
     return f"unknown key '{key}': " + (f"did you mean '{meant}'?" if meant else "see 'dit-ds train --help'")

@@ -55,8 +55,6 @@ def _check_mixture(d: DataConfig) -> None:
     for name, weight in d.mixture.items():
         if name.count("/") != 1 or not all(name.split("/")):
             raise UserError(f"data.mixture names '{name}', which does not read DATASET/SPLIT_BY, as refcoco/unc")
-        if not 0 < weight <= 100:
-            raise UserError(f"data.mixture gives {name} a weight of {weight:g}: choose one above 0, up to 100")
         if d.unit == "image" and weight != int(weight):
             raise UserError(f"data.unit image takes whole weights in data.mixture, {name} has {weight:g}: round it")
 

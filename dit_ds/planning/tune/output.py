@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
+from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import GIB, atomic_write, full_disk_is_user_error, write_json
 from dit_ds.planning.tune.candidates import Candidate
 from dit_ds.planning.tune.search import Cluster, ScoredCandidate, SearchResult
@@ -39,7 +38,7 @@ def write_run(folder: Path, c: Candidate, config_path: str, config: RunConfig, d
         base = os.path.relpath(Path(config_path).resolve(), folder.resolve())
         values = {"base": base} | _differences(before.model_dump(mode="json"), values)
     with atomic_write(folder / "overrides.yaml") as f:
-        f.write(yaml.safe_dump(values, sort_keys=False).encode())
+        f.write(dump_yaml(values).encode())
     return folder / "overrides.yaml"
 
 
