@@ -1,18 +1,48 @@
 # shellcheck shell=bash
 # What the job scripts share: the site's settings, how ranks are started, and when a job goes back into the queue.
 
+# A file edited on Windows ends its lines with a carriage return, which the shell would take into each value.
+cluster_env=${CLUSTER_ENV:-slurm/cluster.env}
+[ -r "$cluster_env" ] || { echo "cannot read $cluster_env: set CLUSTER_ENV, or submit from dit-ds's folder" >&2 && exit 2; }
 # shellcheck source=slurm/cluster.env
-source "${CLUSTER_ENV:-slurm/cluster.env}" || exit 2
+if grep -q $'\r' "$cluster_env"; then
+    echo "$cluster_env has Windows line ends, which are passed over here: sed -i 's/\\r\$//' $cluster_env" >&2
+    source <(tr -d '\r' <"$cluster_env") || exit 2
+else
+    source "$cluster_env" || exit 2
+fi
 set -uo pipefail # not before: modules' and venvs' scripts may not bear it; no -e: each step's status is looked at
 
 # The steps are signalled before the time limit, and sometimes this shell too: it must outlive them to requeue the job.
 trap : USR2 TERM
 
+# gpu_count TEXT: how many GPUs SLURM means by it, in all of its forms: 4, a100:4, gpu:a100:4(S:0-1), h100:2,v100:2, a100.
+# Of a list with other things in it (gpu:4,nvme:1) the GPUs; nothing where it names none.
+gpu_count() {
+    local item count=0 only=
+    local -a items
+    IFS=, read -ra items <<<"$(sed 's/([^)]*)//g; s/[[:space:]]//g; s,gres[/:],,g; s/=/:/g' <<<"$1")"
+    for item in "${items[@]}"; do [[ $item != gpu && $item != gpu:* ]] || only=1; done
+    for item in "${items[@]}"; do
+        [[ -z $only || $item == gpu || $item == gpu:* ]] || continue
+        case ${item##*:} in
+        '') ;;
+        *[!0-9]*) count=$((count + 1)) ;; # a type alone is one of it
+        *) count=$((count + 10#${item##*:})) ;;
+        esac
+    done
+    [ "$count" = 0 ] || echo "$count"
+}
+
+# file_name TEXT: the text as a part of a file's name, also in srun's --output, where % and \\ have a meaning
+file_name() { printf '%s' "${1//[^A-Za-z0-9._+=@-]/_}"; }
+
 restarts=${SLURM_RESTART_COUNT:-0}
-if [ -z "$TASKS_PER_NODE" ]; then
-    gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    TASKS_PER_NODE=${gpus##*:} # "a100:4" is 4
-    [ "$TASKS_PER_NODE" -gt 0 ] || TASKS_PER_NODE=1
+[ -n "$TASKS_PER_NODE" ] || TASKS_PER_NODE=$(gpu_count "${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}")
+[ -n "$TASKS_PER_NODE" ] || TASKS_PER_NODE=1 # it asked for none
+if ! [[ $TASKS_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
+    echo "TASKS_PER_NODE=$TASKS_PER_NODE in $cluster_env is not a number from 1 on: correct it, or leave it empty" >&2
+    exit 2
 fi
 # srun no longer takes the cores of a task from sbatch: unsaid, a task gets one core, and its loaders share it
 cpus_per_task=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))
@@ -24,7 +54,7 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # a port a job, below the ones tha
 export MASTER_ADDR MASTER_PORT
 
 dit_ds=("$PYTHON" -m dit_ds.cli)
-rank_logs=$LOG_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID
+rank_logs=$LOG_DIR/$(file_name "$SLURM_JOB_NAME")-$SLURM_JOB_ID
 mkdir -p "$rank_logs"
 
 say() { echo "$(date '+%F %T') $SLURM_JOB_NAME: $*"; }
@@ -66,7 +96,8 @@ own_status() {
 
 # logged NAME COMMAND: on_ranks with one log a rank, kept across requeues; rank 0's lines appear in the job's log too
 logged() {
-    local log=$rank_logs/$1 follow status started said of
+    local log follow status started said of
+    log=$rank_logs/$(file_name "$1")
     shift
     touch "$log.rank0.log"
     started=$(date +%s) said=$(stat -c %s "$log.rank0.log")

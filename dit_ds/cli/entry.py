@@ -13,6 +13,7 @@ import sys
 from dit_ds import __version__
 from dit_ds.cli import data, figures, paper, planning, runs
 from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
+from dit_ds.progress import LineHandler, write_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             args.group.print_help()
             return 2
         args.overrides = rest
-        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.basicConfig(format="%(message)s", handlers=[LineHandler()])
         logging.getLogger("dit_ds").setLevel(logging.INFO)
         return args.run(args)
     except UserError as e:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as e:
         return _fail(e, 75)  # EX_TEMPFAIL: slurm/train.sbatch requeues the job
     except KeyboardInterrupt:
-        print("dit-ds: interrupted", file=sys.stderr)
+        write_line("dit-ds: interrupted")
         return 130
     except PermissionError as e:
         if e.filename is None:
@@ -57,7 +58,7 @@ def _fail(error: Exception, status: int) -> int:
     rank = int(os.environ.get("RANK", 0))
     label = f"dit-ds (rank {rank})" if rank else "dit-ds"
     kind = "" if isinstance(error, Interrupted) else "error: "
-    print(f"{label}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    write_line(f"{label}: {kind}{' '.join(str(error).split())}")
     return status
 
 

@@ -10,10 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from dit_ds.errors import RunFailed
 from dit_ds.processes import die_with_parent, usable_cores
+from dit_ds.progress import progress_bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +44,7 @@ def forked_map(
     """
     workers = min(processes or usable_cores(), len(items))
     results = map(call, items) if workers <= 1 else _map_in_workers(call, items, workers)
-    with tqdm(desc=label, total=len(items) if total is None else total, unit=unit, mininterval=1) as bar:
+    with progress_bar(desc=label, total=len(items) if total is None else total, unit=unit, mininterval=1) as bar:
         for result in results:
             bar.update(size(result))
             yield result

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dit_ds.checkpointing.weights import load_model, with_data_root
 from dit_ds.data.build import build_eval_dataset
@@ -24,6 +23,7 @@ from dit_ds.evaluation.metrics import intersection_and_union, summarize, summari
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import atomic_write, full_disk_is_user_error
+from dit_ds.progress import progress_bar
 
 Collect = Callable[[dict[str, Any], int, np.ndarray], None]
 
@@ -62,7 +62,8 @@ def evaluate(
     batches = EvalBatchSampler(len(dataset), batch_size, world.rank, world.world_size)
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
     rows: list[tuple[int, int, int, int]] = []  # expression, intersection, union, pixels of the target
-    for batch in tqdm(iterate(loader), "evaluate", len(batches), disable=not world.main, mininterval=2, leave=False):
+    shown = {"total": len(batches), "disable": not world.main, "mininterval": 2, "leave": False}
+    for batch in progress_bar(iterate(loader), "evaluate", **shown):
         logits = model(**model_inputs(batch, world.device))  # (B, s, s)
         for i, truth in enumerate(batch["original"]):  # (H, W)
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
@@ -27,6 +26,7 @@ from dit_ds.planning.memory import plan
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.measure import in_process
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
+from dit_ds.progress import progress_bar
 
 # of the inferred reading: GPUs, and samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}
@@ -162,10 +162,10 @@ def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str
     """
     table_rows = rows(which, folder)
     requests = [MemoryRequest(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in table_rows]
-    estimates = list(tqdm(predict(requests), "predict", len(requests), unit="row", mininterval=1))
+    estimates = list(progress_bar(predict(requests), "predict", total=len(requests), unit="row", mininterval=1))
     # after all predictions, which take all cores and would slow the measured steps down
     disabled = not torch.cuda.is_available()
-    measured = [_measured(row) for row in tqdm(table_rows, "measure", unit="row", disable=disabled)]
+    measured = [_measured(row) for row in progress_bar(table_rows, "measure", unit="row", disable=disabled)]
     device = next((m["device"] for m in measured if m and "device" in m), None)
     assumed = {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE}
     return {

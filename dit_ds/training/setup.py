@@ -31,6 +31,7 @@ from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import text_config
 from dit_ds.planning.flops import step_flops
 from dit_ds.planning.gpus import peak_flops
+from dit_ds.progress import progress_bar
 from dit_ds.training.run_log import RunLog
 from dit_ds.training.signals import StopSignal
 from dit_ds.training.throughput import FlopsPerSample
@@ -208,4 +209,5 @@ def _flops_per_sample(config: RunConfig, world: World, dtype: torch.dtype) -> Fl
 
 
 def _progress_bar(world: World, step: int, total_steps: int) -> tqdm:
-    return tqdm(desc="train", total=total_steps, initial=step, unit="step", disable=not world.main, mininterval=2)
+    options = {"total": total_steps, "initial": step, "unit": "step", "disable": not world.main, "mininterval": 2}
+    return progress_bar(desc="train", **options)

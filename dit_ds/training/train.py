@@ -157,7 +157,9 @@ def report(run: Run, meter: ThroughputMeter, lr: float, norm: float) -> None:
     run.progress.seconds += line.pop("seconds")
     line |= {"lr": lr, "grad_norm": norm, "skipped_steps": run.engine.skipped_steps}
     log_metrics(run, "train", line)
-    run.progress_bar.set_postfix(loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}")
+    run.progress_bar.set_postfix(
+        loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}", refresh=False
+    )
 
 
 def log_metrics(run: Run, kind: str, values: dict[str, Any]) -> None:
