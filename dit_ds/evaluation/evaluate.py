@@ -62,8 +62,9 @@ def evaluate(
     batches = EvalBatchSampler(len(dataset), batch_size, world.rank, world.world_size)
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
     rows: list[tuple[int, int, int, int]] = []  # expression, intersection, union, pixels of the target
-    shown = {"total": len(batches), "disable": not world.main, "mininterval": 2, "leave": False}
-    for batch in progress_bar(iterate(loader), "evaluate", **shown):
+    for batch in progress_bar(
+        iterate(loader), "evaluate", total=len(batches), disable=not world.main, mininterval=2, leave=False
+    ):
         logits = model(**model_inputs(batch, world.device))  # (B, s, s)
         for i, truth in enumerate(batch["original"]):  # (H, W)
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps

@@ -209,5 +209,6 @@ def _flops_per_sample(config: RunConfig, world: World, dtype: torch.dtype) -> Fl
 
 
 def _progress_bar(world: World, step: int, total_steps: int) -> tqdm:
-    options = {"total": total_steps, "initial": step, "unit": "step", "disable": not world.main, "mininterval": 2}
-    return progress_bar(desc="train", **options)
+    return progress_bar(
+        desc="train", total=total_steps, initial=step, unit="step", disable=not world.main, mininterval=2
+    )
