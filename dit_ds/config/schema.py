@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
 
-# Every number has a range. Where nothing else bounds it from above, these do: what C code can count and wait for
+# Every number has a range. Where nothing else bounds it from above, these do: what C code can count, wait for and hold
 _MOST = 2**31 - 1
 _LONGEST = 10_000_000  # seconds, or minutes
+_FP32 = 3e38
 
 ACTIVATION_CHECKPOINTING = "none|block|selective|every_[1-9][0-9]*"  # see `ImageEncoder.checkpoint_activations`
 
@@ -235,10 +236,10 @@ class TrainConfig(Section):
     max_steps: int | None = Field(
         None, ge=1, le=_MOST, description="stop after so many optimizer steps; none for all epochs"
     )
-    lr: float = Field(1e-4, gt=0, le=1000, description="learning rate of AdamW")
+    lr: float = Field(1e-4, gt=0, le=_FP32, description="learning rate of AdamW")
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, le=1, description="Adam's epsilon")
-    weight_decay: float = Field(0.0, ge=0, le=1000, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
+    weight_decay: float = Field(0.0, ge=0, le=_FP32, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
     )
@@ -247,7 +248,7 @@ class TrainConfig(Section):
     )
     warmup_epochs: float = Field(3.0, ge=0, le=_MOST, description="the learning rate rises linearly for so many epochs")
     weight_decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
-    min_lr: float = Field(0.0, ge=0, le=1000, description="where the schedule cosine ends")
+    min_lr: float = Field(0.0, ge=0, le=_FP32, description="where the schedule cosine ends")
     schedule: Literal["step", "cosine", "poly"] = Field(
         "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
     )
@@ -257,7 +258,7 @@ class TrainConfig(Section):
     )
     lr_decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
     gradient_clipping: float = Field(
-        0.0, ge=0, le=_MOST, description="largest norm of the gradient; 0 leaves it as it is"
+        0.0, ge=0, le=_FP32, description="largest norm of the gradient; 0 leaves it as it is"
     )
     activation_checkpointing: str = Field(
         "none",
@@ -266,7 +267,7 @@ class TrainConfig(Section):
         "layers at a time), selective (each layer but its attention)",
     )
     compile: bool = Field(False, description="torch.compile the layers of the ViT")
-    dice_weight: float = Field(0.0, ge=0, le=_MOST, description="weight of a Dice loss beside the paper's BCE")
+    dice_weight: float = Field(0.0, ge=0, le=_FP32, description="weight of a Dice loss beside the paper's BCE")
 
 
 class EvalConfig(Section):
