@@ -105,8 +105,6 @@ def read_json(
         raise UserError(f"cannot read the {what} {path} ({e.strerror}): see that it can be reached") from None
     except ValueError as e:
         raise UserError(f"the {what} {path} is not valid JSON ({e})") from None
-    except RecursionError:
-        raise UserError(f"the {what} {path} is nested too deeply: do not use it") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
