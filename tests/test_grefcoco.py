@@ -17,6 +17,7 @@ from pycocotools import mask as coco
 from refer_files import H, W, annotation, box, filled, image, python2_pickle, ref, samples_of, write_images, write_refer
 from test_methods import inputs, tiny
 
+from dit_ds.config.load import validate
 from dit_ds.data.annotations.combine import load_source
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
@@ -24,6 +25,8 @@ from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.masks import annotation_rle
 from dit_ds.data.shards.verify import verify_shards
 from dit_ds.data.shards.write import shard_refer
+from dit_ds.doctor import configured
+from dit_ds.doctor.check import Context, run_checks
 from dit_ds.errors import UserError
 from dit_ds.evaluation.metrics import summarize, summarize_generalized
 from dit_ds.models.losses import segmentation_loss
@@ -178,6 +181,23 @@ def generalized(refer_tree, tmp_path_factory) -> Path:
     dit_ds("data", "shard", "--refer-root", folder / "refer", "--images", refer_tree / "images/train2014",
            "--dataset", "grefcoco", "--out", folder / "shards", "--processes", "1")  # fmt: skip
     return folder
+
+
+def test_points_of_what_is_not_there_are_refused_at_the_start(generalized, tmp_path, refusal):
+    config = tiny_config(generalized / "shards", tmp_path / "run")
+    config["data"] |= {"dataset": "grefcoco", "split_by": "unc"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    says = "has expressions without a target, of which no box can be drawn"
+    for prompts in ("[text, box]", "[box]"):
+        assert says in refusal("train", "--config", tmp_path / "c.yaml", "--data.prompts", prompts)
+        c = Context(config=validate(config | {"data": config["data"] | {"prompts": yaml.safe_load(prompts)}}))
+        (check,) = run_checks([configured.shards], c, 60)
+        assert check.status == "fail" and says in check.found
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_with_points_of_what_is_not_there(trained, refusal):
+    assert "of which no point can be drawn" in refusal("eval", trained / "run", "--prompt", "point")
 
 
 @pytest.fixture(scope="module")

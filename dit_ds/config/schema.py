@@ -212,7 +212,8 @@ class TextConfig(Section):
 
     name: str = Field(
         "bert-base-uncased",
-        description="a BERT or a CLIP of transformers: hub id, folder, or package:NAME for an installed package",
+        description="a BERT, a CLIP or another text encoder of transformers: hub id, folder, or package:NAME for an "
+        "installed package",
     )
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the encoder")
     layers: int | None = Field(None, ge=1, le=1000, description="use the first so many layers only; none for all")

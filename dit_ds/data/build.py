@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_ds.config.schema import DataConfig, RunConfig
-from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.dataset import ExpressionDataset, Tokenize
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.loading.tokenize import make_tokenize
@@ -18,7 +18,7 @@ from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.manifest import load_manifest
 from dit_ds.data.shards.storage import locate
 from dit_ds.errors import UserError
-from dit_ds.models.text_encoder import load_tokenizer
+from dit_ds.models.text_encoder import load_tokenizer, text_config
 
 
 def train_index(d: DataConfig) -> SplitIndex:
@@ -72,11 +72,13 @@ def build_train_dataset(config: RunConfig) -> ExpressionDataset:
         UserError: as of `train_index`.
     """
     d = config.data
+    index = train_index(d)
+    require_targets(index, d.train_split, d.prompts)
     return ExpressionDataset(
-        train_index(d),
+        index,
         d.unit,
         d.image_size,
-        make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens),
+        _make_tokenize(config),
         augmentation=Augmentation(d.color_jitter, d.blur, d.flip),
         seed=config.seed,
         resize=d.resize,
@@ -86,6 +88,39 @@ def build_train_dataset(config: RunConfig) -> ExpressionDataset:
         streamed=d.streamed,
         skip_bad=d.max_bad_samples > 0,
     )
+
+
+def require_targets(index: SplitIndex, split: str, kinds: Sequence[str]) -> None:
+    """Points and boxes are drawn from masks, which expressions without a target do not have.
+
+    Args:
+        split: of the index, for the message.
+        kinds: of prompts.
+    Raises:
+        UserError: the split has such expressions, and a kind is not text.
+    """
+    drawn = [k for k in kinds if k != "text"]
+    if index.generalized and drawn:
+        raise UserError(
+            f"{', '.join(s.name for s in index.datasets)} {split} has expressions without a target, of which no "
+            f"{drawn[0]} can be drawn: prompt with text alone (data.prompts [text]), or take another set"
+        )
+
+
+def _make_tokenize(config: RunConfig) -> Tokenize:
+    """The function from text to ids for the configured encoder.
+
+    Raises:
+        UserError: the tokenizer is not there, or has ids that the encoder does not know.
+    """
+    tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
+    known = getattr(text_config(config.text.name), "vocab_size", len(tokenizer))
+    if len(tokenizer) > known:
+        raise UserError(
+            f"the tokenizer of {config.text.tokenizer or config.text.name} has {len(tokenizer)} tokens, and text.name "
+            f"{config.text.name} knows {known}: set text.tokenizer to the encoder's own"
+        )
+    return make_tokenize(tokenizer, config.data.tokens)
 
 
 def build_eval_dataset(
@@ -108,9 +143,11 @@ def build_eval_dataset(
     """
     d = config.data
     index = SplitIndex.load(val_folder(d), split)
-    tokenize = make_tokenize(load_tokenizer(config.text.tokenizer or config.text.name), d.tokens)
+    kind = kind or d.default_prompt
+    require_targets(index, split, [kind])
+    tokenize = _make_tokenize(config)
     trained = d.prompts if trained is None else trained
-    prompts = Prompts.of(trained, d.points, [kind or d.default_prompt])
+    prompts = Prompts.of(trained, d.points, [kind])
     return ExpressionDataset(
         index,
         "sentence",

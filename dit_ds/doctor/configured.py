@@ -32,13 +32,14 @@ def configuration(c: Context) -> Iterator[Check]:
 
 def shards(c: Context) -> Iterator[Check]:
     """Manifest, sizes of shards, one sample that depends on the rank, and the speed of reading."""
-    from dit_ds.data.build import train_index, val_folder
+    from dit_ds.data.build import require_targets, train_index, val_folder
     from dit_ds.data.loading.dataset import ExpressionDataset
     from dit_ds.data.loading.index import SplitIndex
 
     d = c.run_config.data
     index = train_index(d)
-    SplitIndex.load(val_folder(d), d.val_split)
+    require_targets(index, d.train_split, d.prompts)
+    require_targets(SplitIndex.load(val_folder(d), d.val_split), d.val_split, [d.default_prompt])
     dataset = ExpressionDataset(
         index, "ref", d.image_size, lambda text: (np.zeros(1, np.int64), np.ones(1, bool)), streamed=d.streamed
     )
@@ -109,14 +110,16 @@ def _fake_model(config: RunConfig) -> Segmenter:
 
 def text_encoder(c: Context) -> Iterator[Check]:
     """The encoder's files on this machine; the hub is not asked."""
-    from dit_ds.models.text_encoder import load_tokenizer, resolve_name
+    from dit_ds.models.text_encoder import load_tokenizer, resolve_name, text_config
 
     name = resolve_name(c.run_config.text.name)
     needed: list[tuple[str, ...]] = [("config.json",)]  # of each tuple, one file
-    needed += [] if c.run_config.text.random_init else [("model.safetensors", "pytorch_model.bin")]
+    files = ("model.safetensors", "pytorch_model.bin")
+    needed += [] if c.run_config.text.random_init else [(*files, *(f"{f}.index.json" for f in files))]
     absent = [files[0] for files in needed if not any(_on_disk(name, f) for f in files)]
     if not absent:
         load_tokenizer(c.run_config.text.tokenizer or name)
+        text_config(name, c.run_config.text.layers, c.run_config.data.tokens)
         yield Check("text encoder", "ok", name)
         return
     remedy = f"huggingface-cli download {name} where there is a network, or set text.name to a folder"

@@ -1,9 +1,15 @@
-"""BERT or CLIP's text tower from `transformers`, by hub id, folder or installed package; frozen or trained."""
+"""A text encoder of `transformers`, by hub id, folder or installed package; frozen or trained.
+
+BERT, CLIP's text tower, or any other model that reads token ids and gives features of each token: of one with an encoder
+and a decoder, its encoder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
+import logging
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -41,7 +47,7 @@ def resolve_name(name: str) -> str:
 
 def _absent(name: str, error: Exception) -> UserError:
     if Path(name).is_dir():
-        why = str(error).splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         return UserError(f"text encoder {name} can't be loaded ({why}): give a folder saved by transformers")
     return UserError(
         f"text encoder '{name}' is neither a folder nor in the local Hugging Face cache, and the hub can't be reached: "
@@ -59,16 +65,20 @@ def _transformers() -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The encoder's tokenizer.
+    """The encoder's tokenizer, which pads on the right, with any token where it has none for that: padding is masked.
 
     Raises:
         UserError: it isn't there, and can't be fetched.
     """
     folder = resolve_name(name)
     try:
-        return _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # of a damaged file the library raises many kinds
         raise _absent(folder, e) from None
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:
@@ -78,24 +88,126 @@ def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:
         layers: use only the first that many.
         tokens: so many, at least, it must be able to read.
     Raises:
-        UserError: it isn't there, has fewer layers, or reads fewer tokens.
+        UserError: it isn't there, gives no features of tokens, has fewer layers, or reads fewer tokens.
     """
     folder = resolve_name(name)
     try:
         config = _transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:
         raise _absent(folder, e) from None
     config = getattr(config, "text_config", config)
-    if not hasattr(config, "max_position_embeddings"):
-        raise UserError(f"text.name {name}: a {config.model_type} can't be used: give a BERT or a CLIP")
+    # the engine casts; transformers 5 would read and make weights in the precision that they were saved in
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
+    _class_of(config, name)
     if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise UserError(f"text.layers {layers}: {name} has {config.num_hidden_layers}")
+        whole = getattr(config, "num_hidden_layers", 0)
+        if not 1 <= layers <= whole:
+            raise UserError(f"text.layers {layers}: {name} has {whole}: set text.layers {whole} or less, or none")
         config.num_hidden_layers = layers
-    if tokens > config.max_position_embeddings:
-        most = config.max_position_embeddings
+    most = getattr(config, "max_position_embeddings", None)
+    if config.model_type not in _TRIED:
+        most = min((n for n in (most, _try(config, name)) if n and n > 0), default=None)  # -1 is for any number
+    if most is not None and tokens > most:
         raise UserError(f"data.tokens {tokens}: {name} reads {most} at most: set data.tokens {most} or less")
     return config
+
+
+_TRIED = ("bert", "clip_text_model")  # whose features and positions are known
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # names of tables by position
+
+
+def _build(config: Any, name: str) -> Any:
+    """The model with random weights.
+
+    Raises:
+        UserError: transformers has none of that kind, or none that reads text.
+    """
+    of, options = _class_of(config, name)
+    try:
+        model = of._from_config(config, **options)
+    except (AssertionError, TypeError, ValueError, LookupError) as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"text.name {name}: a {config.model_type} can't be made ({why}): see text.layers") from None
+    return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def _class_of(config: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """transformers' class for a configuration, and options that leave out what only a sentence's feature needs.
+
+    Raises:
+        UserError: there is none, or it does not read text.
+    """
+    library = _transformers()
+    if config.model_type == "clip_text_model":
+        return library.CLIPTextModel, {}
+    text, any_kind = library.MODEL_FOR_TEXT_ENCODING_MAPPING, library.MODEL_MAPPING
+    of = text.get(type(config), None) or any_kind.get(type(config), None)
+    of = of[0] if isinstance(of, tuple) else of  # the first has every token's features
+    if of is None:
+        raise _no_text(config, name, "transformers has no encoder of that kind")
+    if not {"input_ids", "attention_mask"} <= inspect.signature(of.forward).parameters.keys():
+        raise _no_text(config, name, "it reads no token ids with a mask")
+    pools = "add_pooling_layer" in inspect.signature(of.__init__).parameters
+    return of, {"add_pooling_layer": False} if pools else {}
+
+
+def _try(config: Any, name: str) -> int | None:
+    """Run the model on tensors without data.
+
+    Returns:
+        How many tokens its table of positions has room for; None where it has no table.
+    Raises:
+        UserError: it does not read text, or gives no features of tokens.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    logging.disable(logging.ERROR)  # the mode prints what can't be run without data
+    try:
+        with FakeTensorMode():
+            model = _build(config, name)
+            _features_of_tokens(model, config, name)
+    except RuntimeError:  # tried again with data
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
+    return min((_room(m) for n, m in model.named_modules() if n.split(".")[-1] in _POSITIONS), default=None)
+
+
+def _room(table: nn.Module) -> int:
+    """Positions of a table: RoBERTa and its kin begin behind the padding's index, BART at an offset."""
+    rows = table.weight.shape[0] if isinstance(table.weight, Tensor) else 0
+    padding = getattr(table, "padding_idx", None)
+    return rows - (padding + 1 if padding is not None else int(getattr(table, "offset", 0)))
+
+
+def _features_of_tokens(model: Any, config: Any, name: str) -> tuple[int, list[nn.Parameter]]:
+    """The width of a token's features, and the parameters that have no part in them, as a pooler's.
+
+    Raises:
+        UserError: the model gives none.
+        RuntimeError: without data it can't be run.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    ids, parameters = torch.zeros(1, 8, dtype=torch.long), [p for p in model.parameters() if p.requires_grad]
+    try:
+        with torch.enable_grad():
+            out = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+            features = getattr(out, "last_hidden_state", None)
+            if not isinstance(features, Tensor) or features.shape[:2] != ids.shape:
+                raise _no_text(config, name, "it gives no features of each token")
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and parameters and isinstance(parameters[0], FakeTensor):
+            raise
+        raise _no_text(config, name, f"it can't read text alone: {type(e).__name__}") from None
+    return features.shape[-1], [p for p, g in zip(parameters, gradients) if g is None]
+
+
+def _no_text(config: Any, name: str, why: str) -> UserError:
+    return UserError(
+        f"text.name {name}: a {config.model_type} can't be used ({why}): give a BERT, a CLIP, or another encoder of text"
+    )
 
 
 class TextEncoder(nn.Module):
@@ -122,19 +234,14 @@ class TextEncoder(nn.Module):
     ):
         super().__init__()
         config = text_config(name, layers)
-        clip = config.model_type == "clip_text_model"
-        library = _transformers()
-        of, options = (library.CLIPTextModel, {}) if clip else (library.AutoModel, {"add_pooling_layer": False})
-        # CLIP's tower goes by this name, too: checkpoints have it
-        if random_init:
-            self.bert = of._from_config(config) if clip else of.from_config(config, **options)
-        else:
-            folder = resolve_name(name)
-            try:
-                self.bert = of.from_pretrained(folder, config=config, **options)
-            except (OSError, ValueError) as e:
-                raise _absent(folder, e) from None
+        # every kind goes by this name: checkpoints have it
+        self.bert = _build(config, name) if random_init else _load(config, name)
         self.dim: int = config.hidden_size
+        if config.model_type not in _TRIED:
+            with contextlib.suppress(RuntimeError):  # of tensors without data
+                self.dim, unused = _features_of_tokens(self.bert, config, name)
+                for p in unused:  # what trains gets a gradient in every step, as ZeRO-3 needs
+                    p.requires_grad_(False)
         self.frozen, self.zero_padding = frozen, zero_padding
         self.cache_size = cache if frozen else 0
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -172,6 +279,27 @@ class TextEncoder(nn.Module):
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
         return out
+
+
+def _load(config: Any, name: str) -> Any:
+    """The model with its weights.
+
+    Raises:
+        UserError: it can't be loaded, or lacks weights.
+    """
+    of, options = _class_of(config, name)
+    folder = resolve_name(name)
+    try:
+        model, info = of.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except Exception as e:  # of a damaged file the library raises many kinds
+        raise _absent(folder, e) from None
+    lacking = sorted(n for n in info["missing_keys"] if "pooler" not in n)
+    if lacking:  # the library fills them with random numbers
+        raise UserError(
+            f"text encoder {name} lacks {len(lacking)} tensors of a {config.model_type} ({lacking[0]}, ..): give a "
+            "folder with all of them"
+        )
+    return model.get_encoder() if config.is_encoder_decoder else model
 
 
 @contextlib.contextmanager
