@@ -39,10 +39,14 @@ def set_environment() -> tuple[int, int, int]:
     one process of world size 1.
 
     Raises:
-        UserError: WORLD_SIZE without MASTER_PORT, or SLURM's list of nodes can't be read.
+        UserError: this process is no task of the SLURM job's that it is in, WORLD_SIZE without MASTER_PORT, or SLURM's
+            list of nodes can't be read.
     """
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+    if "RANK" not in env and (why := outside_of_srun()):
+        alone = "RANK=0 WORLD_SIZE=1 before it runs this process alone"
+        raise UserError(f"{why}: write srun before the command ({alone})")
+    if "RANK" not in env and int(env.get("SLURM_NTASKS") or 1) > 1:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
             env["SLURM_PROCID"],
             env["SLURM_NTASKS"],
@@ -61,6 +65,20 @@ def set_environment() -> tuple[int, int, int]:
             raise UserError("WORLD_SIZE is set but MASTER_PORT is not: launch with torchrun or srun, or set both")
         env["MASTER_PORT"] = str(free_port())
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+
+
+def outside_of_srun() -> str | None:
+    """What is wrong where a job of several tasks runs a command in its own shell, which is one process; None where not.
+
+    A batch script and salloc's shell have the job's SLURM_NTASKS, and may have SLURM_PROCID, which is 0. As rank 0 they
+    would wait for ranks that nothing starts.
+    """
+    env = os.environ
+    tasks = env.get("SLURM_NTASKS", "1")
+    is_step = "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", tasks) == tasks
+    if tasks in ("", "1") or is_step or env.get("SLURM_PROCID", "0") != "0":
+        return None
+    return f"SLURM_NTASKS is {tasks}, but this is one process outside of srun, which starts the others"
 
 
 def _first_host(nodelist: str) -> str:

@@ -54,6 +54,40 @@ def test_a_given_master_needs_no_scontrol(clean, tmp_path):
     assert set_environment() == (1, 2, 1) and os.environ["MASTER_ADDR"] == "node07"
 
 
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "node[1-2]", "MASTER_ADDR": "node1"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize("shell", [
+    {},  # salloc's
+    {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # a batch script's
+    STEP | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's with use_interactive_step
+])  # fmt: skip
+def test_a_shell_of_a_job_is_not_its_tasks(clean, tmp_path, refusal, shell):
+    for name, value in (JOB | shell).items():
+        clean.setenv(name, value)
+    (tmp_path / "c.yaml").write_text("data: {root: nowhere}")
+    for command in (["train", "--config", tmp_path / "c.yaml"], ["eval", tmp_path / "run"]):
+        assert "SLURM_NTASKS is 4, but this is one process outside of srun" in refusal(*command)
+    assert not {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    clean.setenv("RANK", "0")
+    clean.setenv("WORLD_SIZE", "1")
+    assert set_environment() == (0, 1, 0)  # as the message says
+
+
+@pytest.mark.parametrize("tasks", [{}, {"SLURM_STEP_NUM_TASKS": "4"}])
+def test_the_first_task_of_a_step_is_rank_0(clean, tasks):
+    for name, value in (JOB | STEP | tasks).items():
+        clean.setenv(name, value)
+    assert set_environment() == (0, 4, 0)
+
+
+def test_a_job_of_one_task_needs_no_srun(clean):
+    clean.setenv("SLURM_JOB_ID", "7")
+    clean.setenv("SLURM_NTASKS", "1")
+    assert set_environment() == (0, 1, 0)
+
+
 def test_half_an_environment_is_refused(clean):
     clean.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="MASTER_PORT"):

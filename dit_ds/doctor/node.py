@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dit_ds.distributed import outside_of_srun
 from dit_ds.doctor.check import Check, Context
 from dit_ds.errors import UserError
 from dit_ds.files import GIB, full_disk_is_user_error
@@ -26,9 +27,8 @@ def launch(c: Context) -> Iterator[Check]:
     where = f"rank {c.rank} of {c.world_size}" if c.world_size == 1 else f"{c.world_size} ranks"
     if not 0 <= c.rank < c.world_size:
         yield Check("launch", "fail", f"RANK is {c.rank}, WORLD_SIZE {c.world_size}", "launch with srun or torchrun")
-    elif "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        found = f"SLURM_NTASKS is {env['SLURM_NTASKS']}, but this is no step of srun: one process waits for the others"
-        yield Check("launch", "fail", found, "write srun before the command")
+    elif "TORCHELASTIC_RUN_ID" not in env and (why := outside_of_srun()):
+        yield Check("launch", "fail", why, "write srun before the command")
     elif "SLURM_STEP_ID" in env and "TORCHELASTIC_RUN_ID" not in env and env.get("SLURM_PROCID") != str(c.rank):
         found = f"RANK is {c.rank}, SLURM_PROCID is {env.get('SLURM_PROCID')}"
         yield Check("launch", "fail", found, "unset RANK, WORLD_SIZE and LOCAL_RANK before srun")

@@ -16,7 +16,7 @@ from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.sampler import EvalBatchSampler
-from dit_ds.distributed import World, connect, disconnect, gather_objects
+from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, trained_prompts
 from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized
@@ -112,6 +112,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: no such checkpoint or split, or a prompt that the model can't read.
     """
+    set_environment()  # a process that would wait for others in vain is refused before it loads anything
     # the scales are of training, and may be larger than the images
     overrides = {} if image_size is None else {"data": {"image_size": image_size, "scales": []}}
     model, config, meta = load_model(path, overrides)
