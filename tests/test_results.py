@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import dit_ds, tiny_config
+from safetensors.torch import load_file, save_file
 
-from dit_ds.checkpointing.reader import find
+from dit_ds.checkpointing.reader import Reader, find
+from dit_ds.checkpointing.weights import load_model
 from dit_ds.data.sample_set.write import write_sample_set
 from dit_ds.data.shards.write import shard_refer
+from dit_ds.errors import UserError
 from dit_ds.files import sha256_of
 from dit_ds.paper.scored_runs import NotEvaluated, read_run
 
@@ -71,6 +75,61 @@ def test_a_damaged_best_json_is_said_and_made_up_for(trained, tmp_path, caplog, 
     expected = find(run)
     (run / "best.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert find(run) == expected and "best.json is damaged" in caplog.text
+
+
+def test_a_best_checkpoint_that_is_gone_is_said(trained, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "best.json").write_text('{"step": 7}')
+    assert find(run) == run / "checkpoints/step_00000001" and "the best checkpoint, of step 7, is not in" in caplog.text
+
+
+_VALUES = (None, [], 5, "x", {}, {"master": 5}, {"a": [-1]}, {"a": "b"})
+
+
+@pytest.mark.parametrize("name", ["meta.json", "manifest.json"])
+def test_whatever_a_damaged_file_says_is_one_line(trained, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    whole = json.loads((checkpoint / name).read_text())
+    needed = {
+        "meta.json": ("step", "epoch", "config", "frozen", "shapes", "digest", "progress"),
+        "manifest.json": ("files",),
+    }
+    for value in (None, [], 5, "x", {}):
+        (checkpoint / name).write_text(json.dumps(value))
+        with pytest.raises(UserError, match=rf"is damaged \({name}"):
+            Reader(checkpoint)
+    for key in needed[name]:
+        wrong = [{k: v for k, v in whole.items() if k != key}]
+        wrong += [whole | {key: v} for v in _VALUES if type(v) is not type(whole[key])]
+        for value in wrong:
+            (checkpoint / name).write_text(json.dumps(value))
+            with pytest.raises(UserError, match=rf"is damaged \({name}: {key}"):
+                Reader(checkpoint)
+    for value in _VALUES:  # of the right type, but not what is in it
+        (checkpoint / name).write_text(json.dumps({k: value if isinstance(v, dict) else v for k, v in whole.items()}))
+        with pytest.raises(UserError):
+            load_model(run)
+
+
+def test_a_file_of_ranges_without_them(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (file,) = run.glob("checkpoints/step_*/rank_00000.safetensors")
+    for header in (None, {"ranges": "{"}, {"ranges": "[]"}, {"ranges": '{"a": 1}'}):
+        save_file(load_file(file), file, header)
+        with pytest.raises(UserError, match="is damaged .*rank_00000.safetensors"):
+            load_model(run)
+
+
+@pytest.mark.parametrize("header", ["", "[]", "{}", '{"step": 1, "epoch": 0, "config": 5}'])
+def test_an_exported_file_with_a_damaged_header(trained, tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"dit_ds": header})
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(path)
 
 
 def test_a_checkpoint_without_its_manifest_is_not_whole(trained, tmp_path, refusal):

@@ -8,17 +8,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from dit_ds.errors import UserError
 from dit_ds.files import check_name, read_json, sha256_of
 
 
+class _Entry(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    files: dict[str, _Entry]
+
+
 def manifest_files(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a checkpoint's files, by name."""
+    """Size and SHA-256 of a checkpoint's files, by name.
+
+    Raises:
+        UserError: there is no manifest, it is damaged, or a name leads out of the checkpoint's folder.
+    """
     file = path / "manifest.json"
-    files = read_json(file, "manifest")["files"]
+    files = checked(path, _Manifest, read_json(file, "manifest"), file.name)["files"]
     return {check_name(name, file): entry for name, entry in files.items()}
+
+
+def checked(path: Path, schema: type[BaseModel], value: Any, where: str) -> Any:
+    """The value, of the file `where` of a checkpoint, if the schema allows it.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        schema.model_validate(value, strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(map(str, error["loc"]))
+        raise damaged(path, f"{where}: {key + ': ' if key else ''}{error['msg']}") from None
+    return value
 
 
 def require_readable(path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 
-from dit_ds.checkpointing.integrity import damage_is_user_error, damaged
+from dit_ds.checkpointing.integrity import checked, damage_is_user_error, damaged
 from dit_ds.engine.zero_state import MASTER, MOMENTS
 from dit_ds.errors import UserError
 from dit_ds.files import parse_json, read_json
@@ -79,9 +79,8 @@ def read_meta(path: Path) -> dict[str, Any]:
         UserError: it is damaged, or is not one of ours.
     """
     if path.is_file():
-        return _checked(path, _Exported, _header(path))
-    meta = read_json(path / "meta.json", "checkpoint")
-    meta = _checked(path, _Meta, meta)
+        return checked(path, _Exported, _header(path), "its header")
+    meta = checked(path, _Meta, read_json(path / "meta.json", "checkpoint"), "meta.json")
     if lacking := {MASTER, *MOMENTS} - meta["digest"].keys():
         raise damaged(path, f"its meta.json has no digest of {', '.join(sorted(lacking))}")
     return meta
@@ -98,13 +97,3 @@ def _header(path: Path) -> Any:
         return parse_json(text)
     except ValueError as e:
         raise damaged(path, f"its header is not valid JSON: {e}") from None
-
-
-def _checked(path: Path, schema: type[BaseModel], meta: Any) -> dict[str, Any]:
-    try:
-        schema.model_validate(meta)
-    except ValidationError as e:
-        error = e.errors()[0]
-        where = ".".join(map(str, error["loc"])) or "it"
-        raise damaged(path, f"what it says of itself can't be used: {where}: {error['msg']}") from None
-    return meta

@@ -63,7 +63,12 @@ def find(path: str | Path) -> Path:
         step = read_meta(checkpoints[-1])["progress"]["best_step"]
         _log.warning(f"warning: {best} is damaged ({e}): using the best step that {checkpoints[-1]} names, {step}")
     chosen = path / "checkpoints" / f"step_{step:08d}"
-    return chosen if chosen in checkpoints else checkpoints[-1]
+    if chosen not in checkpoints:
+        _log.warning(
+            f"warning: the best checkpoint, of step {step}, is not in {path}: using the newest, {checkpoints[-1]}"
+        )
+        return checkpoints[-1]
+    return chosen
 
 
 def newest_whole(run_dir: str | Path, world: World) -> Path | None:

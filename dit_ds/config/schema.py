@@ -240,7 +240,9 @@ class TrainConfig(Section):
     lr: float = Field(1e-4, gt=0, le=_FP32, description="learning rate of AdamW")
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, le=1, description="Adam's epsilon")
-    weight_decay: float = Field(0.0, ge=0, le=_FP32, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
+    weight_decay: float = Field(
+        0.0, ge=0, le=_FP32, description="decoupled weight decay (AdamW); 0 is the paper's Adam"
+    )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
     )
