@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from dit_ds.cli.arguments import from_one, from_zero, shard_counts
-from dit_ds.cli.output import command, report
+from dit_ds.cli.output import command, optional_config, report
 
 
 def add(commands: Any) -> None:
@@ -27,15 +27,25 @@ def add(commands: Any) -> None:
         _data_verify,
         "check a set: manifest, every shard's bytes and members, pictures, masks, refs, ids, splits, published counts",
     )
-    p.add_argument("folder", help="as data_shards/refcoco/unc")
-    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+    _add_config(p)
 
     p = command(data_commands, "stats", _data_stats, "what is in a split: words, refs, mask and image sizes, pictures")
-    p.add_argument("folder", help="as data_shards/refcoco/unc")
+    _add_config(p)
     p.add_argument("--split", default="train", help="train, val, testA, ... (default train)")
     p.add_argument("--sheet", metavar="PNG", help="also draw random expressions with their masks, as a .png or .pdf")
     p.add_argument("--seed", type=from_zero, default=0, help="of the sheet: another seed draws others (default 0)")
+
+
+def _add_config(p: argparse.ArgumentParser) -> None:
+    """Arguments of `verify` and `stats`."""
+    p.add_argument("folder", help="as data_shards/refcoco/unc")
+    p.add_argument(
+        "--config",
+        help="count what a run with this configuration loses of expressions and masks, with overrides as in train "
+        "(default: with the default settings)",
+    )
     p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+    p.set_defaults(takes_overrides=True)
 
 
 def _add_shard(data_commands: Any) -> None:
@@ -108,7 +118,12 @@ def _data_shard(args: argparse.Namespace) -> int:
 def _data_verify(args: argparse.Namespace) -> int:
     from dit_ds.data.shards import verify
 
+    config = optional_config(args)
     found = verify.verify_shards(args.folder, args.processes)
+    if found["ok"]:  # else samples may not be readable
+        from dit_ds.data.input_check import add_losses
+
+        add_losses(found, args.folder, config, args.processes)
     report(args, found, lambda: verify.format_report(found))
     return 0 if found["ok"] else 1
 
@@ -116,12 +131,13 @@ def _data_verify(args: argparse.Namespace) -> int:
 def _data_stats(args: argparse.Namespace) -> int:
     from dit_ds.data import stats
 
+    config = optional_config(args)
     if args.sheet:
         from dit_ds.visualize.drawing import picture_format
         from dit_ds.visualize.figures import draw_sheet
 
         picture_format(args.sheet)  # refused before anything is read
-    found = stats.split_stats(args.folder, args.split, args.processes)
+    found = stats.split_stats(args.folder, args.split, args.processes, config)
     if args.sheet:
         draw_sheet(args.folder, args.split, args.sheet, args.seed)
     report(args, found, lambda: stats.format_report(found))

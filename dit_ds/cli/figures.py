@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from dit_ds.cli.arguments import from_one, integers, names, share
-from dit_ds.cli.output import command, report
+from dit_ds.cli.output import command, report, report_and_warn
 
 
 def add(commands: Any) -> None:
@@ -72,5 +72,5 @@ def _attention(args: argparse.Namespace) -> int:
     result = attention.attention(
         args.checkpoints, args.image, args.text, args.out, by_word=args.words, layers=args.layers
     )
-    report(args, result, lambda: attention.attention_lines(result))
+    report_and_warn(args, result, lambda: attention.attention_lines(result))
     return 0

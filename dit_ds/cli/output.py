@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from dit_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from dit_ds.config.schema import RunConfig
 
 
 def report(
@@ -30,8 +36,18 @@ def report(
         print(line)
 
 
+def report_and_warn(
+    args: argparse.Namespace, result: dict[str, Any], lines: Callable[[], list[str]] | None = None
+) -> None:
+    """As `report`; the result's `warnings` go to stderr, too, a line each."""
+    for line in result["warnings"]:
+        logging.getLogger("dit_ds").warning(f"warning: {line}")
+    report(args, result, lines)
+
+
 def _key_lines(result: dict[str, Any]) -> list[str]:
-    return [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()]
+    shown = {k: v for k, v in result.items() if k != "warnings"}
+    return [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in shown.items()]
 
 
 def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -45,6 +61,19 @@ def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], he
     sub.set_defaults(run=run)
     sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return sub
+
+
+def optional_config(args: argparse.Namespace) -> RunConfig | None:
+    """The configuration of a command that can do without one.
+
+    Raises:
+        UserError: as of `load_config`, or there is nothing that the overrides override.
+    """
+    from dit_ds.config.load import load_config
+
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]} overrides a configuration: name one with --config")
+    return load_config(args.config, args.overrides) if args.config else None
 
 
 def config_options(p: argparse.ArgumentParser) -> None:

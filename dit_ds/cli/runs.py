@@ -7,8 +7,7 @@ import os
 from typing import Any
 
 from dit_ds.cli.arguments import from_one, from_zero, pixels, probability, seconds
-from dit_ds.cli.output import command, report
-from dit_ds.errors import UserError
+from dit_ds.cli.output import command, optional_config, report, report_and_warn
 
 
 def add(commands: Any) -> None:
@@ -104,11 +103,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from dit_ds.config.load import load_config
-
-    if args.overrides and not args.config:
-        raise UserError(f"{args.overrides[0]} overrides a configuration: name one with --config")
-    config = load_config(args.config, args.overrides) if args.config else None
+    config = optional_config(args)
     # before torch is imported: its traces of failed connections, which the checks report in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from dit_ds import doctor
@@ -147,7 +142,7 @@ def _predict(args: argparse.Namespace) -> int:
         box=args.box,
         threshold=args.threshold,
     )
-    report(args, result)
+    report_and_warn(args, result)
     return 0
 
 

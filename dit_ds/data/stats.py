@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dit_ds.config.schema import RunConfig
+from dit_ds.data.input_check import InputCheck
 from dit_ds.data.loading.index import JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
 from dit_ds.data.loading.transforms import swap_sides
@@ -53,20 +55,25 @@ def split_stats(
     folder: str | Path,
     split: str = "train",
     processes: int | None = None,
+    config: RunConfig | None = None,
 ) -> dict[str, Any]:
     """Statistics of one split, from its JSON members; no image is read.
 
     Args:
         folder: as data_shards/refcoco/unc.
         processes: that read shards, by default one a core.
+        config: as for `InputCheck`.
     Returns:
         `split, images, refs, expressions, no_target`; `words_per_expression`, `expressions_per_ref`, `refs_per_image`
         (mean, median, p95, max, histogram); `mask_share` (quantiles of a mask's share of its image), `mask_sizes`
-        (shares of COCO's small, medium and large); `image_sizes`, `frequent_words`, `left_right_share`.
+        (shares of COCO's small, medium and large); `image_sizes`, `frequent_words`, `left_right_share`;
+        `as_read`: what of the split a run with this configuration loses (`settings`, `counts`, `lines`, `note`).
     Raises:
         UserError: no such dataset or split, or a damaged sample.
     """
     index = SplitIndex.load(local(folder), split)
+    check = InputCheck(config)
+    losses = check.losses(folder, split, processes)
     shards = list(range(len(index.shards)))
     counts = list(forked_map(functools.partial(_count_shard, index), shards, processes, "stats"))
     areas = np.array([x for c in counts for x in c.areas], np.int64).reshape(-1, 2)
@@ -84,6 +91,9 @@ def split_stats(
         "image_sizes": [{"width": w, "height": h, "images": n} for (w, h), n in _by_frequency(sizes)[:10]],
         "frequent_words": _by_frequency(frequencies)[:_WORDS],
         "left_right_share": sum(c.sided for c in counts) / max(1, expressions),
+        "as_read": {
+            "settings": check.settings, "counts": dict(losses.counts), "lines": check.lines(losses), "note": check.note,
+        },
     }  # fmt: skip
 
 
@@ -158,6 +168,8 @@ def format_report(found: dict[str, Any]) -> list[str]:
         f"picture sizes: {pictures}",
         f"expressions with left or right: {100 * found['left_right_share']:.1f}%",
         "frequent words: " + ", ".join(f"{w} {n}" for w, n in found["frequent_words"]),
+        *found["as_read"]["lines"],
+        *filter(None, [found["as_read"]["note"]]),
     ]
 
 

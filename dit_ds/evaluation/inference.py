@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.expressions import normalise_expression
 from dit_ds.data.loading.prompts import Prompts, scale_coordinates
-from dit_ds.data.loading.tokenize import make_tokenize
+from dit_ds.data.loading.tokenize import make_token_check, make_tokenize
 from dit_ds.data.loading.transforms import pad_square, resize_image
 from dit_ds.errors import UserError
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
@@ -47,14 +48,31 @@ def check_kind(config: RunConfig, kind: str) -> None:
 
 
 def read_expression(text: str) -> str:
-    """The expression as the model is given it: stripped, in lower case.
+    """The expression as the model is given it, and as a set would hold it: `normalise_expression`.
 
     Raises:
-        UserError: it is empty.
+        UserError: it has no word.
     """
-    if not text.strip():
-        raise UserError("--text is empty: say what to segment, as --text 'the left star'")
-    return text.strip().lower()
+    expression = normalise_expression(text)
+    if not expression:
+        empty = "is empty" if not text.strip() else f"'{text}' has no word"
+        raise UserError(f"--text {empty}: say what to segment, as --text 'the left star'")
+    return expression
+
+
+def expression_warnings(config: RunConfig, expression: str) -> list[str]:
+    """A line for each way in which the model can't read the expression, as `read_expression` returned it."""
+    tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
+    found, length, lines = make_token_check(tokenizer, config.data.tokens)(expression), config.data.tokens, []
+    if found.cut:
+        rest = tokenizer.decode(found.ids[found.room :])
+        lines.append(f"the model reads {length} tokens (data.tokens), and of --text not its end: '{rest}'")
+    if found.mostly_unknown:
+        lines.append(
+            f"the model knows few words of --text: {found.unknown} of {len(found.ids)} tokens are "
+            f"{tokenizer.unk_token} to its text encoder"
+        )
+    return lines
 
 
 def read_picture(path: str) -> np.ndarray:
@@ -126,7 +144,7 @@ def picture_inputs(
     sample = prompts.points_and_labels(scaled(points) if points else None, None if box is None else scaled(box))
     if prompts.has_text:
         tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
-        tokens, real = make_tokenize(tokenizer, d.tokens)(text or "")  # (N,) each
+        tokens, real = make_tokenize(tokenizer, d.tokens)(normalise_expression(text or ""))  # (N,) each
         sample |= {"tokens": tokens, "token_mask": real & (text is not None)}
     batch = {k: torch.from_numpy(x)[None] for k, x in sample.items()}
     batch["image"] = torch.from_numpy(pad_square(small, d.image_size).transpose(2, 0, 1).copy())[None]  # (1, 3, S, S)

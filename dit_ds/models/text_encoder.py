@@ -64,15 +64,18 @@ def _transformers() -> Any:
     return transformers
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, local: bool = False) -> Any:
     """The encoder's tokenizer, which pads on the right, with any token where it has none for that: padding is masked.
 
+    Args:
+        local: don't fetch it.
     Raises:
         UserError: it isn't there, and can't be fetched.
     """
     folder = resolve_name(name)
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        library = _transformers().AutoTokenizer
+        tokenizer = library.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
     except Exception as e:  # of a damaged file the library raises many kinds
         raise _absent(folder, e) from None
     tokenizer.padding_side = "right"

@@ -12,7 +12,14 @@ from torch import Tensor
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import check_kind, device, picture_inputs, read_expression, read_picture
+from dit_ds.evaluation.inference import (
+    check_kind,
+    device,
+    expression_warnings,
+    picture_inputs,
+    read_expression,
+    read_picture,
+)
 from dit_ds.evaluation.postprocess import MaskPostprocess
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.dit_sam import DITSAM
@@ -53,7 +60,8 @@ def attention(
     Returns:
         `out`, `text`, and for each checkpoint (`checkpoints`) its `checkpoint`, `title`, `shows` (words or places),
         `words`, `covered` (share of the picture that the prediction covers) and `layers`: `layer`, `peak`, `to_words`
-        and `words_to_image`, the share of the text's attention that goes to the picture; both null without text.
+        and `words_to_image`, the share of the text's attention that goes to the picture; both null without text;
+        `warnings`, a line each.
     Raises:
         UserError: a checkpoint of another method, no such layer, or `by_word` without text in the encoder.
     """
@@ -68,7 +76,8 @@ def attention(
         if by_word:
             rows += _word_rows(a)
     draw_attention(pixels, text, rows, _NOTE, out)
-    return {"out": out, "text": text, "checkpoints": [_report(a) for a in attended]}
+    warnings = list(dict.fromkeys(line for a in attended for line in a.warnings))
+    return {"out": out, "text": text, "checkpoints": [_report(a) for a in attended], "warnings": warnings}
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,13 @@ class _Attended:
         prediction: (H, W) bool.
         layers: by number, from 1 on.
         patch: as in `AttentionRow`.
+        warnings: of `expression_warnings`.
     """
 
     path: str
     title: str
     words: list[str]
+    warnings: list[str]
     prediction: np.ndarray
     layers: dict[int, LayerAttention]
     patch: tuple[float, float]
@@ -115,7 +126,8 @@ def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) 
     height, width = (side * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))
     words = tokenizer.convert_ids_to_tokens(tokens[0][is_word].tolist())
     by_layer = {i + 1: x for i, x in sorted(found.items())}
-    return _Attended(path, title_of(config), words, prediction, layers=by_layer, patch=(height, width))
+    warnings = expression_warnings(config, text)
+    return _Attended(path, title_of(config), words, warnings, prediction, layers=by_layer, patch=(height, width))
 
 
 def _shown_map(layer: LayerAttention) -> Tensor:

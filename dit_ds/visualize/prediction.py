@@ -10,7 +10,15 @@ import torch
 
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import check_kind, device, read_expression, read_picture, segment, trained_prompts
+from dit_ds.evaluation.inference import (
+    check_kind,
+    device,
+    expression_warnings,
+    read_expression,
+    read_picture,
+    segment,
+    trained_prompts,
+)
 from dit_ds.visualize.drawing import picture_format, save_picture, side_by_side
 
 
@@ -33,7 +41,7 @@ def predict_image(
         out: picture to write, in the format of its ending.
         text, points, box: at least one of them; with `threshold` as for `segment`.
     Returns:
-        `out`, the prompts, and `covered`, the share of the picture that the mask covers.
+        `out`, the prompts, `covered`, the share of the picture that the mask covers, and `warnings`, a line each.
     Raises:
         UserError: no prompt, one outside the picture or that the model can't read, or a file that can't be read.
     """
@@ -56,7 +64,8 @@ def predict_image(
     given |= {"points": [list(p) for p in points]} if points else {}
     given |= {"box": list(box)} if box is not None else {}
     save_picture(side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in given.items())), out)
-    return {"out": out} | given | {"covered": round(float(mask.mean()), 4)}
+    warnings = [] if expression is None else expression_warnings(config, expression)
+    return {"out": out} | given | {"covered": round(float(mask.mean()), 4), "warnings": warnings}
 
 
 def _check_coordinates(

@@ -11,12 +11,12 @@ import difflib
 import io
 import pickle
 import re
-import unicodedata
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_ds.data.expressions import normalise_expression
 from dit_ds.data.masks import UnusableRecord
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
@@ -226,16 +226,12 @@ def join(
 
 
 def clean_sentence(sentence: dict[str, Any]) -> str:
-    """The expression's text: REFER's `sent`, or, where that is empty, `raw` cleaned as REFER cleans it.
+    """The expression's text, normalised: REFER's `sent`, or, where that is empty, `raw`.
 
     Raises:
         UnusableRecord: both are empty.
     """
-    text = sentence.get("sent", "").strip()
-    if not text:
-        raw = unicodedata.normalize("NFC", sentence.get("raw", "").lower())
-        kept = (c if re.match(r"[\w\s-]", c) or unicodedata.category(c)[0] == "M" else " " for c in raw)
-        text = " ".join("".join(kept).split())
+    text = normalise_expression(sentence.get("sent", "")) or normalise_expression(sentence.get("raw", ""))
     if not text:
         raise UnusableRecord(f"sentence {sentence.get('sent_id')} is empty")
     return text

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dit_ds.data.expressions import normalise_expression
 from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.batch import BatchBuilder
 from dit_ds.data.loading.decoded_image import DecodedImage
@@ -31,6 +32,11 @@ class _Location(NamedTuple):
     ref: int
     sentence: int
     rng: np.random.Generator
+
+
+def _text(ref: dict[str, Any], sentence: int) -> str:
+    """The expression, normalised: shards that were written by an earlier version may hold others."""
+    return normalise_expression(ref["sentences"][sentence]["sent"])
 
 
 class ExpressionDataset(Dataset):
@@ -117,11 +123,7 @@ class ExpressionDataset(Dataset):
         kind, side, prompt_rng = self._draw_kind_and_side(epoch, sample)
         image = self._decoded(location.image)
         ref = image.meta["refs"][self.index.refs[location.ref, 1]]
-        text = (
-            self._text_of_another_image(location)
-            if self.sentence_shift
-            else ref["sentences"][location.sentence]["sent"]
-        )
+        text = self._text_of_another_image(location) if self.sentence_shift else _text(ref, location.sentence)
         full_mask = image.full_mask(ref["ann_ids"])
         if kind != "text" and not full_mask.any():
             raise self._without_mask(location.image, kind)
@@ -215,7 +217,7 @@ class ExpressionDataset(Dataset):
         other_image = (location.image + self.sentence_shift) % len(self.index.images)
         refs = np.flatnonzero(self.index.refs[:, 0] == other_image)
         other = self._meta(other_image)["refs"][int(self.index.refs[location.ref, 1]) % len(refs)]
-        return other["sentences"][location.sentence % len(other["sentences"])]["sent"]
+        return _text(other, location.sentence % len(other["sentences"]))
 
     def _meta(self, image: int) -> dict[str, Any]:
         return self.index.parse(image, self.reader.read(image, JSON))

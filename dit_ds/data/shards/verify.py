@@ -66,7 +66,7 @@ def format_report(found: dict[str, Any]) -> list[str]:
     """The result of `verify_shards` as text lines."""
     rows = [f"{s}: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in c.items() if isinstance(n, int) and n)
             for s, c in found["counts"].items()]  # fmt: skip
-    problems = [f"{kind}: {line}" for kind in ("warning", "error") for line in found[f"{kind}s"]]
+    problems = [f"{kind}: {line}" for kind in ("note", "warning", "error") for line in found.get(f"{kind}s", ())]
     return [*rows, *problems, "ok" if found["ok"] else f"{len(found['errors'])} errors"]
 
 

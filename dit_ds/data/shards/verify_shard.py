@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_ds.data.expressions import normalise_expression
 from dit_ds.data.jpeg import jpeg_size
 from dit_ds.data.masks import decode_rle, run_lengths
 
@@ -225,7 +226,7 @@ def _ref_errors(meta: dict[str, Any], key: str, report: ShardReport) -> Iterator
             yield f"ref {ref_id} has no sentence"
         for sentence in ref["sentences"]:
             report.sentences.append(_id_and_key(dataset, sentence["sent_id"], key))
-            if not sentence["sent"].strip():
+            if not normalise_expression(sentence["sent"]):
                 yield f"ref {ref_id}: sentence {sentence['sent_id']} is empty"
 
 

@@ -1,0 +1,137 @@
+"""What a run's settings leave of a set's expressions, counted for `data stats` and `data verify`."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_ds.config.schema import RunConfig
+from dit_ds.data.expressions import normalise_expression
+from dit_ds.data.loading.index import JSON, SplitIndex
+from dit_ds.data.loading.readers import MemberReader
+from dit_ds.data.loading.tokenize import TokenCheck, make_token_check
+from dit_ds.data.parallel import forked_map
+from dit_ds.data.shards.storage import local
+from dit_ds.errors import UserError
+from dit_ds.models.text_encoder import load_tokenizer
+
+_MAX_NAMED = 3  # samples that one line names
+# of each count: what it counts, as a line says it
+_LINES = {
+    "expressions_rewritten": "expressions are read without their capitals and punctuation",
+    "expressions_cut": "expressions are longer than data.tokens {tokens}: the model doesn't read their ends",
+    "expressions_unknown": "expressions are mostly [UNK] to {tokenizer}: it was made for other words or another script",
+}
+
+
+@dataclass
+class InputLosses:
+    """Counts of what a model doesn't read as it is written.
+
+    Attributes:
+        counts: by the keys of `_LINES`; what can't be counted is not there.
+        examples: some of what was counted, as "KEY 'expression'", by the same keys.
+    """
+
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, name: str, found: bool, example: str) -> None:
+        """Count one expression or target."""
+        self.counts[name] += found
+        if found and len(self.examples.setdefault(name, [])) < _MAX_NAMED:
+            self.examples[name].append(example)
+
+    def merge(self, other: InputLosses) -> None:
+        """Add another's counts."""
+        self.counts.update(other.counts)
+        for name, some in other.examples.items():
+            self.examples[name] = (self.examples.get(name, []) + some)[:_MAX_NAMED]
+
+
+class InputCheck:
+    """Compares a set with what a run's settings make of it.
+
+    Args:
+        config: the run's, of which `data` and the tokenizer matter. None for the defaults; their tokenizer is not fetched.
+    Attributes:
+        note: what is not counted, and why; None where everything is.
+    Raises:
+        UserError: the configuration's tokenizer can't be loaded.
+    """
+
+    def __init__(self, config: RunConfig | None = None):
+        run = config or RunConfig()
+        name = run.text.tokenizer or run.text.name
+        self.settings: dict[str, Any] = {"tokens": run.data.tokens, "tokenizer": name}
+        self.note: str | None = None
+        self._check_tokens: Callable[[str], TokenCheck] | None = None
+        try:
+            self._check_tokens = make_token_check(load_tokenizer(name, local=config is None), run.data.tokens)
+        except UserError:
+            if config is not None:
+                raise
+            self.note = f"how many expressions are cut or [UNK] is not counted, {name} is not here: give --config"
+
+    def losses(self, folder: str | Path, split: str, processes: int | None = None) -> InputLosses:
+        """Count what is lost of a split.
+
+        Args:
+            folder, processes: as for `split_stats`.
+        Raises:
+            UserError: no such dataset or split, or a damaged sample.
+        """
+        index, found = SplitIndex.load(local(folder), split), InputLosses()
+        shards = list(range(len(index.shards)))
+        for of_shard in forked_map(functools.partial(self._of_shard, index), shards, processes, f"{split} as read"):
+            found.merge(of_shard)
+        return found
+
+    def lines(self, losses: InputLosses) -> list[str]:
+        """A line on each count above zero, with examples."""
+        return [
+            f"{n} {_LINES[name].format(**self.settings)}, as {', '.join(losses.examples[name])}"
+            for name, n in losses.counts.items()
+            if n
+        ]
+
+    def _of_shard(self, index: SplitIndex, shard: int) -> InputLosses:
+        reader, losses = MemberReader(index), InputLosses()
+        for image in np.flatnonzero(index.images[:, 0] == shard).tolist():
+            meta = index.parse(image, reader.read(image, JSON))
+            for ref in meta["refs"]:
+                for sentence in ref["sentences"]:
+                    self._count_expression(losses, index.key(image), sentence["sent"])
+        return losses
+
+    def _count_expression(self, losses: InputLosses, key: str, written: str) -> None:
+        text, example = normalise_expression(written), f"{key} '{written}'"
+        losses.add("expressions_rewritten", text != written, example)
+        if self._check_tokens is not None:
+            found = self._check_tokens(text)
+            losses.add("expressions_cut", found.cut, example)
+            losses.add("expressions_unknown", found.mostly_unknown, example)
+
+
+def add_losses(
+    found: dict[str, Any], folder: str | Path, config: RunConfig | None = None, processes: int | None = None
+) -> None:
+    """Add what runs lose of a set to the result of `verify_shards`: to `counts`, `warnings`, and `notes`, which this adds.
+
+    Args:
+        folder, processes: as for `verify_shards`.
+        config: as for `InputCheck`.
+    """
+    check = InputCheck(config)
+    found["notes"] = [check.note] if check.note else []
+    for split, counts in found["counts"].items():
+        if counts["images"]:  # with --skip-bad a split may have lost all
+            losses = check.losses(folder, split, processes)
+            counts.update(losses.counts)
+            found["warnings"] += [f"split {split}: {line}" for line in check.lines(losses)]
