@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import dit_ds.torchvision_stub  # noqa: F401
+from dit_ds.data.directions import mirror_expression
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
-from dit_ds.data.loading.transforms import swap_sides
 from dit_ds.data.masks import decode_rle
 
 
@@ -62,9 +62,10 @@ class FieldStyle(Dataset):
         mask = self.resize_mask(Image.fromarray(np.load(self.folder / f"{ref}.npy")))
         if self.how is not None:
             image = self.blur(self.color(image))
-            if torch.rand(()) < self.how.flip:
+            mirrored = mirror_expression(text)
+            if torch.rand(()) < self.how.flip and mirrored is not None:
                 image, mask = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, mask))
-                text = swap_sides(text)
+                text = mirrored
         tokens, real = self.tokenize(text)
         return {
             "image": self.normalize(image),

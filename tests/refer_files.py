@@ -92,6 +92,18 @@ def write_images(folder: Path, images: Iterable[dict[str, Any]]) -> Path:
     return folder
 
 
+def own_set(folder: Path, texts: list[str]) -> Path:
+    """The shards of an own set: one picture with a block, and these expressions of it."""
+    from dit_ds.data.shards.write import shard_refer
+
+    expressions = [{"image_id": 1, "annotation_ids": [10], "text": texts, "split": "train"}]
+    file = {"images": [image(1)], "annotations": [annotation(10, 1)], "expressions": expressions}
+    (folder / "own.json").write_text(json.dumps(file))
+    pictures = write_images(folder / "images", [image(1)])
+    shard_refer(None, pictures, "mine", None, folder / "shards", coco=folder / "own.json", processes=1)
+    return folder / "shards/mine/own"
+
+
 def samples_of(folder: Path) -> dict[int, dict[str, Any]]:
     """The json members of a shard folder by image id, split by split the last one wins."""
     import tarfile

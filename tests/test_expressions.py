@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 from conftest import MINILM, dit_ds
 from hypothesis import given
 from hypothesis import strategies as st
-from refer_files import annotation, image, write_images
+from refer_files import image, own_set
 
 from dit_ds.cli.entry import main
 from dit_ds.config.schema import RunConfig
@@ -21,7 +20,6 @@ from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.data.loading.tokenize import make_token_check, make_tokenize
 from dit_ds.data.masks import UnusableRecord
-from dit_ds.data.shards.write import shard_refer
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import expression_warnings, picture_inputs, read_expression, read_picture
 from dit_ds.models.text_encoder import load_tokenizer
@@ -56,16 +54,6 @@ def test_what_is_typed_is_what_a_set_holds(text):
     for source in sources:
         with pytest.raises(UnusableRecord):
             clean_sentence(source)
-
-
-def own_set(folder: Path, texts: list[str]) -> Path:
-    """The shards of an own set: a picture with a block and these expressions of it."""
-    expressions = [{"image_id": 1, "annotation_ids": [10], "text": texts, "split": "train"}]
-    file = {"images": [image(1)], "annotations": [annotation(10, 1)], "expressions": expressions}
-    (folder / "own.json").write_text(json.dumps(file))
-    pictures = write_images(folder / "images", [image(1)])
-    shard_refer(None, pictures, "mine", None, folder / "shards", coco=folder / "own.json", processes=1)
-    return folder / "shards/mine/own"
 
 
 def configuration(**data) -> RunConfig:

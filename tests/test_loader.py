@@ -181,11 +181,12 @@ def test_a_flip_turns_image_mask_and_words(index, tokenize):
     drawn.apply_image(image, out)
     np.testing.assert_array_equal(out, image[:, ::-1])
     np.testing.assert_array_equal(drawn.apply_mask(mask), mask[:, ::-1])
-    assert drawn.apply_text("the left man") == "the right man"
+    assert drawn.with_text("the left man") == (drawn, "the right man")
+    assert not drawn.with_text("the man at the west end")[0].flipped
     drawn = Augmentation().draw(rng)
     drawn.apply_image(image, out)
     assert np.array_equal(out, image) and np.array_equal(drawn.apply_mask(mask), mask)
-    assert drawn.apply_text("the left man") == "the left man"
+    assert drawn.with_text("the left man") == (drawn, "the left man")
 
 
 def test_augmentation_draws_from_epoch_and_sample(index, tokenize):

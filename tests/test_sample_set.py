@@ -7,12 +7,11 @@ import pickle
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from dit_ds.data.annotations.refer import load_refer
-from dit_ds.data.loading.transforms import swap_sides
+from dit_ds.data.directions import mirror_expression
 from dit_ds.data.masks import annotation_rle, decode_rle
 from dit_ds.data.sample_set.language import expressions
 from dit_ds.data.sample_set.write import annotation, scene_of, split_of, write_sample_set
@@ -98,7 +97,7 @@ def test_expressions_are_true_of_one_object_also_in_the_mirror():
             assert len(set(found)) == len(found)
             for text in found:
                 assert meant(text, things, scene.width, scene.height) == [things[i]], text
-                assert meant(swap_sides(text), mirrored, scene.width, scene.height) == [mirrored[i]], text
+                assert meant(mirror_expression(text), mirrored, scene.width, scene.height) == [mirrored[i]], text
                 seen += 1
     assert seen > 2000
 
@@ -169,12 +168,3 @@ def test_a_foreign_dataset_is_left_alone(tmp_path: Path):
         write_sample_set(tmp_path, images=20)
     with pytest.raises(UserError, match="--images 3"):
         write_sample_set(tmp_path / "x", images=3)
-
-
-def test_swapping_sides_twice_gives_the_words_back():
-    rng = np.random.default_rng(0)
-    words = ["left", "Right", "leftmost", "RIGHT-HAND", "upright", "bright", "all", "leftover", "right,"]
-    for _ in range(50):
-        text = " ".join(rng.choice(words, 5))
-        assert swap_sides(swap_sides(text)) == text
-    assert swap_sides("Right man, leftmost: upright bright leftover") == "Left man, rightmost: upright bright leftover"

@@ -97,7 +97,11 @@ class DataConfig(Section):
     )
     blur: float = Field(0.5, ge=0, le=1, description="probability of a Gaussian blur")
     flip: float = Field(
-        0.5, ge=0, le=1, description="probability of a horizontal flip, left and right swapped in the text"
+        0.5,
+        ge=0,
+        le=1,
+        description="probability of a horizontal flip, left and right swapped in the text; a picture whose text has "
+        "other words of direction is not flipped",
     )
 
     @property

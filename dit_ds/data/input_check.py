@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.directions import mirror_expression
 from dit_ds.data.expressions import normalise_expression
 from dit_ds.data.loading.index import JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
@@ -23,7 +24,11 @@ from dit_ds.models.text_encoder import load_tokenizer
 
 _MAX_NAMED = 3  # samples that one line names
 # of each count: what it counts, as a line says it
-_LINES = {
+_FACTS = {
+    "expressions_swapped": "expressions have left and right swapped when their picture is flipped",
+    "expressions_not_flippable": "expressions have a direction whose mirror is not known: their picture is not flipped",
+}
+_WARNINGS = {
     "expressions_rewritten": "expressions are read without their capitals and punctuation",
     "expressions_cut": "expressions are longer than data.tokens {tokens}: the model doesn't read their ends",
     "expressions_unknown": "expressions are mostly [UNK] to {tokenizer}: it was made for other words or another script",
@@ -35,7 +40,7 @@ class InputLosses:
     """Counts of what a model doesn't read as it is written.
 
     Attributes:
-        counts: by the keys of `_LINES`; what can't be counted is not there.
+        counts: by the keys of `_FACTS` and `_WARNINGS`; what can't be counted is not there.
         examples: some of what was counted, as "KEY 'expression'", by the same keys.
     """
 
@@ -93,12 +98,19 @@ class InputCheck:
             found.merge(of_shard)
         return found
 
+    def warnings(self, losses: InputLosses) -> list[str]:
+        """A line on each count above zero that may surprise, with examples."""
+        return self._lines(losses, _WARNINGS)
+
     def lines(self, losses: InputLosses) -> list[str]:
         """A line on each count above zero, with examples."""
+        return self._lines(losses, _FACTS | _WARNINGS)
+
+    def _lines(self, losses: InputLosses, texts: dict[str, str]) -> list[str]:
         return [
-            f"{n} {_LINES[name].format(**self.settings)}, as {', '.join(losses.examples[name])}"
-            for name, n in losses.counts.items()
-            if n
+            f"{losses.counts[name]} {text.format(**self.settings)}, as {', '.join(losses.examples[name])}"
+            for name, text in texts.items()
+            if losses.counts[name]
         ]
 
     def _of_shard(self, index: SplitIndex, shard: int) -> InputLosses:
@@ -112,6 +124,9 @@ class InputCheck:
 
     def _count_expression(self, losses: InputLosses, key: str, written: str) -> None:
         text, example = normalise_expression(written), f"{key} '{written}'"
+        mirrored = mirror_expression(text)
+        losses.add("expressions_swapped", mirrored not in (text, None), example)
+        losses.add("expressions_not_flippable", mirrored is None, example)
         losses.add("expressions_rewritten", text != written, example)
         if self._check_tokens is not None:
             found = self._check_tokens(text)
@@ -134,4 +149,4 @@ def add_losses(
         if counts["images"]:  # with --skip-bad a split may have lost all
             losses = check.losses(folder, split, processes)
             counts.update(losses.counts)
-            found["warnings"] += [f"split {split}: {line}" for line in check.lines(losses)]
+            found["warnings"] += [f"split {split}: {line}" for line in check.warnings(losses)]

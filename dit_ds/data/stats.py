@@ -14,7 +14,6 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.data.input_check import InputCheck
 from dit_ds.data.loading.index import JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
-from dit_ds.data.loading.transforms import swap_sides
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.shards.storage import local
 
@@ -37,7 +36,6 @@ class _ShardCounts:
         areas: of each ref with a target: pixels of its mask, pixels of the image.
         sizes: of each image: width, height.
         frequencies: of each word.
-        sided: expressions that mention left or right.
         no_target: refs without target.
     """
 
@@ -47,7 +45,6 @@ class _ShardCounts:
     areas: list[tuple[int, int]] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     frequencies: collections.Counter[str] = field(default_factory=collections.Counter)
-    sided: int = 0
     no_target: int = 0
 
 
@@ -90,7 +87,7 @@ def split_stats(
         "mask_sizes": _size_shares(areas[:, 0]),
         "image_sizes": [{"width": w, "height": h, "images": n} for (w, h), n in _by_frequency(sizes)[:10]],
         "frequent_words": _by_frequency(frequencies)[:_WORDS],
-        "left_right_share": sum(c.sided for c in counts) / max(1, expressions),
+        "left_right_share": losses.counts["expressions_swapped"] / max(1, expressions),
         "as_read": {
             "settings": check.settings, "counts": dict(losses.counts), "lines": check.lines(losses), "note": check.note,
         },
@@ -118,7 +115,6 @@ def _count_shard(index: SplitIndex, shard: int) -> _ShardCounts:
                 words = sentence["sent"].split()
                 counts.words.append(len(words))
                 counts.frequencies.update(words)
-                counts.sided += swap_sides(sentence["sent"]) != sentence["sent"]
     return counts
 
 

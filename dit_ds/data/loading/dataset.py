@@ -130,13 +130,15 @@ class ExpressionDataset(Dataset):
         mask = image.resized_mask(ref["ann_ids"], side)  # to predict
         shown = mask if kind == "text" else prompt_mask(mask, full_mask)  # to draw the prompt from
         augmentation = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(location.rng)
+        if kind == "text":
+            augmentation, text = augmentation.with_text(text)
         out = {
             "write_image": functools.partial(augmentation.apply_image, image.resized(side)),
             "mask": augmentation.apply_mask(mask),
             "weight": np.float32(weight),
             "sample": np.int64(sample),
         }
-        out |= self._prompt(kind, augmentation.apply_text(text), augmentation.apply_mask(shown), prompt_rng)
+        out |= self._prompt(kind, text, augmentation.apply_mask(shown), prompt_rng)
         if self.augmentation is None:
             out |= self._evaluation_values(location.image, full_mask, text)
         return out

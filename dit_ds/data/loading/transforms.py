@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from dit_ds.data.directions import mirror_expression
+
 # workers are one process a core; and OpenCV's thread pool deadlocks in a forked process
 cv2.setNumThreads(1)
 
-_SIDES = {"left": "right", "right": "left"}
-_SIDE_WORD = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|ward\b|wards\b|side\b)", re.IGNORECASE)
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's
 _IDENTITY = np.eye(3)
 
@@ -26,7 +25,8 @@ class Augmentation:
     Attributes:
         color: brightness, contrast and saturation are each scaled by a factor from [1 - color, 1 + color].
         blur: the probability of a Gaussian blur with a radius of 0.1 to 1.5 pixels of the resized image.
-        flip: the probability of a horizontal flip, which also swaps "left" and "right" in the expression.
+        flip: the probability of a horizontal flip, which also swaps "left" and "right" in the expression; a sample whose
+            expression can't be mirrored is not flipped.
     """
 
     color: float = 0.0
@@ -72,9 +72,10 @@ class SampledAugmentation:
         """(h, w): the mask, flipped with the image."""
         return cv2.flip(mask, 1) if self.flipped else mask
 
-    def apply_text(self, text: str) -> str:
-        """The expression, its sides swapped if the image is flipped."""
-        return swap_sides(text) if self.flipped else text
+    def with_text(self, text: str) -> tuple[SampledAugmentation, str]:
+        """This augmentation and the expression, mirrored if the image is; not flipped if the expression can't be."""
+        mirrored = mirror_expression(text) if self.flipped else text
+        return (self, mirrored) if mirrored is not None else (replace(self, flipped=False), text)
 
 
 def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
@@ -168,17 +169,6 @@ def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: st
     else:
         out[tuple(target)] = covered >= 128 if rule == "half" else covered > 0
     return out
-
-
-def swap_sides(text: str) -> str:
-    """The expression with "left" and "right" swapped, also in "leftmost", "right-hand"."""
-
-    def other(match: re.Match[str]) -> str:
-        word = match[0]
-        swapped = _SIDES[word.lower()]
-        return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
-
-    return _SIDE_WORD.sub(other, text)
 
 
 def pad_square(array: np.ndarray, image_size: int) -> np.ndarray:
