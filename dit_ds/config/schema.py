@@ -87,6 +87,11 @@ class DataConfig(Section):
         description="what of a pixel counts in the resized mask to train on: half, in where at least half of what it "
         "covers was; any, where any was, and soft, the share that was, as the paper's released code",
     )
+    on_vanished_target: Literal["keep", "skip"] = Field(
+        "keep",
+        description="what is trained on where train_mask_rule leaves nothing of a target at this size: keep, its pixel "
+        "that was covered most; skip, the sample counts nothing; `dit-ds data stats --config` counts them",
+    )
     scales: list[Annotated[int, Field(ge=16, le=8192)]] = Field(
         [],
         description="training only: the longer side is drawn from these sizes, in pixels, none larger than image_size; "

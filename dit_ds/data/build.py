@@ -86,6 +86,7 @@ def build_train_dataset(config: RunConfig) -> ExpressionDataset:
         mask_rule=d.train_mask_rule,
         scales=d.scales,
         streamed=d.streamed,
+        on_vanished_target=d.on_vanished_target,
         skip_bad=d.max_bad_samples > 0,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,12 @@ import numpy as np
 from dit_ds.config.schema import RunConfig
 from dit_ds.data.directions import mirror_expression
 from dit_ds.data.expressions import normalise_expression
+from dit_ds.data.loading.decoded_image import DecodedImage
 from dit_ds.data.loading.index import JSON, SplitIndex
 from dit_ds.data.loading.readers import MemberReader
 from dit_ds.data.loading.tokenize import TokenCheck, make_token_check
+from dit_ds.data.loading.transforms import resized_shape
+from dit_ds.data.masks import holds_square, run_lengths
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.shards.storage import local
 from dit_ds.errors import UserError
@@ -29,6 +33,8 @@ _FACTS = {
     "expressions_not_flippable": "expressions have a direction whose mirror is not known: their picture is not flipped",
 }
 _WARNINGS = {
+    "targets_vanished": "targets have nothing left at {sizes} pixels (data.train_mask_rule {train_mask_rule}): in training "
+    "data.on_vanished_target {on_vanished_target} rules",
     "expressions_rewritten": "expressions are read without their capitals and punctuation",
     "expressions_cut": "expressions are longer than data.tokens {tokens}: the model doesn't read their ends",
     "expressions_unknown": "expressions are mostly [UNK] to {tokenizer}: it was made for other words or another script",
@@ -74,7 +80,14 @@ class InputCheck:
     def __init__(self, config: RunConfig | None = None):
         run = config or RunConfig()
         name = run.text.tokenizer or run.text.name
-        self.settings: dict[str, Any] = {"tokens": run.data.tokens, "tokenizer": name}
+        self._sides, self._resize = run.data.scales or [run.data.image_size], run.data.resize
+        self.settings: dict[str, Any] = {
+            "tokens": run.data.tokens,
+            "tokenizer": name,
+            "sizes": " or ".join(map(str, self._sides)),
+            "train_mask_rule": run.data.train_mask_rule,
+            "on_vanished_target": run.data.on_vanished_target,
+        }
         self.note: str | None = None
         self._check_tokens: Callable[[str], TokenCheck] | None = None
         try:
@@ -118,9 +131,30 @@ class InputCheck:
         for image in np.flatnonzero(index.images[:, 0] == shard).tolist():
             meta = index.parse(image, reader.read(image, JSON))
             for ref in meta["refs"]:
+                try:
+                    losses.add("targets_vanished", self._vanishes(meta, ref), f"{index.key(image)} ref {ref['ref_id']}")
+                except ValueError as e:
+                    raise UserError(
+                        f"{index.shards[shard]}: {index.key(image)}: {e}: see 'dit-ds data verify'"
+                    ) from None
                 for sentence in ref["sentences"]:
                     self._count_expression(losses, index.key(image), sentence["sent"])
         return losses
+
+    def _vanishes(self, meta: dict[str, Any], ref: dict[str, Any]) -> bool:
+        """Whether nothing is left of a ref's target at one of the sizes to train on."""
+        height, width = meta["height"], meta["width"]
+        for side in self._sides:
+            h, w = resized_shape(height, width, side, self._resize)
+            # where this holds, the square covers one resized pixel or more; it saves decoding nearly every mask
+            square = math.ceil(2 * max(height / h, width / w)) + 1
+            runs = (run_lengths(meta["anns"][str(a)]["rle"]) for a in ref["ann_ids"])
+            if any(holds_square(r, height, square) for r in runs):
+                continue
+            image = DecodedImage(meta, np.empty(0), self._resize, self.settings["train_mask_rule"], fast=True)
+            if image.vanishes(ref["ann_ids"], side):
+                return True
+        return False
 
     def _count_expression(self, losses: InputLosses, key: str, written: str) -> None:
         text, example = normalise_expression(written), f"{key} '{written}'"

@@ -44,6 +44,33 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     return runs
 
 
+def holds_square(runs: np.ndarray, height: int, side: int) -> bool:
+    """Whether a mask holds a square of `side` x `side` ones; False may be wrong where a column has two runs as long.
+
+    Args:
+        runs: of `run_lengths`.
+        height: of the mask.
+    """
+    ends = np.cumsum(runs)
+    start = ends[:-1:2]  # of each run of ones, in column-major order
+    column, top = start // height, start % height
+    bottom = np.minimum(top + runs[1::2], height)  # of the run's part in its first column
+    last = (start + runs[1::2] - 1) // height
+    if (last - column > side).any():  # columns that are full
+        return height >= side
+    long = bottom - top >= side
+    column, top, bottom = column[long], top[long], bottom[long]
+    longest = np.lexsort((top - bottom, column))
+    column, first = np.unique(column[longest], return_index=True)
+    if len(column) < side:
+        return False
+    top, bottom = top[longest][first], bottom[longest][first]
+    window = np.lib.stride_tricks.sliding_window_view
+    shared = window(bottom, side).min(1) - window(top, side).max(1)
+    adjacent = column[side - 1 :] - column[: len(column) - side + 1] == side - 1
+    return bool((adjacent & (shared >= side)).any())
+
+
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     """(H, W) uint8 of 0 and 1 in column-major memory, as pycocotools decodes it.
 

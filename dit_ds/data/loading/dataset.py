@@ -59,6 +59,8 @@ class ExpressionDataset(Dataset):
         mask_rule: of resized masks, see `resize_mask`.
         scales: with augmentation, the longer side is drawn from these, within the same padded square.
         streamed: read shards sequentially, see `readers`.
+        on_vanished_target: with augmentation, of a target of which nothing is left at this size: keep its best-covered
+            pixel, or skip the sample, with weight 0.
         skip_bad: a damaged sample becomes zeros of weight 0 without text, and `bad` of the batch names it.
     """
 
@@ -76,13 +78,14 @@ class ExpressionDataset(Dataset):
         mask_rule: str = "half",
         scales: Sequence[int] = (),
         streamed: bool = False,
+        on_vanished_target: str = "keep",
         skip_bad: bool = False,
     ):
         self.index, self.unit, self.image_size, self.tokenize = index, unit, image_size, tokenize
         self.augmentation, self.seed, self.sentence_shift = augmentation, seed, sentence_shift
         self.resize, self.prompts, self.mask_rule = resize, prompts, mask_rule
         self.scales = list(scales) if augmentation is not None and scales else [image_size]
-        self.skip_bad = skip_bad
+        self.on_vanished_target, self.skip_bad = on_vanished_target, skip_bad
         self.reader = make_reader(index, streamed)
         self._last: tuple[int, DecodedImage] | None = None  # the image that was decoded last
 
@@ -128,6 +131,12 @@ class ExpressionDataset(Dataset):
         if kind != "text" and not full_mask.any():
             raise self._without_mask(location.image, kind)
         mask = image.resized_mask(ref["ann_ids"], side)  # to predict
+        if self.augmentation is not None and image.vanishes(ref["ann_ids"], side):
+            # trained on as it is, it would say that nothing is meant
+            if self.on_vanished_target == "keep":
+                mask = image.best_covered_pixel(ref["ann_ids"], side)
+            else:
+                weight = 0.0
         shown = mask if kind == "text" else prompt_mask(mask, full_mask)  # to draw the prompt from
         augmentation = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(location.rng)
         if kind == "text":

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.loading.transforms import resize_image, resize_image_fast, resize_mask, resize_mask_fast
+from dit_ds.data.loading.transforms import (
+    best_covered_pixel,
+    resize_image,
+    resize_image_fast,
+    resize_mask,
+    resize_mask_fast,
+    vanished,
+)
 from dit_ds.data.masks import decode_rle
 
 
@@ -38,6 +45,16 @@ class DecodedImage:
     def resized_mask(self, ann_ids: Sequence[int], side: int) -> np.ndarray:
         """(h, w): `full_mask`, resized by the mask rule to the longer side `side`."""
         return self._cached(("mask", side, *ann_ids), lambda: self._resize_mask(self.full_mask(ann_ids), side))
+
+    def vanishes(self, ann_ids: Sequence[int], side: int) -> bool:
+        """Whether nothing of `full_mask`, which is not empty, is left in `resized_mask`."""
+        return vanished(self.resized_mask(ann_ids, side), self.full_mask(ann_ids))
+
+    def best_covered_pixel(self, ann_ids: Sequence[int], side: int) -> np.ndarray:
+        """(h, w): all that `resized_mask` should have kept of a mask that vanishes."""
+        return self._cached(
+            ("pixel", side, *ann_ids), lambda: best_covered_pixel(self.full_mask(ann_ids), side, self._resize)
+        )
 
     def _resize_mask(self, mask: np.ndarray, side: int) -> np.ndarray:
         if self._fast and self._mask_rule == "half":

@@ -171,6 +171,19 @@ def resize_mask(mask: np.ndarray, image_size: int, resize: str = "pad", rule: st
     return out
 
 
+def vanished(resized: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether nothing is left in the resized mask, (h, w), of one, (H, W), that is not empty."""
+    return not cv2.countNonZero(resized) and bool(mask.any())
+
+
+def best_covered_pixel(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:
+    """(h, w) uint8 with a single 1: the pixel of which an (H, W) mask that is not empty covers the most."""
+    share = resize_mask(mask, image_size, resize, "soft")
+    out = np.zeros(share.shape, np.uint8)
+    out.flat[share.argmax()] = 1
+    return out
+
+
 def pad_square(array: np.ndarray, image_size: int) -> np.ndarray:
     """(h, w, ...) to (image_size, image_size, ...): zeros below and to the right, as SAM pads."""
     padding = [(0, image_size - array.shape[0]), (0, image_size - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
