@@ -23,7 +23,9 @@ RUNS = [3 * H + 2] + [7, H - 7] * 7 + [7, H - 9 + 18 * H + H]  # down the column
         ([box(3, 2, 11, 9)], BLOCK),
         ([box(3, 2, 11, 9), box(20, 10, 25, 15)], filled((3, 2, 11, 9), (20, 10, 25, 15))),
         ([box(3, 2, 11, 9), box(6, 4, 16, 12)], filled((3, 2, 11, 9), (6, 4, 16, 12))),  # overlap counts once
-        ([box(3, 2, 11, 9), [1.0, 2.0, 3.0, 4.0], []], BLOCK),  # four numbers are no polygon
+        ([box(3, 2, 11, 9), [[20, 10], [25, 10], [25, 15], [20, 15]]], filled((3, 2, 11, 9), (20, 10, 25, 15))),
+        ([[20, 10], [25, 10], [25, 15], [20, 15]], filled((20, 10, 25, 15))),  # the list around it is missing
+        (box(3, 2, 11, 9), BLOCK),
         ({"size": [H, W], "counts": RUNS}, BLOCK),  # a crowd
         ([{"size": [H, W], "counts": RUNS}], BLOCK),  # refclef
         ([{"size": [H, W], "counts": coco.encode(np.asfortranarray(BLOCK))["counts"].decode()}], BLOCK),
@@ -74,11 +76,11 @@ def test_sentences():
 
 def write_tree(root: Path, refs=None, **changes) -> Path:
     """A hand-made tree: two images, three refs in two splits, written as Python 2 would."""
-    sentences = [{"sent_id": 0, "sent": "left block", "raw": "Left block", "tokens": ["left", "block"]}]
 
     def ref(ref_id, ann_id, image_id, split):
+        sentences = [{"sent_id": ref_id, "sent": "left block", "raw": "Left block", "tokens": ["left", "block"]}]
         return {"ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "split": split, "category_id": 1,
-                "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg", "sentences": sentences, "sent_ids": [0]}  # fmt: skip
+                "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg", "sentences": sentences, "sent_ids": [ref_id]}  # fmt: skip
 
     refs = refs or [ref(0, 10, 1, "train"), ref(1, 11, 1, "train"), ref(2, 20, 2, "val")]
     instances = {

@@ -69,12 +69,18 @@ def _add_shard(data_commands: Any) -> None:
         "--shards", type=shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
     )
     p.add_argument(
-        "--skip-bad", action="store_true", help="leave out and count what can't be used, instead of stopping"
+        "--skip-bad", action="store_true", help="leave out what can't be used, counted and named, instead of stopping"
     )
     p.add_argument(
         "--legacy-overlap",
         action="store_true",
         help="pixels where polygons of one annotation overlap become background, as LAVT and LISA read them",
+    )
+    p.add_argument(
+        "--corners",
+        choices=("xy", "xyv"),
+        default="xy",
+        help="what a polygon's corner is: x, y, or x, y and COCO's visibility, which is not used (default xy)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
     p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
@@ -108,6 +114,7 @@ def _data_shard(args: argparse.Namespace) -> int:
         skip_bad=args.skip_bad,
         overwrite=args.overwrite,
         legacy_overlap=args.legacy_overlap,
+        with_visibility=args.corners == "xyv",
         coco=args.coco,
         parquet=args.parquet,
     )

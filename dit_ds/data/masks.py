@@ -9,6 +9,7 @@ import numpy as np
 from dit_ds.errors import UserError
 
 _MAX_CORNER_DISTANCE = 10  # of a polygon's corner from the origin, in multiples of the image's longer side
+_FRACTION = 1.01  # a coordinate that is a share of the picture's side, rounded
 
 
 def run_lengths(rle: dict[str, Any]) -> np.ndarray:
@@ -96,31 +97,36 @@ def annotation_rle(annotation: dict[str, Any], height: int, width: int) -> dict[
 
 
 def merge_parts(
-    annotation: dict[str, Any], height: int, width: int, legacy_overlap: bool = False
+    annotation: dict[str, Any],
+    height: int,
+    width: int,
+    legacy_overlap: bool = False,
+    *,
+    with_visibility: bool = False,
+    published: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """The annotation's mask as compressed COCO RLE, `{"size": [H, W], "counts": str}`, and whether its parts overlap.
 
     Reads the three encodings of COCO and REFER: polygons, a list of RLE dicts (refclef), one RLE dict (crowd). The mask
-    is the union of its parts: where polygons overlap the pixel counts once.
+    is the union of its parts: where polygons overlap the pixel counts once. A polygon is `[x, y, x, y, ..]` or
+    `[[x, y], [x, y], ..]`. A part that can't be read makes the whole annotation unusable.
 
     Args:
         annotation: COCO's.
         height, width: of its image, in pixels.
         legacy_overlap: pixels that several parts cover become background, as in LAVT's and LISA's code, which sums the
             parts' masks and selects the value 1.
+        with_visibility: a polygon's corners are (x, y, v), v COCO's visibility of keypoints.
+        published: leave out parts that are no polygon, as published code does, and take every other as it is.
     Raises:
         UnusableRecord: its mask is empty, of another size than the image, or can't be read.
     """
     from pycocotools import mask as coco
 
-    parts = _parts(annotation, height, width)
+    parts = _parts(annotation, height, width, with_visibility, published)
     merged = coco.merge(parts) if parts else None
     if merged is None or int(coco.area(merged)) == 0:
         raise UnusableRecord(f"annotation {annotation.get('id')} has no polygon that encloses anything")
-    if list(merged["size"]) != [height, width]:
-        raise UnusableRecord(
-            f"annotation {annotation.get('id')}: its mask is {merged['size']}, its image {[height, width]}"
-        )
     overlapping = int(coco.area(parts).sum()) > int(coco.area(merged))
     if overlapping and legacy_overlap:
         once = coco.decode(parts).sum(2) == 1
@@ -130,40 +136,138 @@ def merge_parts(
     return {"size": [height, width], "counts": merged["counts"].decode()}, overlapping
 
 
-def _parts(annotation: dict[str, Any], height: int, width: int) -> list[dict[str, Any]]:
+def is_polygon_or_rle(part: Any) -> bool:
+    """Whether published code reads a part of a segmentation: a polygon of three corners or more, or an RLE."""
+    return isinstance(part, dict) or (isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0)
+
+
+def _parts(
+    annotation: dict[str, Any], height: int, width: int, with_visibility: bool, published: bool
+) -> list[dict[str, Any]]:
     """Each part of an annotation's mask as compressed RLE.
 
     Raises:
-        UnusableRecord: pycocotools can't read it.
+        UnusableRecord: one can't be read, or is of another size than the image.
     """
-    from pycocotools import mask as coco
-
     segmentation = annotation.get("segmentation")
+    if segmentation is None:
+        return []
     parts: list[Any] = segmentation if isinstance(segmentation, list) else [segmentation]
-    # fewer than three corners enclose no area, and pycocotools reads four numbers as a box
-    parts = [p for p in parts if isinstance(p, dict) or (isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0)]
-    try:
-        rles = [_compressed(p, height, width) for p in parts]
-        coco.area(rles)  # raises where pycocotools can't read one
-        return rles
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as e:
-        raise UnusableRecord(f"annotation {annotation.get('id')}: its segmentation can't be read ({e})") from None
+    if published:
+        parts = [p for p in parts if is_polygon_or_rle(p)]
+    elif _is_one_polygon(parts, 3 if with_visibility else 2):
+        parts = [parts]
+    rles = []
+    for n, part in enumerate(parts, 1):
+        try:
+            rle = _read_part(part, height, width, with_visibility, published)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as e:
+            where = f"part {n} of {len(parts)}: " if len(parts) > 1 else ""
+            raise UnusableRecord(
+                f"annotation {annotation.get('id')}: its segmentation can't be read ({where}{e})"
+            ) from None
+        if list(rle["size"]) != [height, width]:
+            raise UnusableRecord(
+                f"annotation {annotation.get('id')}: its mask is {rle['size']}, its image {[height, width]}"
+            )
+        rles.append(rle)
+    return rles
 
 
-def _compressed(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """One polygon or RLE as compressed RLE.
+def _read_part(part: Any, height: int, width: int, with_visibility: bool, published: bool) -> dict[str, Any]:
+    """A polygon or RLE as compressed RLE.
 
     Raises:
-        ValueError: pycocotools would crash on it, or give a mask that is not height x width.
+        ValueError: it is neither, or what it encloses would be lost.
     """
     from pycocotools import mask as coco
 
-    if isinstance(part, list):
-        # pycocotools takes time and memory in proportion to the outline's length
-        if not (np.abs(np.array(part, float)) <= _MAX_CORNER_DISTANCE * max(height, width)).all():
-            raise ValueError("a corner is far outside the picture")
-        return coco.frPyObjects([part], height, width)[0]
-    rle = coco.frPyObjects([part], height, width)[0] if isinstance(part["counts"], list) else part
+    if isinstance(part, dict):
+        rle = _compressed(part, height, width)
+    else:
+        corners = _corners(part, with_visibility)
+        if not published:
+            _require_pixels(corners, height, width)
+        rle = _rasterized(corners, height, width)
+    coco.area([rle])  # raises where pycocotools can't read it
+    return rle
+
+
+def _is_one_polygon(parts: list[Any], length: int) -> bool:
+    """Whether a segmentation is one polygon without the list around it: numbers, or corners."""
+    corners = all(isinstance(p, list) and len(p) == length and all(type(x) in (int, float) for x in p) for p in parts)
+    return bool(parts) and (all(type(p) in (int, float) for p in parts) or corners)
+
+
+def _corners(part: Any, with_visibility: bool) -> np.ndarray:
+    """(n, 2) float64: a polygon's corners, x and y in pixels.
+
+    Raises:
+        ValueError: it is no polygon.
+    """
+    length, form = (3, "x, y, v, x, y, v, ..") if with_visibility else (2, "x, y, x, y, ..")
+    if not isinstance(part, list):
+        raise ValueError(f"{str(part)[:40]!r} is neither a polygon nor an RLE")
+    flat: list[Any] = part
+    if any(isinstance(c, list) for c in part):
+        if not all(isinstance(c, list) and len(c) == length for c in part):
+            hint = "; --corners xyv reads (x, y, v)" if {len(c) for c in part if isinstance(c, list)} == {3} else ""
+            raise ValueError(f"its corners are not all of {length} numbers{hint}")
+        flat = [x for c in part for x in c]
+    if not all(type(x) in (int, float) for x in flat):
+        raise ValueError("a corner is no number")
+    if len(flat) % length or len(flat) < 3 * length:
+        box = ", as a box" if len(flat) == 4 else ""
+        raise ValueError(f"it has {len(flat)} numbers{box}; a polygon is {form} of three corners or more")
+    corners = np.array(flat, float).reshape(-1, length)
+    if not np.isfinite(corners).all():
+        raise ValueError("a corner is no number")
+    if with_visibility and not np.isin(corners[:, 2], (1, 2)).all():
+        raise ValueError("a corner's visibility is neither 1 nor 2: it was not labelled")
+    return corners[:, :2]
+
+
+def _require_pixels(corners: np.ndarray, height: int, width: int) -> None:
+    """Raise unless a polygon lies in the picture, in pixels: what is drawn elsewhere would be lost from its mask.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    least, most = corners.min(0), corners.max(0)
+    if min(height, width) > 1 and np.abs(corners).max() <= _FRACTION:
+        raise ValueError("all its corners are from 0 to 1: give them in pixels, times width and height")
+    if (most < 0).any() or (least > (width, height)).any():
+        raise ValueError(f"it lies outside the picture of {width}x{height}")
+
+
+def _rasterized(corners: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """A polygon as compressed RLE.
+
+    Raises:
+        ValueError: pycocotools would crash on it.
+    """
+    from pycocotools import mask as coco
+
+    # pycocotools takes time and memory in proportion to the outline's length
+    if not (np.abs(corners) <= _MAX_CORNER_DISTANCE * max(height, width)).all():
+        raise ValueError("a corner is far outside the picture")
+    return coco.frPyObjects([corners.ravel().tolist()], height, width)[0]
+
+
+def _compressed(part: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """An RLE as compressed RLE.
+
+    Raises:
+        ValueError: pycocotools would crash on it, or give a mask that is not of its own size.
+    """
+    from pycocotools import mask as coco
+
+    if "counts" not in part or "size" not in part:
+        raise ValueError(f"it has no '{'size' if 'counts' in part else 'counts'}'")
+    counts = part["counts"]
+    if isinstance(counts, list) and not all(type(c) is int and c >= 0 for c in counts):
+        raise ValueError("its run lengths are not whole numbers from 0 on")
+    rle = coco.frPyObjects([part], height, width)[0] if isinstance(counts, list) else part
     counts = rle["counts"]
     run_lengths({"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts})
     return rle

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dit_ds.data.annotations.refer import ReferTree, coco_tables, describe, join
+from dit_ds.data.annotations.check import check_refs, coco_tables
+from dit_ds.data.annotations.refer import ReferTree, describe, join
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, sha256_of
 
@@ -23,7 +24,7 @@ def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
         path: the JSON file.
         dataset, split_by: the names to give it.
     Raises:
-        UserError: no such file, no expressions in it, ids or file names of a wrong type, or an incomplete expression.
+        UserError: no such file, no expressions in it, or a record that `check.py` refuses.
     """
     path = Path(path)
     file = read_json(path, "annotation file")
@@ -31,13 +32,6 @@ def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
     expressions = file.get("expressions")
     if not isinstance(expressions, list) or not expressions:
         raise UserError(f"{path} has no 'expressions': a list of {{image_id, annotation_ids, text, split}}, see README")
-    if not all(isinstance(i, int) and 0 <= i < 2**63 for i in images):
-        raise UserError(f"{path}: image ids must be whole numbers: number the images")
-    if not all(isinstance(i["file_name"], str) for i in images.values()):
-        raise UserError(f"{path}: a file_name must be a string: mend it")
-    for what, known in (("images", images), ("annotations", annotations)):
-        if len(known) < len(file[what]):
-            raise UserError(f"{path}: two of its {what} have the same id: number them anew")
     refs, sent_id = [], 0
     for n, expression in enumerate(expressions):
         texts = _texts(path, n, expression)
@@ -46,6 +40,7 @@ def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
         sent_id += len(texts)
         refs.append({"ref_id": n, "image_id": expression["image_id"], "split": expression["split"], "ann_ids": ids,
                      "no_target": not ids, "sentences": sentences})  # fmt: skip
+    check_refs(refs, path, noun="expression")
     splits = join(refs, images, annotations, path, "mend the expression or add what it names")
     description = describe(file)
     sources = {path.name: sha256_of(path)}
@@ -67,8 +62,4 @@ def _texts(path: Path, n: int, expression: Any) -> list[str]:
     texts = expression["text"] if isinstance(expression["text"], list) else [expression["text"]]
     if not texts or not all(isinstance(t, str) for t in texts):
         raise UserError(f"{path}: expression {n}: its text must be a string or a list of strings")
-    if any(0xD800 <= ord(c) < 0xE000 for t in texts for c in t):
-        raise UserError(f"{path}: expression {n}: its text has half a character, as \\ud83d: mend it")
-    if not all(isinstance(a, int) for a in expression["annotation_ids"]):
-        raise UserError(f"{path}: expression {n}: its annotation_ids must be whole numbers")
     return texts

@@ -77,6 +77,7 @@ def combine(names: list[str], split_bys: list[str], load: Load) -> ReferTree:
     merged: dict[int, ImageRecord] = {}
     held_out: set[int] = set()
     sources: dict[str, str] = {}
+    published = True
     descriptions: dict[str, None] = {}  # used as an ordered set
     for name, split_by in zip(names, split_bys):
         tree = load(name, split_by)
@@ -85,6 +86,7 @@ def combine(names: list[str], split_bys: list[str], load: Load) -> ReferTree:
         for record in tree.splits.pop("train"):
             _merge_record(merged, record, name)
         held_out |= {r.image["id"] for records in tree.splits.values() for r in records}
+        published &= tree.published
         sources |= {f"{name}/{file}": sha for file, sha in tree.sources.items()}
         descriptions[tree.description] = None
     leakage = {n: {"images": 0, "refs": 0, "sentences": 0} for n in names}
@@ -102,6 +104,7 @@ def combine(names: list[str], split_bys: list[str], load: Load) -> ReferTree:
         description=description,
         image_set=image_sets.pop(),
         leakage=leakage,
+        published=published,
     )
 
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_ds.data.annotations.refer import IMAGE_KEYS, IMAGE_SETS, ReferTree, join, normalised_ref
+from dit_ds.data.annotations.check import add_annotation, add_image, check_refs
+from dit_ds.data.annotations.published import is_published
+from dit_ds.data.annotations.refer import IMAGE_SETS, ReferTree, join, normalised_ref
 from dit_ds.errors import UserError
 from dit_ds.files import sha256_of
 
@@ -27,7 +29,8 @@ def load_parquet(folder: str | Path, dataset: str, split_by: str) -> ReferTree:
     """Load one dataset from a folder of parquet files, or from its subfolder `refcoco`, `refcocoplus` or `refcocog`.
 
     Raises:
-        UserError: pyarrow is missing, or the files are missing, damaged, of an unknown schema, or lmms-lab's.
+        UserError: pyarrow is missing, the files are missing, damaged, of an unknown schema, or lmms-lab's, or they have
+            a record that `check.py` refuses.
     """
     folder = Path(folder)
     files = _files(folder, dataset)
@@ -44,13 +47,17 @@ def load_parquet(folder: str | Path, dataset: str, split_by: str) -> ReferTree:
         sources[file.name] = sha256_of(file)
         for ref, annotation, image in _refs(file, schema):
             refs.append(ref | {"split": _refer_split(ref["split"], split_by)})
-            images[image["id"]] = image
-            annotations[annotation["id"]] = annotation
+            add_image(images, image, str(file), repeated=True)
+            add_annotation(annotations, annotation, str(file), repeated=True)
     if not refs:
         raise UserError(f"no file {dataset.replace('+', '_plus')}_{split_by}_SPLIT-*.parquet in {files[0].parent}")
+    published = is_published(dataset, split_by, refs)
+    check_refs(refs, files[0].parent, same_sentence_ids=published)
     splits = join(refs, images, annotations, files[0].parent, "fetch the files again")
     image_set = IMAGE_SETS.get(dataset, dataset)
-    return ReferTree(dataset, split_by, splits, sources, description="parquet", image_set=image_set)
+    return ReferTree(
+        dataset, split_by, splits, sources, description="parquet", image_set=image_set, published=published
+    )
 
 
 def _files(folder: Path, dataset: str) -> list[Path]:
@@ -88,7 +95,7 @@ def _refs(file: Path, schema: list[str]) -> Iterator[tuple[dict[str, Any], dict[
                 for ref, annotation, image in _refs_of_row(row, schema):
                     if annotation["id"] != ref["ann_id"]:
                         raise ValueError(f"ref {ref['ref_id']} comes with annotation {annotation['id']}")
-                    yield normalised_ref(ref), annotation, {k: image[k] for k in IMAGE_KEYS}
+                    yield normalised_ref(ref, file), annotation, image
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file} is damaged ({type(e).__name__}: {str(e)[:100]}): fetch it again") from None
 

@@ -8,14 +8,16 @@ records.
 from __future__ import annotations
 
 import difflib
-import io
 import pickle
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_ds.data.annotations.check import UnreadAnnotation, check_refs, coco_tables, is_id, show
+from dit_ds.data.annotations.plain_pickle import load_plain
+from dit_ds.data.annotations.published import is_published
 from dit_ds.data.expressions import normalise_expression
 from dit_ds.data.masks import UnusableRecord
 from dit_ds.errors import UserError
@@ -23,7 +25,6 @@ from dit_ds.files import read_json, sha256_of
 
 IMAGE_SETS = dict.fromkeys(["refcoco", "refcoco+", "refcocog", "grefcoco"], "coco/train2014")
 IMAGE_SETS["refclef"] = "saiapr_tc-12"
-IMAGE_KEYS = ("id", "file_name", "height", "width")
 _REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
 _NO_TARGET = -1  # gRefCOCO's ann_id of an expression without a target in the image
 
@@ -57,6 +58,7 @@ class ReferTree:
         image_set: the image collection that the image ids belong to; datasets of one collection may share images.
         leakage: in a combined dataset, the numbers of images, refs and sentences of each dataset that were left out
             because a val or test split of one of them has the image.
+        published: its refs are those of a published dataset, whose faults are read as published code reads them.
     """
 
     dataset: str
@@ -66,43 +68,33 @@ class ReferTree:
     description: str
     image_set: str
     leakage: dict[str, dict[str, int]] | None = None
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Loads containers, numbers and strings only: anything else in a pickle would run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks to load {module}.{name}")
+    published: bool = False
 
 
 def load_refs(path: Path) -> list[dict[str, Any]]:
     """Read a refs file: JSON, or a pickle written by Python 2 (hence latin1), without running code from it.
 
     Raises:
-        UserError: it is damaged, asks to run code, or a ref lacks a key.
+        UserError: it is damaged, asks to run code, or is no list of refs.
     """
     try:
         if path.suffix == ".json":
             refs = read_json(path, "refs file")
         else:
-            refs = _RestrictedUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+            refs = load_plain(path.read_bytes())
     except UserError:
         raise
     except pickle.UnpicklingError as e:
-        raise UserError(f"{path} is not a plain REFER pickle ({e}), nothing was run: fetch the original file") from None
+        why = " ".join(str(e).split())
+        raise UserError(
+            f"{path} is not a plain REFER pickle ({why}), nothing was run: fetch the original file"
+        ) from None
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): fetch the file again") from None
-    if not isinstance(refs, list) or not all(isinstance(r, dict) for r in refs):
+        why = " ".join(str(e).split())
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {why}): fetch the file again") from None
+    if not isinstance(refs, (list, tuple)) or not all(isinstance(r, dict) for r in refs):
         raise UserError(f"{path} does not hold a list of refs: fetch the original file")
-    for ref in refs:
-        missing = [k for k in _REF_KEYS if k not in ref]
-        if not missing and not (
-            isinstance(ref["sentences"], list) and all(isinstance(s, dict) for s in ref["sentences"])
-        ):
-            missing = ["sentences"]
-        if missing:
-            raise UserError(f"{path}: ref {ref.get('ref_id', '?')} has no '{missing[0]}': fetch the original file")
-    return refs
+    return list(refs)
 
 
 def _refs_file(folder: Path, split_by: str) -> Path:
@@ -134,7 +126,9 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
         raise UserError(f"no dataset '{dataset}' in {root}: {hint}")
     refs_file, instances_file = _refs_file(folder, split_by), folder / "instances.json"
     generalized = refs_file.name.startswith("grefs")
-    refs = [normalised_ref(r, generalized) for r in load_refs(refs_file)]
+    refs = [normalised_ref(r, refs_file, generalized) for r in load_refs(refs_file)]
+    published = is_published(dataset, split_by, refs)
+    check_refs(refs, refs_file, same_sentence_ids=published)
     wanted = {a for r in refs for a in r["ann_ids"]}
     instances = read_json(instances_file, "annotation file", object_hook=without_other_annotations(wanted))
     images, annotations = coco_tables(instances, instances_file)
@@ -144,17 +138,37 @@ def load_refer(root: str | Path, dataset: str, split_by: str) -> ReferTree:
     sources = {f.name: sha256_of(f) for f in (refs_file, instances_file)}
     description = describe(instances)
     image_set = IMAGE_SETS.get(dataset, dataset)
-    return ReferTree(dataset, split_by, splits, sources, description=description, image_set=image_set)
+    return ReferTree(
+        dataset, split_by, splits, sources, description=description, image_set=image_set, published=published
+    )
 
 
-def normalised_ref(ref: dict[str, Any], generalized: bool = False) -> dict[str, Any]:
-    """A ref of REFER, or with `generalized` of gREFER, in the form of `ImageRecord.refs`, plus `image_id` and `split`."""
-    ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+def normalised_ref(ref: dict[str, Any], path: object, generalized: bool = False) -> dict[str, Any]:
+    """A ref of REFER, or with `generalized` of gREFER, in the form of `ImageRecord.refs`, plus `image_id` and `split`.
+
+    Args:
+        path: names its file in messages.
+    Raises:
+        UserError: it lacks a key, has no annotation, or its sentences are no list of objects. `check_refs` checks what
+            its keys have.
+    """
+    where = f"{path}: ref {show(ref.get('ref_id'))}"
+    for key in _REF_KEYS:
+        if key not in ref:
+            raise UserError(f"{where} has no '{key}': mend it, or fetch the original file")
+    sentences = ref["sentences"]
+    if not isinstance(sentences, (list, tuple)) or not all(isinstance(s, dict) for s in sentences):
+        raise UserError(
+            f"{where}: its sentences must be a list of {{sent_id, raw, sent}}, not {show(sentences)}: mend it"
+        )
+    ann_ids = list(ref["ann_id"]) if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
     if generalized:
         ann_ids = [a for a in ann_ids if a != _NO_TARGET]
-    sentences = [{k: s.get(k, "") for k in ("sent_id", "raw", "sent")} for s in ref["sentences"]]
+    elif not ann_ids:
+        raise UserError(f"{where} has no annotation: mend it, or call the file grefs(..).p if nothing fits")
     common = {k: ref[k] for k in ("ref_id", "image_id", "split")}
-    return common | {"ann_ids": ann_ids, "no_target": not ann_ids, "sentences": sentences}
+    texts = [{"sent_id": s.get("sent_id"), "raw": s.get("raw", ""), "sent": s.get("sent", "")} for s in sentences]
+    return common | {"ann_ids": ann_ids, "no_target": not ann_ids, "sentences": texts}
 
 
 def _drop_crowds(refs: list[dict[str, Any]], annotations: dict[int, dict[str, Any]]) -> None:
@@ -164,32 +178,20 @@ def _drop_crowds(refs: list[dict[str, Any]], annotations: dict[int, dict[str, An
 
 
 def without_other_annotations(wanted: Container[Any]) -> Callable[[dict[str, Any]], Any]:
-    """An `object_hook` for `json.load` that turns each annotation that isn't `wanted` into None as soon as it is parsed.
+    """An `object_hook` for `json.load` that turns each annotation that isn't `wanted` into its id as soon as it is parsed.
 
     It keeps a quarter of RefCOCO's 197 thousand annotations, which would take a gigabyte together.
     """
 
     def hook(value: dict[str, Any]) -> Any:
-        return None if "image_id" in value and "id" in value and value["id"] not in wanted else value
+        ann_id = value.get("id")
+        return UnreadAnnotation(ann_id) if "image_id" in value and is_id(ann_id) and ann_id not in wanted else value
 
     return hook
 
 
-def coco_tables(instances: Any, path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
-    """A COCO file's images and annotations by id.
-
-    Raises:
-        UserError: it is no such file.
-    """
-    try:
-        images = {i["id"]: {k: i[k] for k in IMAGE_KEYS} for i in instances["images"]}
-        return images, {a["id"]: a for a in instances["annotations"] if a is not None}
-    except (TypeError, KeyError) as e:
-        raise UserError(f"{path} is not a COCO annotation file (no {e}): fetch the original") from None
-
-
 def join(
-    refs: Iterable[dict[str, Any]],
+    refs: list[dict[str, Any]],
     images: dict[int, dict[str, Any]],
     annotations: dict[int, dict[str, Any]],
     path: Path,
@@ -200,7 +202,7 @@ def join(
     The key is image_id: a ref's `file_name` is not that of its image.
 
     Args:
-        refs: as returned by `normalised_ref`.
+        refs: as returned by `normalised_ref`, checked.
         images, annotations: by id.
         path, remedy: for the error: the file that lacks an image or annotation, and what to do about it.
     Raises:
@@ -213,8 +215,10 @@ def join(
         for a in ref["ann_ids"]:
             if a not in annotations:
                 raise UserError(f"ref {ref['ref_id']}: annotation {a} is not in {path}: {remedy}")
-        if not re.fullmatch(r"\w[\w.+-]*", ref["split"]):
-            raise UserError(f"ref {ref['ref_id']}: its split '{ref['split']}' can't name files: call it train or val")
+        if not isinstance(ref["split"], str) or not re.fullmatch(r"\w[\w.+-]{0,99}", ref["split"]):
+            raise UserError(
+                f"ref {ref['ref_id']}: its split {show(ref['split'])} can't name files: call it train or val"
+            )
         grouped.setdefault(ref.pop("split"), {}).setdefault(ref.pop("image_id"), []).append(ref)
     return {
         split: [
@@ -231,7 +235,7 @@ def clean_sentence(sentence: dict[str, Any]) -> str:
     Raises:
         UnusableRecord: both are empty.
     """
-    text = normalise_expression(sentence.get("sent", "")) or normalise_expression(sentence.get("raw", ""))
+    text: str = normalise_expression(sentence.get("sent", "")) or normalise_expression(sentence.get("raw", ""))
     if not text:
         raise UnusableRecord(f"sentence {sentence.get('sent_id')} is empty")
     return text

@@ -1,56 +1,13 @@
-"""Counts of the published datasets, and their comparison with a sharded dataset."""
+"""Comparison of a sharded dataset with the published counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from dit_ds.data.annotations.published import OFFICIAL, Figure
 from dit_ds.data.shards.manifest import COUNTS
 
-# dataset, splitBy, split, then images, refs and sentences. ~ marks a count that no source confirms: a difference is a
-# warning, not an error. - is unknown.
-_TABLE = """
-refcoco  unc    train 16994  42404  120624
-refcoco  unc    val    1500   3811   10834
-refcoco  unc    testA   750   1975    5657
-refcoco  unc    testB   750   1810    5095
-refcoco  google train 19213  40000       -
-refcoco  google val    4559   5000       -
-refcoco  google test   4527   5000       -
-refcoco  google total     -      - ~142210
-refcoco+ unc    train 16992  42278 ~120191
-refcoco+ unc    val    1500   3805  ~10758
-refcoco+ unc    testA   750   1975   ~5726
-refcoco+ unc    testB   750   1798   ~4889
-refcoco+ unc    total     -      -  141564
-refcocog umd    train 21899  42226  ~80512
-refcocog umd    val    1300   2573   ~4896
-refcocog umd    test   2600   5023   ~9602
-refcocog google train 24698  44822  ~85474
-refcocog google val    4650   5000   ~9536
-"""
 TOTAL = "total"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A published count, and whether a source confirms it."""
-
-    value: int
-    sure: bool
-
-
-def _parse(table: str) -> dict[tuple[str, str], dict[str, dict[str, Figure]]]:
-    official: dict[tuple[str, str], dict[str, dict[str, Figure]]] = {}
-    for line in table.split("\n")[1:-1]:
-        dataset, split_by, split, *figures = line.split()
-        official.setdefault((dataset, split_by), {})[split] = {
-            k: Figure(int(f.lstrip("~")), f[0] != "~") for k, f in zip(COUNTS, figures) if f != "-"
-        }
-    return official
-
-
-OFFICIAL = _parse(_TABLE)
 
 
 def compare(dataset: str, split_by: str, splits: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dit_ds.data.annotations.refer import ImageRecord, ReferTree, clean_sentence
 from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.masks import UnusableRecord, merge_parts
-from dit_ds.data.shards.manifest import SCHEMA
+from dit_ds.data.shards.manifest import COUNTS, SCHEMA
 
 # which published code excludes by name; the first is a GIF
 _KNOWN_BAD = {"saiapr_tc-12": ("19579.jpg", "17975.jpg", "19575.jpg")}
@@ -21,11 +21,13 @@ class Rules:
 
     Attributes:
         skip_bad: leave out and count unusable refs and images, instead of raising.
-        legacy_overlap: as for `merge_parts`.
+        legacy_overlap, with_visibility, published: as for `merge_parts`.
     """
 
     skip_bad: bool = False
     legacy_overlap: bool = False
+    with_visibility: bool = False
+    published: bool = False
 
     @property
     def mask_policy(self) -> str:
@@ -62,13 +64,26 @@ def image_bytes(images: Path, image_set: str, record: ImageRecord) -> bytes:
     return jpg
 
 
+@dataclass
+class LeftOut:
+    """What `--skip-bad` left out: counts, and a line that names each."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, what: str, why: UnusableRecord) -> None:
+        """Count one more of `images`, `refs` or `sentences`."""
+        self.counts[what] += 1
+        self.lines.append(str(why))
+
+
 def sample(
-    tree: ReferTree, split: str, record: ImageRecord, rules: Rules, dropped: dict[str, int]
+    tree: ReferTree, split: str, record: ImageRecord, rules: Rules, left_out: LeftOut
 ) -> tuple[dict[str, Any], int]:
     """The sample's JSON member, and the number of its refs with overlapping polygons.
 
     Args:
-        dropped: counts of skipped `refs` and `sentences`, added to in place.
+        left_out: gets skipped refs and sentences.
     Raises:
         UnusableRecord: no ref is usable; without `rules.skip_bad`, one is not.
     """
@@ -82,11 +97,12 @@ def sample(
                     masks[a] = _mask(record, a, height, width, rules)
             if not ref["ann_ids"] and not ref["no_target"]:
                 raise UnusableRecord("all its annotations are crowds")
-            sentences = _sentences(ref, rules.skip_bad, dropped)
+            sentences = _sentences(ref, rules.skip_bad, left_out)
         except UnusableRecord as e:
+            named = UnusableRecord(f"ref {ref['ref_id']}: {e}")
             if not rules.skip_bad:
-                raise UnusableRecord(f"ref {ref['ref_id']}: {e}") from None
-            dropped["refs"] += 1
+                raise named from None
+            left_out.add("refs", named)
             continue
         refs.append(ref | {"sentences": sentences})
     if not refs:
@@ -109,19 +125,26 @@ def _mask(record: ImageRecord, ann_id: Any, height: int, width: int, rules: Rule
     annotation = record.annotations[ann_id]
     if annotation.get("image_id", record.image["id"]) != record.image["id"]:
         raise UnusableRecord(f"annotation {ann_id} is of image {annotation['image_id']}, not of {record.image['id']}")
-    return merge_parts(annotation, height, width, rules.legacy_overlap)
+    return merge_parts(
+        annotation,
+        height,
+        width,
+        rules.legacy_overlap,
+        with_visibility=rules.with_visibility,
+        published=rules.published,
+    )
 
 
-def _sentences(ref: dict[str, Any], skip_bad: bool, dropped: dict[str, int]) -> list[dict[str, Any]]:
+def _sentences(ref: dict[str, Any], skip_bad: bool, left_out: LeftOut) -> list[dict[str, Any]]:
     """The ref's sentences with their text cleaned, at least one."""
     sentences = []
     for s in ref["sentences"]:
         try:
             sentences.append(s | {"sent": clean_sentence(s)})
-        except UnusableRecord:
+        except UnusableRecord as e:
             if not skip_bad:
                 raise
-            dropped["sentences"] += 1
+            left_out.add("sentences", UnusableRecord(f"ref {ref['ref_id']}: {e}"))
     if not sentences:
         raise UnusableRecord("it has no sentence")
     return sentences

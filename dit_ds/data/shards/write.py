@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from webdataset import TarWriter
 from dit_ds import __version__
 from dit_ds.data.annotations.combine import load_source
 from dit_ds.data.annotations.refer import ImageRecord, ReferTree
-from dit_ds.data.masks import UnusableRecord
+from dit_ds.data.masks import UnusableRecord, is_polygon_or_rle
 from dit_ds.data.parallel import forked_map
 from dit_ds.data.shards.manifest import NAME, SCHEMA, load_manifest, read_members, size_errors, write_manifest
-from dit_ds.data.shards.sample import Rules, image_bytes, sample
+from dit_ds.data.shards.sample import LeftOut, Rules, image_bytes, sample
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, sha256_of, write_json
 
@@ -33,6 +34,9 @@ _COUNTED = (
     "no_target",
     "overlapping",
 )  # the latter two count refs: without target; with overlapping polygons
+LEFT_OUT = "left_out.txt"  # beside the manifest: a line for each record that --skip-bad left out
+_NAMED = 10  # of them are logged, too
+_log = logging.getLogger("dit_ds")
 _MIN_IMAGES = 50  # in a shard; RefCOCO's train split then has 256 shards of 66 images, 11 MB each
 
 
@@ -69,6 +73,7 @@ def shard_refer(
     skip_bad: bool = False,
     overwrite: bool = False,
     legacy_overlap: bool = False,
+    with_visibility: bool = False,
     coco: str | Path | None = None,
     parquet: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -82,9 +87,9 @@ def shard_refer(
         out: folder that holds a folder for each dataset.
         shards: number of shards by split; by default the largest power of two that leaves 50 images in each.
         processes: that write shards, by default one a core.
-        skip_bad: leave out and count unusable refs and images, instead of raising.
+        skip_bad: leave out unusable refs and images, counted, and named in `left_out.txt`, instead of raising.
         overwrite: replace a finished dataset that was made from other files or with other options.
-        legacy_overlap: as for `merge_parts`.
+        legacy_overlap, with_visibility: as for `merge_parts`.
     Raises:
         UserError: anything missing, damaged or unusable in the files; a full disk; another dataset in the folder.
         RunFailed: a worker process was killed.
@@ -94,7 +99,8 @@ def shard_refer(
         raise UserError(f"no image folder at {images}: --images must hold the set's pictures, as COCO's train2014")
     tree = load_source(dataset, split_by, refer_root=refer_root, coco=coco, parquet=parquet)
     counts = _shard_counts(tree, shards or {})
-    folder, rules = Path(out) / tree.dataset / tree.split_by, Rules(skip_bad, legacy_overlap)
+    folder = Path(out) / tree.dataset / tree.split_by
+    rules = Rules(skip_bad, legacy_overlap, with_visibility, tree.published)
     plans = [p for split, records in tree.splits.items() for p in _plan(tree, split, records, counts[split], rules)]
     digest = _digest([p.digest for p in plans])
 
@@ -144,6 +150,7 @@ def _plan(tree: ReferTree, split: str, records: list[ImageRecord], n: int, rules
     ordered = sorted(records, key=lambda r: hashlib.sha256(str(r.image["id"]).encode()).digest())
     bounds = np.linspace(0, len(ordered), n + 1).astype(int)
     common = [SCHEMA, _COUNTED, tree.dataset, tree.split_by, tree.sources, rules.mask_policy, rules.skip_bad]
+    common += ["xyv"] * rules.with_visibility
     plans = []
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
         name = f"{split}-{k:05d}-of-{n:05d}.tar"
@@ -156,14 +163,18 @@ def _digest(value: Any) -> str:
 
 
 def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
-    """Write every shard; the results of `_write_shard` by the shard's name."""
+    """Write every shard, and say what was left out; the results of `_write_shard` by the shard's name."""
     label, total = f"{job.tree.dataset} {job.tree.split_by}", sum(len(p.records) for p in job.plans)
 
     def images(written: tuple[str, dict[str, Any]]) -> int:
         return written[1]["entry"]["images"] + written[1]["dropped"]["images"]
 
     write = functools.partial(_write_shard, job)
-    return dict(forked_map(write, job.plans, processes, label, size=images, total=total, unit="img"))
+    parts = dict(forked_map(write, job.plans, processes, label, size=images, total=total, unit="img"))
+    _report_left_out(job.folder, [line for p in job.plans for line in parts[p.name].get("left_out", [])])
+    if job.tree.published:
+        _report_lost_parts(job.tree)
+    return parts
 
 
 def _write_shard(job: _Job, plan: ShardPlan) -> tuple[str, dict[str, Any]]:
@@ -179,25 +190,25 @@ def _write_shard(job: _Job, plan: ShardPlan) -> tuple[str, dict[str, Any]]:
             return plan.name, part
     marker.unlink(missing_ok=True)
     with atomic_write(path) as f:
-        entry, dropped = _write_tar(f, job, plan)
+        entry, left_out = _write_tar(f, job, plan)
     entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": read_members(path)}
-    part = {"digest": plan.digest, "entry": entry, "dropped": dropped}
+    part = {"digest": plan.digest, "entry": entry, "dropped": left_out.counts, "left_out": left_out.lines}
     write_json(marker, part, indent=None)
     return plan.name, part
 
 
-def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write the shard's samples; return the counts of what was written and of what was left out."""
-    counts, dropped = dict.fromkeys(_COUNTED, 0), dict.fromkeys(_DROPPED, 0)
+def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any], LeftOut]:
+    """Write the shard's samples; return the counts of what was written, and what was left out."""
+    counts, left_out = dict.fromkeys(_COUNTED, 0), LeftOut()
     with TarWriter(f, mtime=0, encoder=False) as tar:
         for record in plan.records:
             try:
                 jpg = image_bytes(job.images, job.tree.image_set, record)
-                meta, overlapping = sample(job.tree, plan.split, record, job.rules, dropped)
+                meta, overlapping = sample(job.tree, plan.split, record, job.rules, left_out)
             except UnusableRecord as e:
                 if not job.rules.skip_bad:
                     raise UserError(f"{e}: mend it, or leave it out with --skip-bad") from None
-                dropped["images"] += 1
+                left_out.add("images", e)
                 continue
             text = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
             tar.write({"__key__": f"{record.image['id']:012d}", "jpg": jpg, "json": text.encode()})
@@ -206,7 +217,7 @@ def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any],
             counts["sentences"] += sum(len(r["sentences"]) for r in meta["refs"])
             counts["no_target"] += sum(r["no_target"] for r in meta["refs"])
             counts["overlapping"] += overlapping
-    return counts, dropped
+    return counts, left_out
 
 
 def _manifest(
@@ -226,7 +237,9 @@ def _manifest(
         "schema": SCHEMA, "tool": f"dit-ds {__version__}", "dataset": tree.dataset, "split_by": tree.split_by,
         "description": tree.description, "image_set": tree.image_set,
         "mask_policy": rules.mask_policy, "sources": tree.sources, "digest": digest, "splits": splits,
-    } | ({} if tree.leakage is None else {"leakage": tree.leakage})  # fmt: skip
+    } | ({"corners": "xyv"} if rules.with_visibility else {}) | (
+        {} if tree.leakage is None else {"leakage": tree.leakage}
+    )  # fmt: skip
 
 
 def _remove_leftovers(folder: Path, names: set[str]) -> None:
@@ -236,3 +249,29 @@ def _remove_leftovers(folder: Path, names: set[str]) -> None:
     for tar in folder.glob("*-of-*.tar"):
         if tar.name not in names:
             tar.unlink()
+
+
+def _report_left_out(folder: Path, lines: list[str]) -> None:
+    """Log what `--skip-bad` left out, and name all of it in `left_out.txt`."""
+    file = folder / LEFT_OUT
+    file.unlink(missing_ok=True)
+    if not lines:
+        return
+    with atomic_write(file) as f:
+        f.write("".join(f"{line}\n" for line in lines).encode())
+    for line in lines[:_NAMED]:
+        _log.warning("left out: %s", line)
+    _log.warning("%d records left out, all named in %s", len(lines), file)
+
+
+def _report_lost_parts(tree: ReferTree) -> None:
+    """Log the parts of a published dataset's annotations that no published code reads."""
+    found = {a["id"]: a["segmentation"] for records in tree.splits.values() for r in records
+             for a in r.annotations.values() if isinstance(a.get("segmentation"), list)}  # fmt: skip
+    lost = {i: n for i, parts in found.items() if (n := sum(not is_polygon_or_rle(p) for p in parts))}
+    if lost:
+        some = ", ".join(map(str, list(lost)[:_NAMED]))
+        _log.warning(
+            "%d parts of %d annotations are no polygons, and are left out as published code leaves them out: "
+            "annotation %s", sum(lost.values()), len(lost), some
+        )  # fmt: skip
