@@ -113,11 +113,7 @@ def shard_refer(
         if manifest["digest"] != digest and not overwrite:
             raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
         (folder / NAME).unlink()
-    try:
-        parts = _write_all(_Job(folder, Path(images), tree, plans, rules), processes)
-    finally:
-        for temporary in folder.glob(".*.tmp"):  # of a worker that was killed, in this run or an earlier one
-            temporary.unlink()
+    parts = _write_all(_Job(folder, Path(images), tree, plans, rules), processes)
     manifest = _manifest(tree, plans, parts, digest, rules)
     write_manifest(folder / NAME, manifest)
     _remove_leftovers(folder, {p.name for p in plans})
@@ -170,7 +166,11 @@ def _write_all(job: _Job, processes: int | None) -> dict[str, dict[str, Any]]:
         return written[1]["entry"]["images"] + written[1]["dropped"]["images"]
 
     write = functools.partial(_write_shard, job)
-    parts = dict(forked_map(write, job.plans, processes, label, size=images, total=total, unit="img"))
+    try:
+        parts = dict(forked_map(write, job.plans, processes, label, size=images, total=total, unit="img"))
+    finally:
+        for temporary in job.folder.glob(".*.tmp"):  # of a worker that was killed, in this run or an earlier one
+            temporary.unlink()
     _report_left_out(job.folder, [line for p in job.plans for line in parts[p.name].get("left_out", [])])
     if job.tree.published:
         _report_lost_parts(job.tree)
