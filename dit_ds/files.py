@@ -103,7 +103,7 @@ def read_json(
         raise UserError(f"no {what} at {path}") from None
     except OSError as e:
         raise UserError(f"cannot read the {what} {path} ({e.strerror}): see that it can be reached") from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise UserError(f"the {what} {path} is not valid JSON ({e})") from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +11,49 @@ import numpy as np
 
 from dit_ds.config.schema import DataConfig, RunConfig
 from dit_ds.data.loading.dataset import ExpressionDataset, Tokenize
-from dit_ds.data.loading.index import SplitIndex
+from dit_ds.data.loading.index import JPG, SplitIndex
 from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
 from dit_ds.data.shards.manifest import load_manifest
+from dit_ds.data.shards.published_counts import shares_by_design
 from dit_ds.data.shards.storage import locate
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer, text_config
 
 
 def train_index(d: DataConfig) -> SplitIndex:
-    """The training split, or those of `data.mixture`.
+    """The training split, or those of `data.mixture`, without the images that are evaluated on.
 
-    With a mixture, or another dataset to evaluate on, images that are in a split to evaluate on of any of them are left
-    out, among datasets of one image set; the index's `notes` say how many.
+    Those are the images of all splits of these datasets and of that to evaluate on, but the one to train on and others
+    whose name begins with `train`. An image is the same if it has the same id in one image set, or the same bytes, as
+    their length and CRC-32 tell. The index's `notes` say how many are left out. Google's splits of one dataset share
+    images by design, and are taken as they are.
 
     Raises:
         UserError: a dataset is missing or incomplete, or nothing is left of one.
     """
     folders = {name: locate(d.root, *name.split("/")) for name in d.train_sets}
     named = list(dict.fromkeys([*folders.values(), val_folder(d)]))
-    if len(named) == 1 and not d.mixture:
-        return SplitIndex.load(named[0], d.train_split)
     manifests = {folder: load_manifest(folder) for folder in named}
-    held_out = _held_out(list(manifests.values()), d.train_split)
+    alone = len(named) == 1 and not d.mixture
+    held_out = _HeldOut.of({} if alone and shares_by_design(manifests[named[0]]) else manifests, d)
     indices, notes = [], []
     for name, folder in folders.items():
         full = SplitIndex.load(folder, d.train_split)
-        index = full.without_images(held_out.get(manifests[folder]["image_set"], np.zeros(0, np.int64)))
+        by_id, by_content = held_out.among(full, manifests[folder]["image_set"])
+        index = full.without_images(by_id | by_content)
         left_out = len(full.refs) - len(index.refs)
         if not len(index.refs):
             raise UserError(f"every image of {name} {d.train_split} is one that is evaluated on: train on another set")
         if left_out:
-            notes.append(f"{name}: {left_out} of {len(full.refs)} refs left out, their images are evaluated on")
+            notes.append(
+                f"{name}: {left_out} of {len(full.refs)} refs left out, their images are evaluated on ({by_id.sum()} "
+                f"images by their id, {(by_content & ~by_id).sum()} more by their bytes under another id)"
+            )
         indices.append(index)
-    return replace(SplitIndex.chain(indices, list(d.train_sets.values())), notes=notes)
+    index = indices[0] if alone else SplitIndex.chain(indices, list(d.train_sets.values()))
+    return replace(index, notes=notes)
 
 
 def val_folder(d: DataConfig) -> Path | str:
@@ -54,15 +61,44 @@ def val_folder(d: DataConfig) -> Path | str:
     return locate(d.root, *d.val_set.split("/"))
 
 
-def _held_out(manifests: list[dict[str, Any]], train_split: str) -> dict[str, np.ndarray]:
-    """The image ids of all splits but the one to train on, by image set."""
-    ids: dict[str, list[int]] = {}
-    for manifest in manifests:
-        image_ids = ids.setdefault(manifest["image_set"], [])
-        for name, split in manifest["splits"].items():
-            if name != train_split:
-                image_ids += [sample[0] for entry in split["shards"] for sample in entry["samples"]]
-    return {image_set: np.unique(x) for image_set, x in ids.items()}
+@dataclass(frozen=True)
+class _HeldOut:
+    """The images that are evaluated on.
+
+    Attributes:
+        ids: image ids by image set.
+        contents: (n,) int64: length and CRC-32 of their JPEGs, see `_contents`.
+    """
+
+    ids: dict[str, np.ndarray]
+    contents: np.ndarray
+
+    @classmethod
+    def of(cls, manifests: dict[Path | str, dict[str, Any]], d: DataConfig) -> _HeldOut:
+        """The images of the splits to evaluate on."""
+        ids: dict[str, list[np.ndarray]] = {}
+        contents = [np.zeros(0, np.int64)]
+        for folder, manifest in manifests.items():
+            for name, split in manifest["splits"].items():
+                evaluated = name == d.val_split and folder == val_folder(d)
+                if name == d.train_split or (name.startswith("train") and not evaluated):
+                    continue
+                samples = [sample[:4] for entry in split["shards"] for sample in entry["samples"]]
+                columns = np.array(samples, np.int64).reshape(-1, 4)
+                ids.setdefault(manifest["image_set"], []).append(columns[:, 0])
+                contents.append(_contents(columns[:, 2], columns[:, 3]))
+        return cls({image_set: np.concatenate(x) for image_set, x in ids.items()}, np.concatenate(contents))
+
+    def among(self, index: SplitIndex, image_set: str) -> tuple[np.ndarray, np.ndarray]:
+        """Two (images,) bool: which of an index's images are evaluated on, by their id and by their content."""
+        size, crc = index.images[:, JPG + 1], index.images[:, JPG + 2]
+        by_id = np.isin(index.images[:, 1], self.ids.get(image_set, np.zeros(0, np.int64)))
+        return by_id, np.isin(_contents(size, crc), self.contents)
+
+
+def _contents(size: np.ndarray, crc: np.ndarray) -> np.ndarray:
+    """(n,) int64: a JPEG's length, which is below 2 GiB, and its CRC-32 in one number."""
+    return size << 32 | crc
 
 
 def build_train_dataset(config: RunConfig) -> ExpressionDataset:

@@ -47,6 +47,7 @@ def shards(c: Context) -> Iterator[Check]:
     if isinstance(sample, UserError):
         raise sample
     found = f"{d.root}: {len(index.images)} images in {len(index.shards)} shards of {d.train_split}"
+    found += "".join(f"; {note}" for note in index.notes)
     if d.streamed:
         yield Check("shards", "ok", found)
         return

@@ -134,11 +134,15 @@ class SplitIndex:
             generalized=generalized,
         )
 
-    def without_images(self, image_ids: np.ndarray) -> SplitIndex:
-        """This index, of one dataset, without the refs of some images."""
-        keep = ~np.isin(self.images[self.refs[:, 0], 1], image_ids)
+    def without_images(self, left_out: np.ndarray) -> SplitIndex:
+        """This index, of one dataset, without the refs of some images.
+
+        Args:
+            left_out: (images,) bool.
+        """
+        keep = ~left_out[self.refs[:, 0]]
         refs, sha = self.refs[keep], self.manifest_sha
-        if not keep.all():  # the images left out depend on other datasets' manifests
+        if not keep.all():  # the images left out may depend on other datasets' manifests
             sha = hashlib.sha256(sha.encode() + np.packbits(keep).tobytes()).hexdigest()
         return self._of_one(
             self.shards,

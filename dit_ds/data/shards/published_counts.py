@@ -60,6 +60,18 @@ def shared_images_severity(dataset: str, split_by: str, splits: tuple[str, str])
     Google's splits were made by object, not by image. refclef's three test splits were made by the kind of object, and
     no source says that they are disjoint.
     """
-    if split_by == "google":
+    if split_by == "google" and (dataset, split_by) in OFFICIAL:
         return "design"
     return "warning" if dataset == "refclef" and "train" not in splits else "error"
+
+
+def shares_by_design(manifest: dict[str, Any]) -> bool:
+    """Whether the dataset's train and evaluation splits were made to share images."""
+    return shared_images_severity(manifest["dataset"], manifest["split_by"], ("train", "val")) == "design"
+
+
+def has_published_refs(manifest: dict[str, Any]) -> bool:
+    """Whether a sharded dataset is a published one, as the number of refs of each split tells."""
+    official = OFFICIAL.get((manifest["dataset"], manifest["split_by"]), {})
+    refs = {name: split["refs"] for name, split in manifest["splits"].items()}
+    return refs == {s: figures["refs"].value for s, figures in official.items() if "refs" in figures}

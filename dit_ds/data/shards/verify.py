@@ -116,19 +116,40 @@ def _stray_tars(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _shared_images(manifest: dict[str, Any], errors: list[str], warnings: list[str]) -> dict[str, dict[str, Any]]:
-    """By split, the number of images in common with each other split; adds to `errors` and `warnings`."""
-    ids = {name: {x[0] for e in s["shards"] for x in e["samples"]} for name, s in manifest["splits"].items()}
+    """By split, the number of images in common with each other split; adds to `errors` and `warnings`.
+
+    `shared_images` counts those with the same id, `shared_pictures` those with the same bytes (their length and CRC-32)
+    under different ids.
+    """
+    samples = {name: [x for e in s["shards"] for x in e["samples"]] for name, s in manifest["splits"].items()}
+    ids = {name: {x[0] for x in of_split} for name, of_split in samples.items()}
+    contents = {name: {(x[2], x[3]): x[0] for x in of_split} for name, of_split in samples.items()}
     shared: dict[str, dict[str, Any]] = {}
-    for a, b in itertools.combinations(ids, 2):
-        both = ids[a] & ids[b]
-        if not both:
-            continue
+
+    def found(what: str, n: int, a: str, b: str, line: str) -> None:
         for one, other in ((a, b), (b, a)):
-            shared.setdefault(one, {"shared_images": {}})["shared_images"][other] = len(both)
-        line = (
-            f"splits {a} and {b} share {len(both)} images, as {min(both):012d}: give an image one split and shard again"
-        )
+            shared.setdefault(one, {}).setdefault(what, {})[other] = n
         severity = official.shared_images_severity(manifest["dataset"], manifest["split_by"], (a, b))
+        if severity == "error" and what == "shared_pictures" and official.has_published_refs(manifest):
+            severity = "warning"  # nobody can mend them
         if severity != "design":
             (errors if severity == "error" else warnings).append(line)
+
+    for a, b in itertools.combinations(samples, 2):
+        if both := ids[a] & ids[b]:
+            line = f"splits {a} and {b} share {len(both)} images, as {min(both):012d}: give an image one split and shard again"
+            found("shared_images", len(both), a, b, line)
+        same = [
+            (x[0], contents[b][x[2], x[3]]) for x in samples[a] if (x[2], x[3]) in contents[b] and x[0] not in ids[b]
+        ]
+        same = same or [
+            (contents[a][x[2], x[3]], x[0]) for x in samples[b] if (x[2], x[3]) in contents[a] and x[0] not in ids[a]
+        ]
+        if same:
+            one, other = min(same)
+            line = (
+                f"splits {a} and {b} share {len(same)} pictures under different ids, as {one:012d} and {other:012d}: "
+                "give a picture one id and one split and shard again"
+            )
+            found("shared_pictures", len(same), a, b, line)
     return shared
