@@ -115,3 +115,22 @@ def test_sets_that_cannot_be_combined(root):
     line = refused(dit_ds("data", "shard", "--refer-root", root / "refer", "--images", root / "images", "--dataset",
                           "refcoco,refclef", check=None))  # fmt: skip
     assert "combine sets of COCO's train2014" in line
+
+
+def test_a_copy_of_an_evaluated_image_is_dropped_too(root):
+    """Image 5, which 1 stays beside, has the bytes of refcoco's val, 4."""
+    pictures = {i["id"]: root / "images" / i["file_name"] for i in IMAGES}
+    pictures[5].write_bytes(pictures[4].read_bytes())
+    pictures[7].unlink()  # that no split of the combined set has
+    manifest = shard_refer(root / "refer", root / "images", SETS, None, root / "out", processes=1)
+    assert sorted(samples_of(root / "out" / SETS / "unc,unc,umd")) == [1]
+    assert manifest["leakage"]["refcocog"] == {"images": 3, "refs": 3, "sentences": 3}
+    pictures[1].write_bytes(pictures[4].read_bytes())
+    with pytest.raises(UserError, match="every train image"):
+        shard_refer(root / "refer", root / "images", SETS, None, root / "out2", processes=1)
+
+
+def test_one_id_of_two_images_is_refused(root):
+    write_refer(root / "refer", "refcoco+", "unc", [ref(0, 10, 1)], [image(1, "other.jpg")], [annotation(10, 1)])
+    with pytest.raises(UserError, match="image 1 is 'other.jpg' in refcoco., and 'COCO_train2014_000000000001.jpg'"):
+        load_source("refcoco,refcoco+", refer_root=root / "refer")

@@ -97,7 +97,7 @@ def shard_refer(
     _check_folder_names(dataset, split_by)
     if not Path(images).is_dir():
         raise UserError(f"no image folder at {images}: --images must hold the set's pictures, as COCO's train2014")
-    tree = load_source(dataset, split_by, refer_root=refer_root, coco=coco, parquet=parquet)
+    tree = load_source(dataset, split_by, refer_root=refer_root, coco=coco, parquet=parquet, images=images)
     counts = _shard_counts(tree, shards or {})
     folder = Path(out) / tree.dataset / tree.split_by
     rules = Rules(skip_bad, legacy_overlap, with_visibility, tree.published)
