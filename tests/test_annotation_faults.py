@@ -93,6 +93,7 @@ def set_sentence(**changes: Any) -> Callable[[Files], None]:
 TABLES = {
     "image ids must be whole numbers": [set_image(id=x) for x in ("2", -2, 2.0, None, True, 2**63, [2])],
     "a file_name must be a string": [set_image(file_name=x) for x in (None, 5, "", "a\0.jpg", "a\n.jpg", "\ud83d", ["a"])],
+    "leads out of the folder of images": [set_image(file_name=x) for x in ("/etc/a.jpg", "../a.jpg", "a/../../b.jpg")],
     "its height must be a whole number": [set_image(height=x) for x in (None, "20", 0, -20, 20.5, float("nan"), True)],
     "its width must be a whole number": [set_image(width=x) for x in (float("inf"), 10**400, [30])],
     "annotation ids must be whole numbers": [set_annotation(id=x) for x in ("20", -20, 20.0, True)],

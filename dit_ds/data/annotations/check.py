@@ -64,6 +64,8 @@ def add_image(images: dict[int, dict[str, Any]], entry: Any, where: str, repeate
     where, name = f"{where}, image {image['id']}", image["file_name"]
     if not _is_text(name) or min(name, default="\0") < " ":
         raise UserError(f"{where}: a file_name must be a string that can name a file, not {show(name)}: mend it")
+    if name.startswith("/") or ".." in name.split("/"):
+        raise UserError(f"{where}: its file_name {show(name)} leads out of the folder of images: name it within")
     for side in ("height", "width"):
         if not _is_number(image[side]) or image[side] < 1 or image[side] % 1:  # some files have 640.0
             raise UserError(f"{where}: its {side} must be a whole number of pixels, not {show(image[side])}: mend it")
