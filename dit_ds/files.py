@@ -73,8 +73,8 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
         f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
 
 
-def parse_json(text: str | bytes, **hooks: Callable[[Any], Any] | None) -> Any:
-    """As `json.loads`; a text that is nested too deeply for it raises `ValueError`, as any other that is not JSON."""
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """As `json.loads`, with its hooks; a text nested too deeply for it raises `ValueError`, as all that is not JSON."""
     try:
         return json.loads(text, **hooks)
     except RecursionError:

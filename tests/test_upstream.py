@@ -308,10 +308,13 @@ def names(node: ast.AST) -> Iterator[str]:
         yield node.value
 
 
+IN_PICKLES = {"_codecs", "_reconstruct", "_frombuffer"}  # of a file format: read, never looked up in a package
+
+
 def test_every_private_name_is_listed():
     listed = {part for name in (*CALLS, *ATTRIBUTES, *NAMES, *OPERATORS) for part in name.split(".")}
     listed |= {name for names in ATTRIBUTES.values() for name in names.split()}
-    known = listed | ours()
+    known = listed | ours() | IN_PICKLES
     missing = {
         f"{file}:{node.lineno} {name}"
         for file, tree in trees().items()

@@ -123,9 +123,10 @@ class Layer(nn.Module):
         d = size.rela_dim
         self.to_image, self.to_regions = Attention(d, size.rela_heads), Attention(d, size.rela_heads)
         self.to_words = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
-        self.ffn = nn.Sequential(nn.Linear(d, size.rela_ffn), nn.ReLU(), nn.Linear(size.rela_ffn, d))
+        linears = nn.Linear(d, size.rela_ffn), nn.Linear(size.rela_ffn, d)
+        self.ffn = nn.Sequential(linears[0], nn.ReLU(), linears[1])
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
-        for linear in (self.ffn[0], self.ffn[2]):  # as Mask2Former
+        for linear in linears:  # as Mask2Former
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(
