@@ -28,8 +28,11 @@ from dit_ds.data.shards.write import shard_refer
 from dit_ds.doctor import configured
 from dit_ds.doctor.check import Context, run_checks
 from dit_ds.errors import UserError
+from dit_ds.evaluation.evaluate import evaluate
 from dit_ds.evaluation.metrics import summarize, summarize_generalized
+from dit_ds.evaluation.postprocess import MaskPostprocess
 from dit_ds.models.losses import segmentation_loss
+from dit_ds.models.segmenter import Prediction
 
 # --- files --------------------------------------------------------------------------------------------------------
 
@@ -144,6 +147,78 @@ def test_metrics_by_hand():
     got = summarize_generalized(np.array([0, 0, 90, 0]), np.array([0, 10, 100, 20]), np.array([0, 0, 95, 20]))
     assert got == {"giou": 1.9 / 4, "ciou": 90 / 130, "n_acc": 0.5, "t_acc": 0.5, "pr@0.7": 0.5, "pr@0.8": 0.5,
                    "pr@0.9": 0.5}  # fmt: skip
+
+
+def relas_metrics(samples: list[tuple[np.ndarray, np.ndarray, bool]]) -> dict[str, float]:
+    """ReLA's evaluation of (mask, truth, the head says that there is no target), one expression after the other."""
+    shared = either = 0
+    ious, of_targets, right, wrong = [], [], {True: 0, False: 0}, {True: 0, False: 0}
+    for mask, truth, denied in samples:
+        i, u = int((mask & truth).sum()), int((mask | truth).sum())
+        if not truth.any():
+            ious.append(1.0 if denied else 0.0)
+            i, u = 0, 0 if denied else u
+        else:
+            i = 0 if denied else i
+            ious.append(i / u)
+            of_targets.append(i / u)
+        (right if denied == (not truth.any()) else wrong)[not truth.any()] += 1
+        shared, either = shared + i, either + u
+    out = {"giou": sum(ious) / len(ious), "ciou": shared / either}
+    out |= {k: right[b] / (right[b] + wrong[b]) for k, b in (("n_acc", True), ("t_acc", False))}
+    return out | {f"pr@{x}": sum(v >= x for v in of_targets) / len(of_targets) for x in (0.7, 0.8, 0.9)}
+
+
+def test_a_head_that_denies_the_target_counts_as_in_relas_code(generalized, world):
+    """Masks that the head vetoes are in the union; an empty mask does not say "no target" where there is a head."""
+    index = SplitIndex.load(generalized / "shards/grefcoco/unc", "val")
+    dataset = ExpressionDataset(index, "sentence", 32, lambda text: (np.zeros(4, np.int64), np.ones(4, bool)))
+    config = validate({"model": {"name": "rela", "size": "swin_t_tiny"}, "data": {"image_size": 32}})
+    postprocess = MaskPostprocess.from_config(config)
+    assert postprocess.no_target_head and postprocess.no_target_pixels == 0
+    g = torch.Generator().manual_seed(0)
+    denied, logits = [], []
+
+    def model(image, apart, **inputs):
+        assert apart
+        kind = torch.randint(4, (len(image),), generator=g)  # empty in a quarter of the masks, right in another
+        truths = dataset_masks[len(denied) : len(denied) + len(image)]
+        of_batch = [torch.full((32, 32), -9.0), *(torch.randn(2, 32, 32, generator=g))]
+        masks = [(of_batch[k] if k < 3 else t.float() * 18 - 9) for k, t in zip(kind.tolist(), truths)]
+        none = torch.rand(len(image), generator=g) > 0.5
+        denied.extend(none.tolist())
+        logits.extend(masks)
+        return Prediction(torch.stack(masks), none)
+
+    dataset_masks = [torch.from_numpy(np.asarray(dataset[0, k, 1.0]["mask"])) for k in range(len(dataset))]
+    written = {}
+    got = evaluate(model, dataset, postprocess, world, batch_size=5, workers=0,
+                   collect=lambda batch, i, mask: written.setdefault(int(batch["sample"][i]), mask))  # fmt: skip
+    samples = []
+    for k, (none, raw) in enumerate(zip(denied, logits)):
+        sample = dataset[0, k, 1.0]
+        truth = sample["original"].astype(bool)
+        mask = postprocess(raw, torch.as_tensor(sample["size"]), truth.shape, 32).numpy()
+        np.testing.assert_array_equal(written[k], mask & (not none))
+        samples.append((mask, truth, none))
+    assert {(m.any(), t.any(), n) for m, t, n in samples} >= {(m, t, n) for m in (0, 1) for t in (0, 1) for n in (0, 1)}
+    want = relas_metrics(samples)
+    assert {k: got[k] for k in want} == pytest.approx(want) and 0 < want["ciou"] < 1 and 0 < want["pr@0.7"]
+    assert got["oiou"] == got["ciou"]
+    emptied = relas_metrics([(m & (not n), t, n) for m, t, n in samples])
+    assert emptied["ciou"] > want["ciou"]
+
+
+def test_relas_head_and_its_mask_apart():
+    model = tiny("rela").eval()
+    with torch.no_grad():
+        for bias, says in ((9.0, True), (-9.0, False)):
+            model.predictor.no_target[2].bias.copy_(torch.tensor([0.0, bias]))
+            logits, none = model(*inputs(), apart=True)
+            assert none.tolist() == [says, says] and logits.max() > logits.min()
+            assert torch.equal(model(*inputs()), torch.full_like(logits, -20) if says else logits)
+    with pytest.raises(UserError, match="model.name rela says by itself that there is no target"):
+        validate({"model": {"name": "rela", "size": "swin_t_tiny"}, "eval": {"no_target_pixels": 10}})
 
 
 # --- end to end ---------------------------------------------------------------------------------------------------

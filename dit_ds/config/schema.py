@@ -215,6 +215,11 @@ class ModelConfig(Section):
         """Whether the logits' upsampling aligns corners: as `align_corners` says, and always LAVT's."""
         return self.align_corners or self.name == "lavt"
 
+    @property
+    def has_no_target_head(self) -> bool:
+        """Whether the model has an output that says that there is no target."""
+        return self.name == "rela"
+
 
 class TextConfig(Section):
     """The text encoder."""
@@ -302,7 +307,7 @@ class EvalConfig(Section):
         ge=0,
         le=_MOST,
         description="a predicted mask of fewer pixels says that there is no target; in sets with such expressions only "
-        "(gRefCOCO)",
+        "(gRefCOCO); not of rela, whose no-target head says it",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_ds.config.schema import DataConfig, ModelConfig, RunConfig
+from dit_ds.config.schema import DataConfig, EvalConfig, ModelConfig, RunConfig
 from dit_ds.errors import UserError
 from dit_ds.files import is_url
 
@@ -116,6 +116,8 @@ def _check_other_method(config: RunConfig) -> None:
         raise UserError(
             f"model.name {m.name} can't recompute {policy}: set train.activation_checkpointing none or block"
         )
+    if m.has_no_target_head and config.eval.no_target_pixels != EvalConfig().no_target_pixels:
+        raise UserError(f"model.name {m.name} says by itself that there is no target: leave out eval.no_target_pixels")
     for section, keys in _DIT_SAM_ONLY.items():
         for key in keys:
             values = getattr(config, section)

@@ -19,10 +19,11 @@ from dit_ds.data.loading.sampler import EvalBatchSampler
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, trained_prompts
-from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized
+from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized, without_target
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import atomic_write, full_disk_is_user_error
+from dit_ds.models.segmenter import Prediction
 from dit_ds.progress import progress_bar
 
 Collect = Callable[[dict[str, Any], int, np.ndarray], None]
@@ -30,7 +31,7 @@ Collect = Callable[[dict[str, Any], int, np.ndarray], None]
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[..., Tensor],
+    model: Callable[..., Tensor | Prediction],
     dataset: ExpressionDataset,
     postprocess: MaskPostprocess,
     world: World,
@@ -54,34 +55,48 @@ def evaluate(
     Returns:
         `n`, the number of expressions, and the metrics of `metrics.summarize`, the same on every rank; where the split
         has expressions without a target, those of `metrics.summarize_generalized` too, and a prediction of fewer than
-        `postprocess.no_target_pixels` pixels counts as empty.
+        `postprocess.no_target_pixels` pixels counts as empty. What the no-target head of a model says counts as in the
+        original of ReLA, see `metrics.without_target`.
     Raises:
         UserError: a sample is damaged, or the workers stall.
     """
     generalized = dataset.index.generalized
     batches = EvalBatchSampler(len(dataset), batch_size, world.rank, world.world_size)
     loader = make_loader(dataset, batches, workers, pin=world.device.type == "cuda", timeout=timeout)
-    rows: list[tuple[int, int, int, int]] = []  # expression, intersection, union, pixels of the target
+    rows: list[tuple[int, int, int, int, bool]] = []  # expression, intersection, union, pixels of the target, is denied
     for batch in progress_bar(
         iterate(loader), "evaluate", total=len(batches), disable=not world.main, mininterval=2, leave=False
     ):
-        logits = model(**model_inputs(batch, world.device))  # (B, s, s)
+        logits, denied = _predict(model, batch, world, postprocess)  # (B, s, s) and (B,) or None
         for i, truth in enumerate(batch["original"]):  # (H, W)
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
                 continue
             prediction = postprocess(logits[i], batch["size"][i], truth.shape, dataset.image_size).cpu().numpy()
             if generalized and prediction.sum() < postprocess.no_target_pixels:
                 prediction = np.zeros_like(prediction)
-            rows.append((int(batch["sample"][i]), *intersection_and_union(prediction, truth), int(truth.sum())))
+            counts = intersection_and_union(prediction, truth)
+            none = not prediction.any() if denied is None else bool(denied[i])
+            if none:
+                counts, prediction = without_target(prediction, truth), np.zeros_like(prediction)
+            rows.append((int(batch["sample"][i]), *counts, int(truth.sum()), none))
             if collect is not None:
                 collect(batch, i, prediction)
-    table = np.concatenate(gather_objects(np.array(rows, np.int64).reshape(-1, 4)))
+    table = np.concatenate(gather_objects(np.array(rows, np.int64).reshape(-1, 5)))
     table = table[np.argsort(table[:, 0])]
     if not np.array_equal(table[:, 0], np.arange(len(dataset))):
         raise AssertionError(f"{len(table)} results for {len(dataset)} expressions")
-    intersection, union, target = table[:, 1], table[:, 2], table[:, 3]
+    intersection, union, target, none = table[:, 1:].T
     result = {"n": len(table)} | summarize(intersection, union)
-    return result | (summarize_generalized(intersection, union, target) if generalized else {})
+    return result | (summarize_generalized(intersection, union, target, none == 1) if generalized else {})
+
+
+def _predict(
+    model: Callable[..., Tensor | Prediction], batch: dict[str, Any], world: World, postprocess: MaskPostprocess
+) -> tuple[Tensor, Tensor | None]:
+    """(B, s, s) logits, and of a model with a no-target head (B,) bool: what it says."""
+    inputs: dict[str, Any] = model_inputs(batch, world.device)
+    output = model(**inputs, apart=True) if postprocess.no_target_head else model(**inputs)
+    return output if isinstance(output, Prediction) else (output, None)
 
 
 def evaluate_checkpoint(

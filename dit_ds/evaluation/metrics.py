@@ -14,6 +14,18 @@ def intersection_and_union(prediction: np.ndarray, truth: np.ndarray) -> tuple[i
     return int((a & b).sum()), int((a | b).sum())
 
 
+def without_target(vetoed: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
+    """Intersection and union of a prediction that there is no target, by a model that has predicted a mask nevertheless.
+
+    As in ReLA's code: no pixel is right, and where there is a target the union counts the mask, too.
+
+    Args:
+        vetoed: the (H, W) mask.
+        truth: (H, W), empty where there is no target.
+    """
+    return 0, intersection_and_union(vetoed, truth)[1] if truth.any() else 0
+
+
 def summarize(intersections: np.ndarray, unions: np.ndarray) -> dict[str, float]:
     """Metrics over all expressions.
 
@@ -21,27 +33,34 @@ def summarize(intersections: np.ndarray, unions: np.ndarray) -> dict[str, float]
         intersections, unions: (n,) pixels.
     Returns:
         `oiou`, sum of intersections over sum of unions; `miou`, the mean of the IoUs; `p@X`, the share of expressions
-        whose IoU exceeds X (strictly, as in the paper's code). An empty union counts as IoU 0.
+        whose IoU exceeds X, strictly, as in CRIS. An empty union counts as IoU 0, as in LAVT and ReLA.
+
+    In LAVT an IoU of X counts at X, too. The paper's code compares strictly, but (I + 1e-10) / (U + 1e-10): an IoU of
+    exactly X counts there as well, and an empty union as 1.
     """
     iou = np.divide(intersections, unions, out=np.zeros(len(unions)), where=unions > 0)
     out = {"oiou": float(intersections.sum() / max(1, unions.sum())), "miou": float(iou.mean())}
     return out | {f"p@{x}": float((iou > x).mean()) for x in PRECISION_AT}
 
 
-def summarize_generalized(intersections: np.ndarray, unions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Metrics over expressions of which some have no target in the image, as the paper of ReLA defines them.
+def summarize_generalized(
+    intersections: np.ndarray, unions: np.ndarray, targets: np.ndarray, denied: np.ndarray | None = None
+) -> dict[str, float]:
+    """Metrics over expressions of which some have no target in the image, as the paper and the code of ReLA define them.
 
-    An empty prediction means "no target". For an expression without a target, an empty prediction counts as an IoU of 1
-    and any other as 0. (ReLA's code departs from the paper in `t_acc`, and adds 1 to both accuracies' denominators.)
+    For an expression without a target, the prediction that there is none counts as an IoU of 1 and any other as 0.
+    (Releases of ReLA's code before it was corrected divide otherwise for `t_acc`, and add 1 to both accuracies'
+    denominators.)
 
     Args:
         intersections, unions, targets: (n,) pixels; of the target 0 where there is none.
+        denied: (n,) bool, where the prediction is that there is no target; by default where no pixel is predicted.
     Returns:
         `giou`, the mean IoU; `ciou`, sum of intersections over sum of unions; `n_acc`, the share of the expressions
-        without a target whose prediction is empty; `t_acc`, the share of those with a target whose prediction is not
-        empty; `pr@X`, of those with a target, the share whose IoU is X or more.
+        without a target of which the prediction says so; `t_acc`, the share of those with a target of which it does
+        not; `pr@X`, of those with a target, the share whose IoU is X or more.
     """
-    empty = intersections + unions - targets == 0  # no pixel predicted
+    empty = intersections + unions - targets == 0 if denied is None else denied
     none = targets == 0
     iou = np.divide(intersections, unions, out=np.zeros(len(unions)), where=unions > 0)
     out = {

@@ -60,19 +60,22 @@ class MaskPostprocess:
             makes masks grow by up to a pixel of the square.
         align_corners: of the logits' upsampling to the square.
         no_target_pixels: a mask of fewer pixels means that there is no target; `evaluate` applies it, on sets with such
-            expressions.
+            expressions. Not of a model with a no-target head.
+        no_target_head: the model says by itself that there is no target, see `Prediction`.
     """
 
     threshold: float
     rule: str = "probability"
     align_corners: bool = False
     no_target_pixels: int = 0
+    no_target_head: bool = False
 
     @classmethod
     def from_config(cls, config: RunConfig, threshold: float | None = None) -> MaskPostprocess:
         """As configured; `threshold` overrides the configuration's."""
-        e = config.eval
-        return cls(threshold or e.threshold, e.mask_rule, config.model.aligns_corners, e.no_target_pixels)
+        e, m = config.eval, config.model
+        pixels = 0 if m.has_no_target_head else e.no_target_pixels
+        return cls(threshold or e.threshold, e.mask_rule, m.aligns_corners, pixels, m.has_no_target_head)
 
     def __call__(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
         """(s, s) logits to an (H, W) bool mask; `size`, `shape`, `image_size` as for `original_probabilities`."""

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_ds.models.losses import two_class_loss
+from dit_ds.models.segmenter import Prediction
 from dit_ds.models.swin import SIZES, Size, SwinSegmenter, TextSwin
 from dit_ds.models.text_encoder import TextEncoder
 
@@ -63,6 +64,12 @@ def make_pixel_decoder(size: Size) -> nn.Module:
     decoder.position_embedding = SinePositions(size.rela_dim)
     decoder.apply(Mask2FormerPreTrainedModel(config)._init_weights)
     return decoder
+
+
+def mlp(*dims: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers = [m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class _MultiHead(nn.Module):
@@ -123,11 +130,11 @@ class Layer(nn.Module):
         d = size.rela_dim
         self.to_image, self.to_regions = Attention(d, size.rela_heads), Attention(d, size.rela_heads)
         self.to_words = LanguageAttention(d, size.rela_heads, text_dim) if text_dim else None
-        linears = nn.Linear(d, size.rela_ffn), nn.Linear(size.rela_ffn, d)
-        self.ffn = nn.Sequential(linears[0], nn.ReLU(), linears[1])
+        self.ffn = mlp(d, size.rela_ffn, d)
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
-        for linear in linears:  # as Mask2Former
-            nn.init.xavier_uniform_(linear.weight)
+        for p in self.ffn.parameters():  # as Mask2Former
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)
 
     def forward(
         self, x: Tensor, x_positions: Tensor, visual: Tensor, positions: Tensor, mask: Tensor, text: Tensor
@@ -147,12 +154,6 @@ class Layer(nn.Module):
             x = x + self.to_words(x, text)
         x = self.norms[1](x + self.to_regions(x + x_positions, x + x_positions, x))
         return self.norms[2](x + self.ffn(x))
-
-
-def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    layers = [m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
 
 
 class Output(NamedTuple):
@@ -244,9 +245,15 @@ class ReLA(SwinSegmenter):
         self.pixel_decoder = make_pixel_decoder(s)
         self.predictor = Predictor(s, text_encoder.dim)
 
-    def forward(self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor) -> Output | Tensor:
+    def forward(
+        self, image: Tensor, size: Tensor, tokens: Tensor, token_mask: Tensor, apart: bool = False
+    ) -> Output | Tensor | Prediction:
         """As `Segmenter.forward`: an `Output` in training, in evaluation (B, S/4, S/4), above 0 where the target is;
-        nowhere, where the model says that there is none."""
+        nowhere, where the model says that there is none.
+
+        Args:
+            apart: in evaluation, the masks and what the no-target head says apart, see `Prediction`.
+        """
         text = self.text_encoder(tokens, token_mask)  # (B, T, text_dim)
         stages = self.backbone(self.preprocess(image, size), text, token_mask)
         with torch.autocast(image.device.type, enabled=False):
@@ -255,8 +262,10 @@ class ReLA(SwinSegmenter):
         out = self.predictor(decoded.multi_scale_features, decoded.mask_features, text)
         if self.training:
             return out
-        none = out.no_target[:, 1] > out.no_target[:, 0]
-        return (out.mask[:, 1] - out.mask[:, 0]).masked_fill(none[:, None, None], _NO_TARGET)
+        logits, none = (x[:, 1] - x[:, 0] for x in (out.mask, out.no_target))
+        if apart:
+            return Prediction(logits, none > 0)
+        return logits.masked_fill((none > 0)[:, None, None], _NO_TARGET)
 
     def loss(self, output: Output, mask: Tensor, weight: Tensor) -> Tensor:
         """5 (mask + 0.1 minimap + 0.1 no-target), each a `two_class_loss`; a sample with an empty mask has no target.

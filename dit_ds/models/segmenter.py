@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,18 @@ def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1) each; no buffers of the model, which bf16 would round."""
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     return mean, std
+
+
+class Prediction(NamedTuple):
+    """What a model with a no-target head gives in evaluation, if asked for both.
+
+    Attributes:
+        logits: (B, s, s), as `Segmenter.forward`'s, also of samples that have no target by the head.
+        no_target: (B,) bool, of the head.
+    """
+
+    logits: Tensor
+    no_target: Tensor
 
 
 class Segmenter(nn.Module):

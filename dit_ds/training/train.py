@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.data.loading.loader import iterate
@@ -174,7 +173,7 @@ def evaluate_val(run: Run) -> None:
     config, progress = run.config, run.progress
     run.engine.eval()
 
-    def model(**inputs: Tensor) -> Tensor:
+    def model(**inputs: Any) -> Any:
         run.watchdog.at(progress.step, "evaluating")
         return run.engine(**inputs)
 
