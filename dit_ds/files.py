@@ -63,6 +63,20 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
         raise
 
 
+def refuse_overwriting(out: str | Path, *inputs: str | Path) -> None:
+    """See that an output is none of the files to be read, under whatever name, and is in no checkpoint's folder.
+
+    Raises:
+        UserError: it is.
+    """
+    out = Path(out)
+    for path in map(Path, inputs):
+        if out.exists() and path.exists() and out.samefile(path):
+            raise UserError(f"--out {out} is {path} itself, which is read: choose another name")
+    if all((out.resolve().parent / name).exists() for name in ("manifest.json", "meta.json")):
+        raise UserError(f"--out {out} is in a checkpoint's folder: choose another")
+
+
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     """Write `value` as JSON, atomically, with sorted keys (the same value gives the same bytes).
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import ROOT, dit_ds, environment, refused
 
+from dit_ds.cli import entry
 from dit_ds.config.load import fields, load_config
 from dit_ds.errors import UserError
 
@@ -93,6 +97,25 @@ def test_configuration_errors_are_one_line(tmp_path, text, arguments, says):
     with pytest.raises(UserError) as error:
         load_config(path, arguments)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(command, option) of every option that holds one value."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from leaves(inner, (*words, name))
+        elif action.option_strings and isinstance(action, entry._StoreOnce):
+            yield words, action
+
+
+@pytest.mark.parametrize(("command", "option"), [pytest.param(c, o, id=f"{' '.join(c)} {o.dest}") for c, o in leaves(entry._parser())])  # fmt: skip
+def test_an_option_given_twice_is_refused(command, option, refusal):
+    """Of every command. The second would silently replace the first."""
+    tried = option.choices or ["1", "0.5", "1,2", "1,2,3,4", "train=1", "80GiB", "x.png"]
+    name = option.option_strings[-1]
+    said = [refusal(*command, name, value, f"{name}={value}") for value in tried]
+    assert any(f"{name} is given twice: give it once" in line for line in said), said
 
 
 def test_json_is_all_there_is_on_stdout(tmp_path):

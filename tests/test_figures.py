@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import conftest
@@ -343,9 +345,21 @@ def test_predict_writes_the_format_of_its_name_and_never_over_its_picture(checkp
     assert "is no picture's name" in predict(tmp_path / "p.txt")
     before = picture.read_bytes()
     (tmp_path / "same.jpg").symlink_to(picture)
-    for out in (picture, tmp_path / "same.jpg"):
-        assert "is the picture itself" in predict(out)
-    assert picture.read_bytes() == before
+    os.link(copy := shutil.copy(picture, tmp_path / "copy.jpg"), tmp_path / "hard.jpg")
+    for out, read in ((picture, picture), (tmp_path / "same.jpg", picture), (tmp_path / "hard.jpg", copy)):
+        for command in ("predict", "attention"):
+            refused = call(command, path, "--image", read, "--text", "star", "--out", out)
+            assert "itself, which is read" in refused, (command, out)
+    assert picture.read_bytes() == before == (tmp_path / "hard.jpg").read_bytes()
+    assert "cannot read the picture" in call("predict", path, "--image", "none.jpg", "--text", "a", "--out", picture)
+    weights = Path(path).read_bytes()
+    assert "itself, which is read" in call("export", path, "--out", path, "--dtype", "bf16")
+    (step := tmp_path / "step_00000001").mkdir()
+    for name in ("manifest.json", "meta.json", "model.safetensors"):
+        (step / name).write_text("kept")
+    for command, out in (("export", "model.safetensors"), ("sheet", "x.png"), ("grid", "x.png")):
+        assert "is in a checkpoint's folder" in call(command, path, "--out", step / out)
+    assert Path(path).read_bytes() == weights and len(list(step.iterdir())) == 3
     for wrong in ("0", "1", "35", "nan", "-0.1", "x", "inf"):
         assert "is not a number above 0 and below 1" in predict(tmp_path / "t.png", f"--threshold={wrong}")
     for option, wrong in (("--batch-size", "0"), ("--batch-size", "-1"), ("--workers", "-1"), ("--workers", "1.5")):

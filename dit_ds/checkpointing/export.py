@@ -13,6 +13,7 @@ from dit_ds.checkpointing.integrity import damage_is_user_error
 from dit_ds.checkpointing.weights import load_model, save_tensors
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.errors import UserError
+from dit_ds.files import refuse_overwriting
 from dit_ds.models.sam import DensePositions
 
 
@@ -27,7 +28,10 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
             BatchNorm's running statistics.
     Returns:
         `file`, `tensors`, `parameters`, `bytes`, `step`.
+    Raises:
+        UserError: `out` is what is read, or in a checkpoint's folder; or the checkpoint, or the file written, is damaged.
     """
+    refuse_overwriting(out, path)
     model, config, meta = load_model(path)
     positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
     exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()

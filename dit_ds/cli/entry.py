@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+from typing import Any
 
 from dit_ds import __version__
 from dit_ds.cli import data, figures, paper, planning, runs
@@ -62,10 +63,33 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
+class _StoreOnce(argparse.Action):
+    """Stores an option's value; refuses a second one, which would silently replace the first."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if option and self.given:
+            parser.error(f"{option} is given twice: give it once")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options that hold one value may be given once. So are those of the commands, whose parsers are of this class."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name in (None, "store"):
+            self.register("action", name, _StoreOnce)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed."
-    )
+    parser = _Parser("dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
     parser.set_defaults(group=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

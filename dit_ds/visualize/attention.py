@@ -21,6 +21,7 @@ from dit_ds.evaluation.inference import (
     read_picture,
 )
 from dit_ds.evaluation.postprocess import MaskPostprocess
+from dit_ds.files import refuse_overwriting
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.text_encoder import load_tokenizer
@@ -66,6 +67,7 @@ def attention(
         UserError: a checkpoint of another method, no such layer, or `by_word` without text in the encoder.
     """
     picture_format(out)
+    refuse_overwriting(out, image)
     if by_word and len(paths) > 1:
         raise UserError("--words is for one checkpoint: name one")
     text, pixels = read_expression(text), read_picture(image)

@@ -24,6 +24,7 @@ from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import device
 from dit_ds.evaluation.metrics import intersection_and_union
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
+from dit_ds.files import refuse_overwriting
 from dit_ds.visualize.drawing import GridRow, picture_format, write_grid
 from dit_ds.visualize.titles import title_of
 
@@ -60,6 +61,7 @@ def grid(
         UserError: checkpoints of different sets, no such sample, or another number of titles than of checkpoints.
     """
     picture_format(out)
+    refuse_overwriting(out)
     if titles and len(titles) != len(paths):
         raise UserError(f"{len(titles)} titles for {len(paths)} checkpoints: give one for each")
     predicted = list(_predict_all(paths, split, data_root, rows, samples))

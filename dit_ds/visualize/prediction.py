@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from dit_ds.evaluation.inference import (
     segment,
     trained_prompts,
 )
+from dit_ds.files import refuse_overwriting
 from dit_ds.visualize.drawing import picture_format, save_picture, side_by_side
 
 
@@ -49,8 +49,7 @@ def predict_image(
         raise UserError("nothing says what to segment: give --text, --point or --box")
     expression = None if text is None else read_expression(text)
     picture_format(out)
-    if Path(out).exists() and Path(out).samefile(image):
-        raise UserError(f"--out {out} is the picture itself: choose another name")
+    refuse_overwriting(out, image)
     pixels = read_picture(image)
     _check_coordinates(points, box, *pixels.shape[:2])
     model, config, meta = load_model(path)
