@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dit_ds.errors import UserError
+from dit_ds.processes import cores_of_rank, usable_cores
 
 _TIMEOUT = datetime.timedelta(minutes=15)
 
@@ -79,6 +81,34 @@ def outside_of_srun() -> str | None:
     if tasks in ("", "1") or is_step or env.get("SLURM_PROCID", "0") != "0":
         return None
     return f"SLURM_NTASKS is {tasks}, but this is one process outside of srun, which starts the others"
+
+
+def local_ranks(world_size: int) -> int:
+    """Processes on this node, by the launcher's variables."""
+    env = os.environ
+    text = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
+    digits = re.match(r"\d+", text or "")  # SLURM writes 8(x2),4
+    return max(1, int(digits[0])) if digits and world_size > 1 else 1
+
+
+def share_cores(world_size: int, workers: int) -> str:
+    """Limit PyTorch's threads in this process to its share of the cores, less one where loader workers need some.
+
+    By itself PyTorch takes all cores in each process: its threads then wait for each other at every operation, which on a
+    busy node takes ten times as long. OMP_NUM_THREADS decides where it is set; torchrun sets it to 1 for several processes.
+
+    Args:
+        workers: loader workers of this process, which have one thread each.
+    Returns:
+        What this process has, in words.
+    """
+    here, ranks = usable_cores(), local_ranks(world_size)
+    if "OMP_NUM_THREADS" in os.environ:
+        return f"{torch.get_num_threads()} a rank, as OMP_NUM_THREADS says"
+    share = cores_of_rank(here, ranks)
+    threads = max(1, min(torch.get_num_threads(), share - bool(workers)))
+    torch.set_num_threads(threads)
+    return f"{threads} a rank of {here} cores and {ranks} ranks on this node (set OMP_NUM_THREADS for another number)"
 
 
 def _first_host(nodelist: str) -> str:

@@ -249,6 +249,18 @@ def test_an_old_lock_whose_build_runs_is_not_stale(tmp_path, monkeypatch):
                 process.kill()
 
 
+def test_more_threads_than_cores(monkeypatch):
+    monkeypatch.setattr(node, "usable_cores", lambda: 8)
+    for name in ("SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for threads, warned in (("2", False), ("3", True), (None, False)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads or "")
+        found = {c.name: c for c in node.launch(Context(0, 4))}
+        assert ("threads" in found) == warned
+        assert not warned or "3 for 2 cores a rank" in found["threads"].found
+
+
 def test_more_loader_processes_than_cores(config, monkeypatch):
     monkeypatch.setattr(node, "usable_cores", lambda: 1)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

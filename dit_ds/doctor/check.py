@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.distributed import local_ranks
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.errors import UserError
 
@@ -68,10 +68,7 @@ class Context:
     @property
     def local_ranks(self) -> int:
         """Processes on this node, by the launcher's variables."""
-        env = os.environ
-        text = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
-        digits = re.match(r"\d+", text or "")  # SLURM writes 8(x2),4
-        return int(digits[0]) if digits and self.world_size > 1 else 1
+        return local_ranks(self.world_size)
 
     @property
     def nodes(self) -> int:

@@ -15,7 +15,7 @@ from dit_ds.distributed import outside_of_srun
 from dit_ds.doctor.check import Check, Context
 from dit_ds.errors import UserError
 from dit_ds.files import GIB, full_disk_is_user_error
-from dit_ds.processes import usable_cores
+from dit_ds.processes import cores_of_rank, usable_cores
 
 _COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "gcc", "cc1plus", "clang", "clang++"}
 _LOCK_IS_OLD = 600  # seconds; building one of DeepSpeed's operators takes about one minute
@@ -27,7 +27,7 @@ def launch(c: Context) -> Iterator[Check]:
     where = f"rank {c.rank} of {c.world_size}" if c.world_size == 1 else f"{c.world_size} ranks"
     if not 0 <= c.rank < c.world_size:
         yield Check("launch", "fail", f"RANK is {c.rank}, WORLD_SIZE {c.world_size}", "launch with srun or torchrun")
-    elif "TORCHELASTIC_RUN_ID" not in env and (why := outside_of_srun()):
+    elif c.world_size > 1 and "TORCHELASTIC_RUN_ID" not in env and (why := outside_of_srun()):
         yield Check("launch", "fail", why, "write srun before the command")
     elif "SLURM_STEP_ID" in env and "TORCHELASTIC_RUN_ID" not in env and env.get("SLURM_PROCID") != str(c.rank):
         found = f"RANK is {c.rank}, SLURM_PROCID is {env.get('SLURM_PROCID')}"
@@ -35,10 +35,10 @@ def launch(c: Context) -> Iterator[Check]:
     else:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "srun" if "SLURM_STEP_ID" in env else "no launcher"
         yield Check("launch", "ok", f"{where}, {launcher}, {c.nodes} node{'s' * (c.nodes > 1)}")
-    threads = env.get("OMP_NUM_THREADS")
-    if threads is None and c.local_ranks > 1:
-        found = f"OMP_NUM_THREADS is not set: each of {c.local_ranks} processes starts a thread for every core"
-        yield Check("threads", "warn", found, "export OMP_NUM_THREADS=1, or cores / processes")
+    threads, share = env.get("OMP_NUM_THREADS", ""), cores_of_rank(usable_cores(), c.local_ranks)
+    if threads.isdigit() and int(threads) > share:
+        found = f"OMP_NUM_THREADS is {threads} for {share} cores a rank, whose threads wait for each other"
+        yield Check("threads", "warn", found, f"unset OMP_NUM_THREADS, or set it to {share} or less")
 
 
 def names(c: Context) -> Iterator[Check]:
@@ -84,9 +84,7 @@ def _is_mine(address: str) -> bool:
 
 def cores(c: Context) -> Iterator[Check]:
     """Cores of a rank, compared with its loader processes."""
-    here = usable_cores()
-    shared = "TORCHELASTIC_RUN_ID" in os.environ or here == os.cpu_count()  # srun binds each task to its own
-    share = max(1, here // c.local_ranks) if shared else here
+    share = cores_of_rank(usable_cores(), c.local_ranks)
     text = f"{share} a rank"
     workers = c.config.data.workers if c.config else 0
     if c.config and workers > share:

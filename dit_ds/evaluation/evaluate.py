@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.sampler import EvalBatchSampler
-from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
+from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment, share_cores
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, trained_prompts
 from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized, without_target
@@ -26,6 +27,7 @@ from dit_ds.files import atomic_write, full_disk_is_user_error
 from dit_ds.models.segmenter import Prediction
 from dit_ds.progress import progress_bar
 
+_log = logging.getLogger("dit_ds")
 Collect = Callable[[dict[str, Any], int, np.ndarray], None]
 
 
@@ -141,13 +143,15 @@ def evaluate_checkpoint(
     )
     collect = None if predictions is None else _write_masks(Path(predictions))
     world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
+    workers = config.data.workers if workers is None else workers
+    _log_threads(world, workers)
     metrics = evaluate(
         model.to(world.device),
         dataset,
         postprocess,
         world,
         batch_size=batch_size or config.eval.batch_size,
-        workers=config.data.workers if workers is None else workers,
+        workers=workers,
         collect=collect,
     )
     disconnect()
@@ -159,6 +163,12 @@ def evaluate_checkpoint(
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
         write_to_run(path, config, result | how)
     return result
+
+
+def _log_threads(world: World, workers: int) -> None:
+    threads = share_cores(world.world_size, workers)
+    if world.main:
+        _log.info(f"PyTorch's threads: {threads}")
 
 
 def _set_of(

@@ -18,7 +18,7 @@ from dit_ds.data.build import build_eval_dataset, build_train_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import Loader, make_loader
 from dit_ds.data.loading.sampler import TrainBatchSampler
-from dit_ds.distributed import World, all_or_none
+from dit_ds.distributed import World, all_or_none, share_cores
 from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
@@ -106,12 +106,14 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     Raises:
         UserError: the checkpoint is of another run or model, or the folder can't be written.
     """
+    threads = share_cores(world.world_size, config.data.workers)
     dtype = DeepSpeedJson(deepspeed_config(config, world.world_size)).dtype
     require(config.model.attention, world.device.type, dtype)
     newest = checkpoint.newest_whole(config.run_dir, world)
     resume_keys = _resume_keys(config, datasets.train, dtype)
     model, progress, loaded = _load_model(config, newest, resume_keys)
     log = RunLog(config, world, None if newest is None else progress.step, progress.evaluated)
+    log.log(f"PyTorch's threads: {threads}")
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
     log.describe_parameters(model)
