@@ -141,7 +141,6 @@ def evaluate_checkpoint(
     dataset = build_eval_dataset(
         at, split, kind=kind, sentence_shift=int(shuffle_text), trained=trained_prompts(config, meta)
     )
-    collect = None if predictions is None else _write_masks(Path(predictions))
     world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
     workers = config.data.workers if workers is None else workers
     _log_threads(world, workers)
@@ -152,12 +151,11 @@ def evaluate_checkpoint(
         world,
         batch_size=batch_size or config.eval.batch_size,
         workers=workers,
-        collect=collect,
+        collect=None if predictions is None else _write_masks(Path(predictions)),
     )
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
-    as_configured = not shuffle_text and image_size is None and postprocess.threshold == config.eval.threshold
-    if world.main and as_configured:
+    if world.main and not shuffle_text and image_size is None and postprocess.threshold == config.eval.threshold:
         how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"]} | _set_of(dataset, meta, data_root, config.data.root)
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
