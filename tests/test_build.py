@@ -132,8 +132,8 @@ def test_an_image_is_decoded_once_for_its_refs(shards, monkeypatch):
     from dit_ds.data.loading import dataset as module
 
     decoded = []
-    decode = module.decode_jpeg
-    monkeypatch.setattr(module, "decode_jpeg", lambda *a: decoded.append(1) or decode(*a))
+    decode = module.decode_picture
+    monkeypatch.setattr(module, "decode_picture", lambda *a: decoded.append(1) or decode(*a))
     data = build_train_dataset(data_of(shards, unit="image"))
     sampler = TrainBatchSampler(data.index.samples("image"), 24, 24, 0, 1, 0)
     batches = list(iterate(make_loader(data, sampler, 0, pin=False)))

@@ -364,3 +364,15 @@ def test_predict_writes_the_format_of_its_name_and_never_over_its_picture(checkp
         assert "is not a number above 0 and below 1" in predict(tmp_path / "t.png", f"--threshold={wrong}")
     for option, wrong in (("--batch-size", "0"), ("--batch-size", "-1"), ("--workers", "-1"), ("--workers", "1.5")):
         assert "is not a whole number from" in call("eval", path, f"{option}={wrong}")
+
+
+def test_pictures_are_shown_and_prompted_as_viewers_turn_them(checkpoints, call, tmp_path):
+    photo, out, exif = tmp_path / "photo.jpg", tmp_path / "out.png", Image.Exif()
+    exif[0x0112] = 6  # a quarter turn: shown 40 wide and 80 high
+    Image.new("RGB", (80, 40), "white").save(photo, exif=exif)
+    path = checkpoints("box", data={"prompts": ["text", "box"]})
+    common = ("predict", path, "--image", photo, "--out", out)
+    assert call(*common, "--box", "5,50,30,75")["box"] == [5, 50, 30, 75]
+    assert Image.open(out).size == (2 * 40 + 6, 80 + 22)
+    assert "is not within the picture, which is 40 wide and 80 high" in call(*common, "--box", "50,5,75,30")
+    assert call("attention", path, "--image", photo, "--text", "star", "--out", out, "--layers", "1")["out"] == str(out)

@@ -91,7 +91,7 @@ def test_samples_do_not_depend_on_their_company(index, tokenize, data):
 
 def test_an_image_is_decoded_once_for_its_expressions(index, tokenize, monkeypatch):
     decoded = []
-    monkeypatch.setattr("dit_ds.data.loading.dataset.decode_jpeg", lambda *a: decoded.append(1) or decode_jpeg(*a))
+    monkeypatch.setattr("dit_ds.data.loading.dataset.decode_picture", lambda *a: decoded.append(1) or decode_jpeg(*a))
     dataset = ExpressionDataset(index, "sentence", 64, tokenize)
     for items in EvalBatchSampler(len(dataset), 5, 0, 1):
         dataset.__getitems__(items)
@@ -132,7 +132,7 @@ def test_damaged_samples_are_skipped_where_they_may_be(index, tokenize, augmenta
 
     def check(self, image, member, data):
         if image in bad and member == JPG:
-            raise self.damaged(image, "jpg")
+            raise self.damaged(image, member)
         return data
 
     make = lambda skips: ExpressionDataset(  # noqa: E731

@@ -180,11 +180,11 @@ def test_refclef(tmp_path):
     assert decode_rle(samples[3]["anns"]["30"]["rle"]).tolist() == filled((3, 2, 11, 9), (0, 0, 1, 5)).tolist()
 
 
-def test_a_file_that_only_calls_itself_jpeg_is_refused(tmp_path):
+def test_a_file_that_only_calls_itself_a_picture_is_refused(tmp_path):
     write_refer(tmp_path, "refcoco", "unc", REFS[:1], IMAGES, ANNOTATIONS)
     images = write_images(tmp_path / "i", IMAGES[:1])
-    Image.new("RGB", (W, H)).save(images / IMAGES[0]["file_name"], "PNG")
-    with pytest.raises(UserError, match="is not a JPEG"):
+    (images / IMAGES[0]["file_name"]).write_text("<html>not found</html>")
+    with pytest.raises(UserError, match="none of a kind that is read"):
         shard_refer(tmp_path, images, "refcoco", "unc", tmp_path / "out", processes=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from dit_ds.cli.arguments import from_one, from_zero, shard_counts
@@ -82,6 +83,17 @@ def _add_shard(data_commands: Any) -> None:
         default="xy",
         help="what a polygon's corner is: x, y, or x, y and COCO's visibility, which is not used (default xy)",
     )
+    p.add_argument(
+        "--exif",
+        choices=["turn", "ignore"],
+        help="what annotations mean of pictures with an EXIF orientation where width and height don't tell: the picture "
+        "as viewers turn it, or as stored",
+    )
+    p.add_argument(
+        "--convert",
+        choices=["jpeg"],
+        help="encode pictures of other kinds as JPEG (quality 95); by default PNG, WebP, TIFF and BMP stay as they are",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
     p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
 
@@ -96,11 +108,19 @@ def _data_sample(args: argparse.Namespace) -> int:
 def _totals(manifest: dict[str, Any]) -> dict[str, Any]:
     keys = ("images", "refs", "sentences", "no_target", "overlapping", "dropped")
     splits = manifest["splits"].items()
-    totals = {name: {k: s[k] for k in keys} | {"shards": len(s["shards"])} for name, s in splits}
+    totals = {name: {k: s[k] for k in keys} | {"shards": len(s["shards"])} | _pictures(s) for name, s in splits}
     return totals | ({"leakage": manifest["leakage"]} if "leakage" in manifest else {})
 
 
+def _pictures(split: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of the pictures that were not taken in as they were, or are no JPEGs."""
+    notes = split.get("pictures", {})
+    counted = {k: len(v) if k in ("turned", "ignored") else v for k, v in notes.items()}
+    return {"pictures": counted} if counted else {}
+
+
 def _data_shard(args: argparse.Namespace) -> int:
+    from dit_ds.data.shards.image import picture_lines
     from dit_ds.data.shards.write import shard_refer
 
     manifest = shard_refer(
@@ -117,7 +137,11 @@ def _data_shard(args: argparse.Namespace) -> int:
         with_visibility=args.corners == "xyv",
         coco=args.coco,
         parquet=args.parquet,
+        exif=args.exif,
+        convert=args.convert,
     )
+    for line in picture_lines(manifest):
+        print(line, file=sys.stderr)
     report(args, _totals(manifest))
     return 0
 

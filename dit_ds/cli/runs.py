@@ -83,7 +83,7 @@ def _add_predict(commands: Any) -> None:
         type=pixels("X,Y"),
         action="append",
         default=[],
-        help="a point on the object, in pixels of the picture; may be repeated",
+        help="a point on the object, in pixels of the picture as viewers show it; may be repeated",
     )
     p.add_argument("--box", metavar="X0,Y0,X1,Y1", type=pixels("X0,Y0,X1,Y1"), help="a box around the object")
     p.add_argument("--out", required=True, help="picture to write: the picture beside the prediction")

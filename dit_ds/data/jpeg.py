@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
+
+MAX_PIXELS = 178_956_970  # of a picture: beyond it Pillow takes a file for a decompression bomb
+
+
+class UnsupportedPicture(ValueError):
+    """A picture that is not damaged, and still can't be used. The message says why, and what to do."""
 
 
 def decode_jpeg(data: bytes, fast: bool = False) -> np.ndarray:
@@ -17,17 +24,24 @@ def decode_jpeg(data: bytes, fast: bool = False) -> np.ndarray:
         data: a JPEG file.
         fast: use libjpeg's fast inverse DCT and chroma upsampling, off by a few levels: for training only.
     Raises:
+        UnsupportedPicture: it has more than `MAX_PIXELS` pixels.
         ValueError: the bytes are no complete JPEG.
     """
     import simplejpeg
 
+    refusal = None
     try:
-        if simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
-            raise ValueError("CMYK")  # simplejpeg converts it one level off, or not at all
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=fast, fastupsample=fast)
-    except ValueError as refusal:
-        with _opened_by_pillow(data, refusal) as image:
-            return np.asarray(image.convert("RGB"))
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            raise UnsupportedPicture(f"it has {width}x{height} pixels, more than {MAX_PIXELS}: make it smaller")
+        if colours not in ("CMYK", "YCCK"):  # which simplejpeg converts one level off, or not at all
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=fast, fastupsample=fast)
+    except UnsupportedPicture:
+        raise
+    except ValueError as e:
+        refusal = e
+    with _opened_by_pillow(data, refusal) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -46,9 +60,11 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened_by_pillow(data: bytes, refusal: ValueError) -> Iterator[Image.Image]:
-    """The image as Pillow opens it; whatever Pillow raises becomes simplejpeg's `refusal`, which names the cause."""
+def _opened_by_pillow(data: bytes, refusal: ValueError | None) -> Iterator[Image.Image]:
+    """The image as Pillow opens it; where Pillow fails, too, simplejpeg's `refusal` mostly names the cause."""
     try:
-        yield Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError(str(refusal)) from None
+        with warnings.catch_warnings():  # of sizes within our limit, and of metadata
+            warnings.simplefilter("ignore")
+            yield Image.open(io.BytesIO(data), formats=["JPEG"])
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise ValueError(str(refusal or e) or type(e).__name__) from None

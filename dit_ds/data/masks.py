@@ -124,9 +124,13 @@ def merge_parts(
     from pycocotools import mask as coco
 
     parts = _parts(annotation, height, width, with_visibility, published)
-    merged = coco.merge(parts) if parts else None
-    if merged is None or int(coco.area(merged)) == 0:
-        raise UnusableRecord(f"annotation {annotation.get('id')} has no polygon that encloses anything")
+    if not parts:
+        raise UnusableRecord(f"annotation {annotation.get('id')} has no polygon with three corners, and no RLE")
+    merged = coco.merge(parts)
+    if int(coco.area(merged)) == 0:
+        raise UnusableRecord(
+            f"annotation {annotation.get('id')}: its mask covers no pixel of the {width}x{height} image"
+        )
     overlapping = int(coco.area(parts).sum()) > int(coco.area(merged))
     if overlapping and legacy_overlap:
         once = coco.decode(parts).sum(2) == 1

@@ -1,4 +1,4 @@
-"""Inference on one picture: its file and text read, the model's inputs made, its mask predicted."""
+"""Inference on one picture: its text read, the model's inputs made, its mask predicted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
@@ -73,18 +72,6 @@ def expression_warnings(config: RunConfig, expression: str) -> list[str]:
             f"{tokenizer.unk_token} to its text encoder"
         )
     return lines
-
-
-def read_picture(path: str) -> np.ndarray:
-    """(H, W, 3) uint8, RGB.
-
-    Raises:
-        UserError: the file can't be read, or is no picture.
-    """
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except OSError as e:
-        raise UserError(f"cannot read the picture {path} ({e.strerror or e})") from None
 
 
 @torch.no_grad()

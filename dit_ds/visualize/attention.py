@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
 from dit_ds.checkpointing.weights import load_model
+from dit_ds.data.picture import read_picture
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import (
     check_kind,
@@ -18,7 +19,6 @@ from dit_ds.evaluation.inference import (
     expression_warnings,
     picture_inputs,
     read_expression,
-    read_picture,
 )
 from dit_ds.evaluation.postprocess import MaskPostprocess
 from dit_ds.files import refuse_overwriting
@@ -55,7 +55,7 @@ def attention(
 
     Args:
         paths: checkpoints of DIT-SAM.
-        image: file of the picture.
+        image: file of the picture, which is turned as viewers turn it.
         by_word: a row for each token of the expression, too, below that of all; for one checkpoint.
         layers: which, from 1 on; None for all.
     Returns:

@@ -13,12 +13,12 @@ import torch
 from dit_ds.checkpointing.weights import load_model, with_data_root
 from dit_ds.config.schema import RunConfig
 from dit_ds.data.build import build_eval_dataset
-from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, JSON, SplitIndex
 from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.readers import MemberReader
 from dit_ds.data.masks import decode_rle
+from dit_ds.data.picture import decode_picture
 from dit_ds.data.shards.storage import local
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import device
@@ -202,6 +202,6 @@ def draw_sheet(folder: str | Path, split: str, out: str | Path, seed: int) -> No
         for ann in ref["ann_ids"]:
             truth |= decode_rle(meta["anns"][str(ann)]["rle"]).astype(bool)
         rows.append(
-            GridRow(decode_jpeg(reader.read(image, JPG)), ref["sentences"][sentence - first]["sent"], truth, [])
+            GridRow(decode_picture(reader.read(image, JPG)), ref["sentences"][sentence - first]["sent"], truth, [])
         )
     write_grid(rows, [], out, across=_ACROSS)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from dit_ds.checkpointing.weights import load_model
+from dit_ds.data.picture import read_picture
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import (
     check_kind,
     device,
     expression_warnings,
     read_expression,
-    read_picture,
     segment,
     trained_prompts,
 )
@@ -37,9 +37,9 @@ def predict_image(
 
     Args:
         path: as for `load_model`.
-        image: file of the picture.
+        image: file of the picture, which is turned as viewers turn it.
         out: picture to write, in the format of its ending.
-        text, points, box: at least one of them; with `threshold` as for `segment`.
+        text, points, box: at least one of them, in pixels of the turned picture; with `threshold` as for `segment`.
     Returns:
         `out`, the prompts, `covered`, the share of the picture that the mask covers, and `warnings`, a line each.
     Raises:

@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from dit_ds.data.annotations.image_files import candidates
+
 
 def same_pictures(folder: Path, names: Iterable[str], others: Iterable[str]) -> set[str]:
     """Those of `names` whose file has the bytes of one of `others`, as their length and CRC-32 tell.
@@ -16,22 +18,26 @@ def same_pictures(folder: Path, names: Iterable[str], others: Iterable[str]) -> 
     Args:
         folder: that holds the files.
     """
-    sizes = [{name: size for name in side if (size := _size(folder / name)) is not None} for side in (names, others)]
+    sizes = [{name: size for name in side if (size := _size(folder, name)) is not None} for side in (names, others)]
     lengths = set(sizes[0].values()) & set(sizes[1].values())
-    found, wanted = ({name: _crc(folder / name) for name, n in side.items() if n in lengths} for side in sizes)
+    found, wanted = ({name: _crc(folder, name) for name, n in side.items() if n in lengths} for side in sizes)
     evaluated = {(sizes[1][name], crc) for name, crc in wanted.items() if crc is not None}
     return {name for name, crc in found.items() if (sizes[0][name], crc) in evaluated}
 
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+def _size(folder: Path, name: str) -> int | None:
+    for path in candidates(folder, name):
+        try:
+            return path.stat().st_size
+        except OSError:
+            continue
+    return None
 
 
-def _crc(path: Path) -> int | None:
-    try:
-        return zlib.crc32(path.read_bytes())
-    except OSError:
-        return None
+def _crc(folder: Path, name: str) -> int | None:
+    for path in candidates(folder, name):
+        try:
+            return zlib.crc32(path.read_bytes())
+        except OSError:
+            continue
+    return None

@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset
 
 from dit_ds.data.expressions import normalise_expression
-from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.loading.batch import BatchBuilder
 from dit_ds.data.loading.decoded_image import DecodedImage
 from dit_ds.data.loading.index import JPG, JSON, BadSample, SplitIndex
@@ -19,6 +18,7 @@ from dit_ds.data.loading.prompts import TEXT_ONLY, Prompts, prompt_mask
 from dit_ds.data.loading.readers import make_reader
 from dit_ds.data.loading.sampler import Item
 from dit_ds.data.loading.transforms import Augmentation, SampledAugmentation
+from dit_ds.data.picture import decode_picture
 from dit_ds.errors import UserError
 
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> input ids (T,) int64, attention mask (T,) bool
@@ -235,9 +235,9 @@ class ExpressionDataset(Dataset):
 
     def _decode(self, jpg: bytes, image: int, fast: bool = False) -> np.ndarray:
         try:
-            return decode_jpeg(jpg, fast)
+            return decode_picture(jpg, fast)
         except ValueError:
-            raise self.index.damaged(image, "jpg") from None
+            raise self.index.damaged(image, JPG) from None
 
     def _without_mask(self, image: int, kind: str) -> UserError:
         shard, image_id = self.index.shards[self.index.images[image, 0]], self.index.images[image, 1]

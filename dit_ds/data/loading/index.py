@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from dit_ds.data.loading.sampler import Samples
-from dit_ds.data.shards.manifest import manifest_bytes, manifest_errors, parse_manifest, size_errors
+from dit_ds.data.picture import KINDS
+from dit_ds.data.shards.manifest import manifest_bytes, manifest_errors, parse_manifest, picture_kind_of, size_errors
 from dit_ds.data.shards.storage import file_of
 from dit_ds.errors import UserError
 from dit_ds.files import parse_json
 
-JPG, JSON = 2, 5  # a member's first column in `SplitIndex.images`; its columns are offset, bytes, CRC-32
+# a member's first column in `SplitIndex.images`; its columns are offset, bytes, CRC-32; JPG is the picture of any kind
+JPG, JSON = 2, 5
 
 
 class BadSample(UserError):
@@ -48,7 +50,8 @@ class SplitIndex:
 
     Attributes:
         shards: the tars' paths or URLs.
-        images: (images, 8) int64: shard, image_id, and offset, bytes and CRC-32 of the jpg and of the json member.
+        images: (images, 8) int64: shard, image_id, and offset, bytes and CRC-32 of the picture and of the json member.
+        kinds: (images,) uint8: the position of the picture's kind in `KINDS`.
         refs: (refs, 4) int64: image, position in the image's refs, first sentence, number of sentences.
         sentences: (sentences,) int64: the ref of each.
         manifest_sha: SHA-256 over the manifests and the images left out; a resumed run must find the same.
@@ -59,6 +62,7 @@ class SplitIndex:
 
     shards: list[Path | str]
     images: np.ndarray
+    kinds: np.ndarray
     refs: np.ndarray
     sentences: np.ndarray
     manifest_sha: str
@@ -89,16 +93,19 @@ class SplitIndex:
             raise UserError(f"{errors[0]}: run 'dit-ds data verify {folder}', remove that shard and shard again")
         entries = manifest["splits"][split]["shards"]
         images: list[tuple[int, ...]] = []
+        kinds: list[int] = []
         refs: list[tuple[int, int]] = []
         lengths: list[int] = []
         for k, entry in enumerate(entries):
-            for image_id, *members, counts in entry["samples"]:
-                refs += [(len(images), j) for j in range(len(counts))]
-                images.append((k, image_id, *members))
-                lengths += counts
+            for sample in entry["samples"]:
+                refs += [(len(images), j) for j in range(len(sample[7]))]
+                images.append((k, *sample[:7]))
+                kinds.append(KINDS.index(picture_kind_of(sample)))
+                lengths += sample[7]
         return cls._of_one(
             [file_of(folder, e["name"]) for e in entries],
             np.array(images, np.int64).reshape(-1, 8),
+            np.array(kinds, np.uint8),
             np.array(refs, np.int64).reshape(-1, 2),
             np.array(lengths, np.int64),
             name=f"{manifest['dataset']}/{manifest['split_by']}",
@@ -111,6 +118,7 @@ class SplitIndex:
         cls,
         shards: list[Path | str],
         images: np.ndarray,
+        kinds: np.ndarray,
         refs: np.ndarray,
         lengths: np.ndarray,
         *,
@@ -127,6 +135,7 @@ class SplitIndex:
         return cls(
             shards,
             images,
+            kinds,
             refs=np.column_stack([refs, np.cumsum(lengths) - lengths, lengths]),
             sentences=np.repeat(np.arange(len(lengths)), lengths),
             manifest_sha=manifest_sha,
@@ -147,6 +156,7 @@ class SplitIndex:
         return self._of_one(
             self.shards,
             self.images,
+            self.kinds,
             refs[:, :2],
             refs[:, 3],
             name=self.datasets[0].name,
@@ -171,6 +181,7 @@ class SplitIndex:
         return cls(
             shards,
             np.concatenate(images),
+            np.concatenate([i.kinds for i in indices]),
             np.concatenate(refs),
             np.concatenate(sentences),
             manifest_sha=sha,
@@ -201,7 +212,7 @@ class SplitIndex:
             BadSample: it isn't. A JPEG with a flipped byte mostly decodes, to another image, so decoding is no check.
         """
         if zlib.crc32(data) != self.images[image, member + 2]:
-            raise self.damaged(image, "jpg" if member == JPG else "json")
+            raise self.damaged(image, member)
         return data
 
     def parse(self, image: int, data: bytes) -> dict[str, Any]:
@@ -229,7 +240,13 @@ class SplitIndex:
         """The WebDataset key of an image."""
         return f"{self.images[image, 1]:012d}"
 
-    def damaged(self, image: int, extension: str) -> BadSample:
-        """The error for a damaged member."""
+    def extension(self, image: int, member: int) -> str:
+        """The extension of a sample's member, JPG or JSON."""
+        return KINDS[self.kinds[image]] if member == JPG else "json"
+
+    def damaged(self, image: int, member: int) -> BadSample:
+        """The error for a damaged member, JPG or JSON."""
         shard = self.shards[self.images[image, 0]]
-        return BadSample(f"{shard}: {self.key(image)}.{extension} is damaged: remove that shard and shard again")
+        return BadSample(
+            f"{shard}: {self.key(image)}.{self.extension(image, member)} is damaged: remove that shard and shard again"
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.loading.index import JPG, SplitIndex
+from dit_ds.data.loading.index import SplitIndex
 from dit_ds.errors import UserError
 
 _PREFETCH = 24  # micro-batches: how early a shard's download starts
@@ -102,7 +102,7 @@ class StreamReader:
                 self._shards.clear()
             self._start(shard)
         sample = self._shards[shard].result().get(self.index.key(image), {})
-        return self.index.check(image, member, sample.get("jpg" if member == JPG else "json", b""))
+        return self.index.check(image, member, sample.get(self.index.extension(image, member), b""))
 
     def _start(self, shard: int) -> None:
         self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(4, "shard")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_ds.data.picture import KINDS
 from dit_ds.data.shards.storage import file_of, read_file
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write, check_name, is_url
@@ -100,6 +101,7 @@ def _require_fields(manifest: dict[str, Any]) -> None:
             _require(not len(members) or (members.shape[1:] == (7,) and members.dtype.kind == "i"), "samples")
             lengths = [n for s in entry["samples"] for n in s[7]]
             _require(all(type(n) is int for n in lengths), "sentences of a sample")
+            _require(all(picture_kind_of(s) in KINDS for s in entry["samples"]), "kind of a picture")
 
 
 def _require(holds: bool, what: str) -> None:
@@ -163,7 +165,8 @@ def read_members(path: Path) -> list[list[Any]]:
     """The manifest's entry for each sample, in the tar's order.
 
     Returns:
-        `[image_id, jpg offset, jpg bytes, jpg CRC-32, json offset, json bytes, json CRC-32, [sentences of each ref]]`.
+        `[image_id, jpg offset, jpg bytes, jpg CRC-32, json offset, json bytes, json CRC-32, [sentences of each ref]]`,
+        and the picture's kind behind it, if that is not jpg.
     """
     samples: dict[str, dict[str, Any]] = {}
     with tarfile.open(path) as tar:
@@ -172,10 +175,17 @@ def read_members(path: Path) -> list[list[Any]]:
             file = tar.extractfile(member)
             data = file.read() if file is not None else b""
             sample = samples.setdefault(key, {})
-            sample[extension] = [member.offset_data, member.size, zlib.crc32(data)]
+            place = [member.offset_data, member.size, zlib.crc32(data)]
             if extension == "json":
-                sample["lengths"] = [len(r["sentences"]) for r in json.loads(data)["refs"]]
-    return [[int(k), *s["jpg"], *s["json"], s["lengths"]] for k, s in samples.items()]
+                sample |= {"json": place, "lengths": [len(r["sentences"]) for r in json.loads(data)["refs"]]}
+            else:
+                sample |= {"picture": place, "kind": [] if extension == KINDS[0] else [extension]}
+    return [[int(k), *s["picture"], *s["json"], s["lengths"], *s["kind"]] for k, s in samples.items()]
+
+
+def picture_kind_of(sample: list[Any]) -> str:
+    """The extension of a sample's picture, from its entry in the manifest."""
+    return KINDS[0] if len(sample) < 9 else sample[8]
 
 
 def size_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:

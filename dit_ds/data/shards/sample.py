@@ -1,18 +1,14 @@
-"""From one record to the two members of its WebDataset sample: the JPEG file and the JSON annotations."""
+"""From one record to the JSON member of its WebDataset sample: masks, refs and sentences."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dit_ds.data.annotations.refer import ImageRecord, ReferTree, clean_sentence
-from dit_ds.data.jpeg import decode_jpeg
 from dit_ds.data.masks import UnusableRecord, merge_parts
+from dit_ds.data.shards.image import ImageRules
 from dit_ds.data.shards.manifest import COUNTS, SCHEMA
-
-# which published code excludes by name; the first is a GIF
-_KNOWN_BAD = {"saiapr_tc-12": ("19579.jpg", "17975.jpg", "19575.jpg")}
 
 
 @dataclass(frozen=True)
@@ -22,46 +18,19 @@ class Rules:
     Attributes:
         skip_bad: leave out and count unusable refs and images, instead of raising.
         legacy_overlap, with_visibility, published: as for `merge_parts`.
+        image: for the pictures.
     """
 
     skip_bad: bool = False
     legacy_overlap: bool = False
     with_visibility: bool = False
     published: bool = False
+    image: ImageRules = field(default_factory=ImageRules)
 
     @property
     def mask_policy(self) -> str:
         """The manifest's `mask_policy`."""
         return "legacy_overlap" if self.legacy_overlap else "union"
-
-
-def image_bytes(images: Path, image_set: str, record: ImageRecord) -> bytes:
-    """The image file's unchanged bytes, once it was decoded and has the size that its annotation says.
-
-    All of it is decoded, which takes a millisecond or two, because a truncated file has an intact header.
-
-    Raises:
-        UnusableRecord: the file is missing, damaged, no JPEG or of another size.
-    """
-    name = record.image["file_name"]
-    path = images / name
-    if name in _KNOWN_BAD.get(image_set, ()):
-        raise UnusableRecord(f"image {path} is one of {image_set}'s three that are known to be bad")
-    try:
-        jpg = path.read_bytes()
-    except FileNotFoundError:
-        raise UnusableRecord(f"no image {path}") from None
-    except OSError as e:
-        raise UnusableRecord(f"image {path}: {e.strerror}") from None
-    if not jpg.startswith(b"\xff\xd8"):
-        raise UnusableRecord(f"image {path} is not a JPEG")
-    try:
-        shape = decode_jpeg(jpg).shape[:2]
-    except ValueError as e:
-        raise UnusableRecord(f"image {path} is damaged ({e})") from None
-    if shape != (record.image["height"], record.image["width"]):
-        raise UnusableRecord(f"image {path} is {shape[1]}x{shape[0]}, its annotation says otherwise")
-    return jpg
 
 
 @dataclass
@@ -124,7 +93,9 @@ def sample(
 def _mask(record: ImageRecord, ann_id: Any, height: int, width: int, rules: Rules) -> tuple[dict[str, Any], bool]:
     annotation = record.annotations[ann_id]
     if annotation.get("image_id", record.image["id"]) != record.image["id"]:
-        raise UnusableRecord(f"annotation {ann_id} is of image {annotation['image_id']}, not of {record.image['id']}")
+        raise UnusableRecord(
+            f"annotation {ann_id} is of image {annotation['image_id']!r}, not of {record.image['id']!r}"
+        )
     return merge_parts(
         annotation,
         height,

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from dit_ds.data.exif import exif_orientation
 from dit_ds.data.expressions import normalise_expression
-from dit_ds.data.jpeg import jpeg_size
 from dit_ds.data.masks import decode_rle, run_lengths
+from dit_ds.data.picture import picture_kind, picture_size
+from dit_ds.data.shards.manifest import picture_kind_of
 
 REPLACE = "remove that shard and shard again"
 _MAX_NAMED = 5  # keys that one line names
@@ -79,8 +81,8 @@ def _check_tar(
     found: dict[str, list[str]] = {}
     for sample in entry["samples"]:
         key = f"{sample[0]:012d}"
-        (jpg, size, _), (meta, length, _) = expected[f"{key}.jpg"], expected[f"{key}.json"]
-        members = tar[jpg : jpg + size], tar[meta : meta + length]
+        (at, size, _), (meta, length, _) = expected[f"{key}.{picture_kind_of(sample)}"], expected[f"{key}.json"]
+        members = tar[at : at + size], tar[meta : meta + length]
         for what in _check_sample(members, sample, manifest, report):
             found.setdefault(what, []).append(key)
     report.errors += [f"{path}: {_some(keys)}: {what}" for what, keys in found.items()]
@@ -89,8 +91,9 @@ def _check_tar(
 def _expected_members(entry: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
     """Offset, bytes and CRC-32 of each member by its name, from the manifest's entry."""
     members = {}
-    for image_id, *numbers, _ in entry["samples"]:
-        members[f"{image_id:012d}.jpg"], members[f"{image_id:012d}.json"] = tuple(numbers[:3]), tuple(numbers[3:])
+    for sample in entry["samples"]:
+        key = f"{sample[0]:012d}"
+        members[f"{key}.{picture_kind_of(sample)}"], members[f"{key}.json"] = tuple(sample[1:4]), tuple(sample[4:7])
     return members
 
 
@@ -132,11 +135,11 @@ def _check_sample(
     """Errors of one sample, a line each.
 
     Args:
-        members: its JPEG and JSON, whose checksums are right.
+        members: its picture and JSON, whose checksums are right.
         sample: its entry in the manifest.
         report: gets its ids, counts and areas.
     """
-    (jpg, text), key = members, f"{sample[0]:012d}"
+    (picture, text), key = members, f"{sample[0]:012d}"
     try:
         meta = json.loads(text)
         expected = {k: manifest[k] for k in ("schema", "dataset", "split_by")}
@@ -144,7 +147,7 @@ def _check_sample(
         wrong = [f"{k} is {meta.get(k)!r}, not {v!r} as where it lies" for k, v in expected.items() if meta.get(k) != v]
         if [len(r["sentences"]) for r in meta["refs"]] != sample[7]:
             wrong.append("its refs and sentences are not as many as the manifest says")
-        wrong += _image_errors(jpg, meta)
+        wrong += _image_errors(picture, picture_kind_of(sample), meta)
         wrong += _annotation_errors(meta, key, report)
         wrong += _ref_errors(meta, key, report)
         report.counts["samples"] += 1
@@ -153,13 +156,18 @@ def _check_sample(
     return [f"{what}: remove its manifest and shard the dataset again" for what in wrong]
 
 
-def _image_errors(jpg: bytes, meta: dict[str, Any]) -> Iterator[str]:
-    """A JPEG of another size than its JSON says.
+def _image_errors(picture: bytes, kind: str, meta: dict[str, Any]) -> Iterator[str]:
+    """A picture of another kind than its name says, of another size than its JSON says, or with an EXIF orientation.
 
-    Only the header is read: `data shard` decoded the whole JPEG, and the checksum says that its bytes haven't changed.
+    Only the header is read: `data shard` decoded all of it, and the checksum says that its bytes haven't changed.
     """
+    if (found := picture_kind(picture)) not in ("", kind):
+        yield f"its picture is no {kind}, but {found}"
+        return
+    if (orientation := exif_orientation(picture)) != 1:
+        yield f"its picture has the EXIF orientation {orientation}, which some readers follow and others don't"
     try:
-        size = jpeg_size(jpg)
+        size = picture_size(picture)
     except ValueError as e:
         yield f"its picture can't be read ({e})"
         return

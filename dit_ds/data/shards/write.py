@@ -23,8 +23,9 @@ from dit_ds.data.annotations.combine import load_source
 from dit_ds.data.annotations.refer import ImageRecord, ReferTree
 from dit_ds.data.masks import UnusableRecord, is_polygon_or_rle
 from dit_ds.data.parallel import forked_map
+from dit_ds.data.shards.image import ImageRules, PictureNotes, load_image, merge_notes, named
 from dit_ds.data.shards.manifest import NAME, SCHEMA, load_manifest, read_members, size_errors, write_manifest
-from dit_ds.data.shards.sample import LeftOut, Rules, image_bytes, sample
+from dit_ds.data.shards.sample import LeftOut, Rules, sample
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write, full_disk_is_user_error, read_json, sha256_of, write_json
 
@@ -76,6 +77,8 @@ def shard_refer(
     with_visibility: bool = False,
     coco: str | Path | None = None,
     parquet: str | Path | None = None,
+    exif: str | None = None,
+    convert: str | None = None,
 ) -> dict[str, Any]:
     """Write `OUT/DATASET/SPLIT_BY/SPLIT-00000-of-NNNNN.tar` for each split, then `manifest.json`; return the manifest.
 
@@ -90,8 +93,10 @@ def shard_refer(
         skip_bad: leave out unusable refs and images, counted, and named in `left_out.txt`, instead of raising.
         overwrite: replace a finished dataset that was made from other files or with other options.
         legacy_overlap, with_visibility: as for `merge_parts`.
+        exif, convert: as of `ImageRules`.
     Raises:
-        UserError: anything missing, damaged or unusable in the files; a full disk; another dataset in the folder.
+        UserError: anything missing, damaged or unusable in the files; nothing left of them; pictures with an EXIF
+            orientation that `exif` must decide on; a full disk; another dataset in the folder.
         RunFailed: a worker process was killed.
     """
     _check_folder_names(dataset, split_by)
@@ -100,24 +105,38 @@ def shard_refer(
     tree = load_source(dataset, split_by, refer_root=refer_root, coco=coco, parquet=parquet, images=images)
     counts = _shard_counts(tree, shards or {})
     folder = Path(out) / tree.dataset / tree.split_by
-    rules = Rules(skip_bad, legacy_overlap, with_visibility, tree.published)
+    rules = Rules(skip_bad, legacy_overlap, with_visibility, tree.published, ImageRules(exif, convert))
     plans = [p for split, records in tree.splits.items() for p in _plan(tree, split, records, counts[split], rules)]
-    digest = _digest([p.digest for p in plans])
+    digest = _digest([p.digest for p in plans] + ([] if exif is None else [f"exif {exif}"]))
 
-    with full_disk_is_user_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if (folder / NAME).exists():
-        manifest = load_manifest(folder)
-        if manifest["digest"] == digest and not size_errors(folder, manifest):
-            return manifest
-        if manifest["digest"] != digest and not overwrite:
-            raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
-        (folder / NAME).unlink()
+    if (finished := _finished(folder, digest, overwrite)) is not None:
+        return finished
     parts = _write_all(_Job(folder, Path(images), tree, plans, rules), processes)
+    _check_orientations(parts)
     manifest = _manifest(tree, plans, parts, digest, rules)
+    _check_not_empty(folder, manifest, parts)
     write_manifest(folder / NAME, manifest)
     _remove_leftovers(folder, {p.name for p in plans})
     return manifest
+
+
+def _finished(folder: Path, digest: str, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of the set in the folder, if it is finished and the one to write; else the folder is made ready.
+
+    Raises:
+        UserError: it is another finished set, or the folder can't be made.
+    """
+    with full_disk_is_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / NAME).exists():
+        return None
+    manifest = load_manifest(folder)
+    if manifest["digest"] == digest and not size_errors(folder, manifest):
+        return manifest
+    if manifest["digest"] != digest and not overwrite:
+        raise UserError(f"{folder} holds a finished set made from other files or options: --overwrite replaces it")
+    (folder / NAME).unlink()
+    return None
 
 
 def _check_folder_names(*names: str | None) -> None:
@@ -147,6 +166,7 @@ def _plan(tree: ReferTree, split: str, records: list[ImageRecord], n: int, rules
     bounds = np.linspace(0, len(ordered), n + 1).astype(int)
     common = [SCHEMA, _COUNTED, tree.dataset, tree.split_by, tree.sources, rules.mask_policy, rules.skip_bad]
     common += ["xyv"] * rules.with_visibility
+    common += [] if rules.image.convert is None else [rules.image.convert]
     plans = []
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
         name = f"{split}-{k:05d}-of-{n:05d}.tar"
@@ -181,29 +201,34 @@ def _write_shard(job: _Job, plan: ShardPlan) -> tuple[str, dict[str, Any]]:
     """Write a shard unless an earlier run did, and `.NAME.json`, which marks it as finished.
 
     Returns:
-        The shard's name, and its `digest`, `entry` for the manifest and `dropped` counts.
+        The shard's name, and its `digest`, `entry` for the manifest, `dropped` counts, `left_out` lines, `pictures`
+        and `undecided` (see `PictureNotes`), and `exif`: the rule, if it decided on any picture.
     """
     path, marker = job.folder / plan.name, job.folder / f".{plan.name}.json"
     if marker.exists() and path.exists():
         part = read_json(marker, "shard note")
-        if part["digest"] == plan.digest and part["entry"]["sha256"] == sha256_of(path):
-            return plan.name, part
+        same_rule = part.get("exif") in (None, job.rules.image.exif)
+        if part["digest"] == plan.digest and same_rule and part["entry"]["sha256"] == sha256_of(path):
+            return plan.name, {"left_out": [], "pictures": {}, "undecided": {}} | part
     marker.unlink(missing_ok=True)
     with atomic_write(path) as f:
-        entry, left_out = _write_tar(f, job, plan)
+        entry, left_out, notes = _write_tar(f, job, plan)
     entry |= {"name": plan.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "samples": read_members(path)}
     part = {"digest": plan.digest, "entry": entry, "dropped": left_out.counts, "left_out": left_out.lines}
-    write_json(marker, part, indent=None)
+    part |= {"pictures": notes.counts, "undecided": notes.undecided}
+    part |= {"exif": job.rules.image.exif if notes.by_option else None}
+    if not notes.undecided:  # else it is written again, by --exif
+        write_json(marker, part, indent=None)
     return plan.name, part
 
 
-def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any], LeftOut]:
-    """Write the shard's samples; return the counts of what was written, and what was left out."""
-    counts, left_out = dict.fromkeys(_COUNTED, 0), LeftOut()
+def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any], LeftOut, PictureNotes]:
+    """Write the shard's samples; return the counts of what was written, what was left out, and notes on pictures."""
+    counts, left_out, notes = dict.fromkeys(_COUNTED, 0), LeftOut(), PictureNotes()
     with TarWriter(f, mtime=0, encoder=False) as tar:
         for record in plan.records:
             try:
-                jpg = image_bytes(job.images, job.tree.image_set, record)
+                image = load_image(job.images, job.tree.image_set, record, job.rules.image)
                 meta, overlapping = sample(job.tree, plan.split, record, job.rules, left_out)
             except UnusableRecord as e:
                 if not job.rules.skip_bad:
@@ -211,13 +236,38 @@ def _write_tar(f: BinaryIO, job: _Job, plan: ShardPlan) -> tuple[dict[str, Any],
                 left_out.add("images", e)
                 continue
             text = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            tar.write({"__key__": f"{record.image['id']:012d}", "jpg": jpg, "json": text.encode()})
+            key = f"{record.image['id']:012d}"
+            tar.write({"__key__": key, image.kind: image.data})  # one by one: `TarWriter` sorts what it is given
+            tar.write({"__key__": key, "json": text.encode()})
+            notes.add(record.image["file_name"], image)
             counts["images"] += 1
             counts["refs"] += len(meta["refs"])
             counts["sentences"] += sum(len(r["sentences"]) for r in meta["refs"])
             counts["no_target"] += sum(r["no_target"] for r in meta["refs"])
             counts["overlapping"] += overlapping
-    return counts, left_out
+    return counts, left_out, notes
+
+
+def _check_orientations(parts: dict[str, dict[str, Any]]) -> None:
+    """Refuse pictures of which it is not known whether their annotations are of the turned picture."""
+    undecided = {name: n for part in parts.values() for name, n in part["undecided"].items()}
+    if not undecided:
+        return
+    raise UserError(
+        f"{len(undecided)} pictures have an EXIF orientation, and sizes don't tell whether the annotations are of the "
+        f"turned picture: {named(undecided)}: say it with --exif turn (as viewers show it) or --exif ignore (as stored)"
+    )
+
+
+def _check_not_empty(folder: Path, manifest: dict[str, Any], parts: dict[str, dict[str, Any]]) -> None:
+    """Refuse, and remove, a set of which --skip-bad left nothing."""
+    if any(split["images"] for split in manifest["splits"].values()):
+        return
+    _remove_leftovers(folder, set())
+    reason = next(line for part in parts.values() for line in part["left_out"])
+    raise UserError(
+        f"nothing is left to shard, --skip-bad leaves all pictures out, the first because of this: {reason}"
+    )
 
 
 def _manifest(
@@ -233,13 +283,15 @@ def _manifest(
             split[what] += part["entry"][what]
         for what in _DROPPED:
             split["dropped"][what] += part["dropped"][what]
+        if part["pictures"]:
+            merge_notes(split.setdefault("pictures", {}), part["pictures"])
+    options = {"leakage": tree.leakage, "exif": rules.image.exif, "convert": rules.image.convert}
+    options |= {"corners": "xyv" if rules.with_visibility else None}
     return {
         "schema": SCHEMA, "tool": f"dit-ds {__version__}", "dataset": tree.dataset, "split_by": tree.split_by,
         "description": tree.description, "image_set": tree.image_set,
         "mask_policy": rules.mask_policy, "sources": tree.sources, "digest": digest, "splits": splits,
-    } | ({"corners": "xyv"} if rules.with_visibility else {}) | (
-        {} if tree.leakage is None else {"leakage": tree.leakage}
-    )  # fmt: skip
+    } | {k: v for k, v in options.items() if v is not None}  # fmt: skip
 
 
 def _remove_leftovers(folder: Path, names: set[str]) -> None:
