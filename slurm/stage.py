@@ -47,10 +47,13 @@ def main() -> int:
         parser.add_argument(flag, action="store_true")
     args, overrides = parser.parse_known_args()
     try:
-        data = load_config(args.config, overrides).data
+        config = load_config(args.config, overrides)
+        data = config.data
         if data.streamed:
             raise UserError(f"data.root {data.root} is read as a stream, which can't be copied: unset STAGE_DIR")
-        sets = dict.fromkeys([*data.train_sets, data.val_set])
+        sets = dict.fromkeys(data.train_sets)
+        if config.eval.every_epochs or Path(data.root, data.val_set, "manifest.json").exists():
+            sets[data.val_set] = None  # without evaluation it need not be there
         for name in sets:
             if not Path(data.root, name, "manifest.json").exists():
                 raise UserError(f"{Path(data.root, name)} holds no shards: write them with 'dit-ds data shard'")

@@ -33,6 +33,13 @@ class DataConfig(Section):
     split_by: str = Field("unc", description="unc, google, umd, ...")
     train_split: str = Field("train", description="split to train on")
     val_split: str = Field("val", description="split to evaluate during training")
+    val_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="for a set without a split to evaluate on: this share of the training images, chosen by a hash of "
+        "their ids, is not trained on, and is val_split; 0: none",
+    )
     val_dataset: str | None = Field(None, description="dataset of val_split, if not the one that is trained on")
     val_split_by: str | None = Field(None, description="split_by of val_split, if not the one that is trained on")
     mixture: dict[str, Annotated[float, Field(gt=0, le=100)]] = Field(
@@ -121,8 +128,14 @@ class DataConfig(Section):
 
     @property
     def val_set(self) -> str:
-        """DATASET/SPLIT_BY of the evaluation set: by default the first training set, or the first part of a combined one."""
-        dataset, split_by = (part.split(",")[0] for part in next(iter(self.train_sets)).split("/"))
+        """DATASET/SPLIT_BY of the evaluation set: by default the first training set, or the first part of a combined one.
+
+        With `val_fraction` it is the training set.
+        """
+        train_set = next(iter(self.train_sets))
+        if self.val_fraction:
+            return train_set
+        dataset, split_by = (part.split(",")[0] for part in train_set.split("/"))
         return f"{self.val_dataset or dataset}/{self.val_split_by or split_by}"
 
     @property

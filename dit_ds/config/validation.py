@@ -48,6 +48,15 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("data.order global reads anywhere, which a stream can't: set data.order auto")
     if d.unit == "image" and d.sample_order == "shards":
         raise UserError("data.unit image goes with data.order global only: set data.unit ref")
+    if d.val_fraction and (d.mixture or d.val_dataset or d.val_split_by):
+        raise UserError(
+            "data.val_fraction holds a part of one training set out, and data.mixture, data.val_dataset and "
+            "data.val_split_by name others: set data.val_fraction 0, or leave them out"
+        )
+    if d.val_fraction and d.val_split == d.train_split:
+        raise UserError(
+            f"data.val_fraction holds a part of {d.train_split} out: give it another name, as data.val_split val"
+        )
     _check_mixture(d)
 
 

@@ -32,21 +32,21 @@ def configuration(c: Context) -> Iterator[Check]:
 
 def shards(c: Context) -> Iterator[Check]:
     """Manifest, sizes of shards, one sample that depends on the rank, and the speed of reading."""
-    from dit_ds.data.build import require_targets, train_index, val_folder
+    from dit_ds.data.build import require_targets, run_val_index, train_index
     from dit_ds.data.loading.dataset import ExpressionDataset
-    from dit_ds.data.loading.index import SplitIndex
 
     d = c.run_config.data
-    index = train_index(d)
+    index = train_index(d, evaluates=c.run_config.eval.every_epochs > 0)
     require_targets(index, d.train_split, d.prompts)
-    require_targets(SplitIndex.load(val_folder(d), d.val_split), d.val_split, [d.default_prompt])
+    if (val := run_val_index(c.run_config)) is not None:
+        require_targets(val, d.val_split, [d.default_prompt])
     dataset = ExpressionDataset(
         index, "ref", d.image_size, lambda text: (np.zeros(1, np.int64), np.ones(1, bool)), streamed=d.streamed
     )
     sample = dataset[(0, c.rank * len(dataset) // max(1, c.world_size) % len(dataset), 1.0)]
     if isinstance(sample, UserError):
         raise sample
-    found = f"{d.root}: {len(index.images)} images in {len(index.shards)} shards of {d.train_split}"
+    found = f"{d.root}: {len(index.image_ids())} images in {len(index.shards)} shards of {d.train_split}"
     found += "".join(f"; {note}" for note in index.notes)
     if d.streamed:
         yield Check("shards", "ok", found)

@@ -41,7 +41,8 @@ def save(run: Run) -> None:
     meta |= {"progress": dict(vars(progress)), "config": config.model_dump(mode="json"), "frozen": run.frozen_digest}
     meta |= {"engine": ds.counters(run.engine), "world_size": run.world.world_size}
     meta |= {"zero_stage": run.engine.zero_optimization_stage()}
-    meta |= {"val_manifest_sha": run.datasets.val.index.manifest_sha}
+    if run.datasets.val is not None:
+        meta |= {"val_manifest_sha": run.datasets.val.index.manifest_sha}
     run.save_seconds, run.saved_at = run.saver.begin(meta), time.monotonic()
     if not config.checkpoint.asynchronous:
         commit(run)

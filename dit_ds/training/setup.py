@@ -14,7 +14,7 @@ from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
 from dit_ds.checkpointing.writer import Saver, restore
 from dit_ds.config.schema import RunConfig
-from dit_ds.data.build import build_eval_dataset, build_train_dataset
+from dit_ds.data.build import build_train_dataset, build_val_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import Loader, make_loader
 from dit_ds.data.loading.sampler import TrainBatchSampler
@@ -39,10 +39,10 @@ from dit_ds.training.watchdog import Watchdog
 
 
 class Datasets(NamedTuple):
-    """The datasets of a run: one to train on, one to evaluate on."""
+    """The datasets of a run: one to train on, one to evaluate on, without which it never evaluates."""
 
     train: ExpressionDataset
-    val: ExpressionDataset
+    val: ExpressionDataset | None
 
 
 @dataclass
@@ -95,7 +95,7 @@ def check_request(config: RunConfig, world_size: int) -> Datasets:
     """
     require_monitors(deepspeed_config(config, world_size))
     text_config(config.text.name, config.text.layers, config.data.tokens)
-    return Datasets(build_train_dataset(config), build_eval_dataset(config, config.data.val_split))
+    return Datasets(build_train_dataset(config), build_val_dataset(config))
 
 
 def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: StopSignal) -> Run:

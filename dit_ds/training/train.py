@@ -171,6 +171,7 @@ def log_metrics(run: Run, kind: str, values: dict[str, Any]) -> None:
 def evaluate_val(run: Run) -> None:
     """Evaluate on the validation split with the averaged weights, and note whether it is the best so far. Collective."""
     config, progress = run.config, run.progress
+    assert run.datasets.val is not None  # or `eval.every_epochs` is 0
     run.engine.eval()
 
     def model(**inputs: Any) -> Any:

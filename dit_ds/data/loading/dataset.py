@@ -224,8 +224,14 @@ class ExpressionDataset(Dataset):
             self._last = image, DecodedImage(self._meta(image), pixels, self.resize, self.mask_rule, fast=trains)
         return self._last[1]
 
+    @functools.cached_property
+    def _images(self) -> np.ndarray:
+        """(n,) int64: the images that have refs, in order."""
+        return np.unique(self.index.refs[:, 0])
+
     def _text_of_another_image(self, location: _Location) -> str:
-        other_image = (location.image + self.sentence_shift) % len(self.index.images)
+        here = int(np.searchsorted(self._images, location.image))
+        other_image = int(self._images[(here + self.sentence_shift) % len(self._images)])
         refs = np.flatnonzero(self.index.refs[:, 0] == other_image)
         other = self._meta(other_image)["refs"][int(self.index.refs[location.ref, 1]) % len(refs)]
         return _text(other, location.sentence % len(other["sentences"]))

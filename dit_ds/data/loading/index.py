@@ -28,6 +28,10 @@ class BadSample(UserError):
     """A sample's bytes are damaged; a run skips up to `data.max_bad_samples` of them."""
 
 
+class NoSplit(UserError):
+    """The dataset has no split of this name."""
+
+
 @dataclass(frozen=True)
 class SourceDataset:
     """One dataset of an index.
@@ -82,7 +86,7 @@ class SplitIndex:
         data = manifest_bytes(folder)
         manifest = parse_manifest(data, folder)
         if split not in manifest["splits"]:
-            raise UserError(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
+            raise NoSplit(f"no split '{split}' in {folder}: it has {', '.join(manifest['splits'])}")
         if not manifest["splits"][split]["images"]:
             raise UserError(f"split {split} in {folder} has no samples: all were left out when it was sharded")
         errors = manifest_errors(folder, manifest)
@@ -142,6 +146,10 @@ class SplitIndex:
             datasets=[SourceDataset(name, 1.0, len(refs), int(lengths.sum()))],
             generalized=generalized,
         )
+
+    def image_ids(self) -> np.ndarray:
+        """(images,) int64: the ids of the images that have refs, in order."""
+        return np.unique(self.images[self.refs[:, 0], 1])
 
     def without_images(self, left_out: np.ndarray) -> SplitIndex:
         """This index, of one dataset, without the refs of some images.
