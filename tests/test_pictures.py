@@ -344,6 +344,21 @@ def test_exif_orientation_is_read_applied_and_taken_away(kind, orientation, tmp_
     assert (neutral == data) == (orientation == 1)
 
 
+def test_an_avif_that_is_to_be_turned_is_refused():
+    exif = Image.Exif()
+    for orientation in (1, 6):
+        exif[0x0112] = orientation
+        try:
+            data = saved(RGB, "AVIF", exif=exif, quality=100)
+        except (OSError, KeyError):
+            pytest.skip("this Pillow has no AVIF")
+        if orientation == 1:
+            assert decode_picture(data).shape == RGB.shape
+        else:
+            with pytest.raises(UnsupportedPicture, match="to be turned"):
+                decode_picture(data)
+
+
 def test_orientations_that_are_none():
     for value in (0, 9, 65535):
         exif = Image.Exif()

@@ -102,6 +102,8 @@ def load_picture(data: bytes, fast: bool = False) -> Picture:
         frames = 1 if kind == "tif" else getattr(image, "n_frames", 1)
         if frames > 1:
             raise UnsupportedPicture(f"it has {frames} frames: save one of them as a picture")
+        if kind == "avif" and image.getexif().get(0x0112, 1) != 1:  # which it has in boxes of its own
+            raise UnsupportedPicture("it is to be turned, which is read of JPEG, PNG, WebP and TIFF: save it as one")
         image.load()
         if kind == "png" and data[24] == 16 and image.mode not in ("I", "I;16", "I;16B"):
             return _scaled(_by_opencv(data, tags), tags)  # Pillow would drop the lower 8 bits

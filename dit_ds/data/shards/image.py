@@ -144,7 +144,7 @@ def _stored(file: _File, turned: bool, decided: str | None, rules: ImageRules) -
         to_jpeg = kind == "jpg" or rules.convert == "jpeg"
         data, kind = (encode_jpeg(pixels), "jpg") if to_jpeg else (encode_png(pixels), "png")
         converted = file.kind if kind != file.kind else None
-    else:
+    elif file.orientation != 1:
         data = without_orientation(data)
     return SampleImage(data, kind, file.orientation, turned=turned, decided=decided, converted=converted, white=white)
 

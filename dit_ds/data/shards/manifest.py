@@ -92,6 +92,8 @@ def _require_fields(manifest: dict[str, Any]) -> None:
         check_name(name, NAME)
         _require(all(type(split[k]) is int for k in COUNTS), "counts")
         _require(all(type(n) is int for n in split.get("dropped", {}).values()), "dropped")
+        notes = split.get("pictures", {})
+        _require(type(notes) is dict and all(type(x) is dict for x in notes.values()), "pictures")
         for entry in split["shards"]:
             _require(all(type(entry[k]) is int for k in ("bytes", *COUNTS)), "counts of a shard")
             _require(all(type(entry[k]) is str for k in ("name", "sha256")), "names of a shard")
@@ -134,6 +136,9 @@ def manifest_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:
             ids += [s[0] for s in entry["samples"]]
         sums = {k: sum(e[k] for e in entries) for k in COUNTS}
         errors += _differing(sums, split, f"split {name}: its shards")
+        kinds = collections.Counter(k for e in entries for s in e["samples"] if (k := picture_kind_of(s)) != KINDS[0])
+        if kinds != split.get("pictures", {}).get("kinds", {}):
+            errors.append(f"split {name}: its pictures are of other kinds than the manifest says")
         twice = [i for i, n in collections.Counter(ids).items() if n > 1]
         if twice:
             errors.append(f"split {name}: image {twice[0]:012d} is in the manifest more than once")
