@@ -75,7 +75,7 @@ def test_a_part_of_the_training_images_is_held_out_never_both(train_only, fracti
     train, val = train_index(d), val_index(d, "val")
     assert ids_of(train) | ids_of(val) == set(range(1, 41)) and not ids_of(train) & ids_of(val)
     assert len(ids_of(val)) == min(39, max(1, round(40 * fraction)))
-    assert f"{len(ids_of(val))} of 40 images are held out" in train.notes[0]
+    assert f"{len(ids_of(val))} of 40 refs left out, their images are evaluated on" in train.notes[0]
     again = val_index(d.model_copy(update={"val_split": "held"}), "held")
     assert ids_of(again) == ids_of(val) and again.manifest_sha == val.manifest_sha != train.manifest_sha
     more = ids_of(val_index(d.model_copy(update={"val_fraction": 0.9995}), "val"))
@@ -83,6 +83,22 @@ def test_a_part_of_the_training_images_is_held_out_never_both(train_only, fracti
     assert len(ids_of(val_index(d, "train"))) == 40  # the split itself
     shards_of = {int(val.images[i, 0]) for i in val.refs[:, 0]}
     assert fraction < 0.3 or len(shards_of) > 1  # not those that lie first in the shards
+
+
+def test_copies_of_what_is_held_out_are_not_trained_on(train_only, tmp_path):
+    own = json.loads((train_only / "own.json").read_text())
+    held_out = val_index(DataConfig(root=str(train_only), dataset="mine", split_by="own", val_fraction=0.1), "val")
+    image_id = min(ids_of(held_out))
+    copies = [i for i in range(101, 105)]
+    own["images"] += [image(i, f"{image_id}.jpg") for i in copies]
+    own["annotations"] += [annotation(i, i) for i in copies]
+    own["expressions"] += [{"image_id": i, "annotation_ids": [i], "text": "b", "split": "train"} for i in copies]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    shard_refer(None, train_only / "images", "mine", "own", tmp_path, coco=tmp_path / "own.json", processes=1)
+    d = DataConfig(root=str(tmp_path), dataset="mine", split_by="own", val_fraction=0.1)
+    kept, evaluated = ids_of(train_index(d)), ids_of(val_index(d, "val"))
+    same = {image_id, *copies}
+    assert not kept & evaluated and (not same & kept if same & evaluated else same <= kept)
 
 
 def test_what_contradicts_a_held_out_part_is_refused(train_only, shards):
