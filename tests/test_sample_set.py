@@ -7,8 +7,10 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco
 
 from dit_ds.data.annotations.refer import load_refer
 from dit_ds.data.directions import mirror_expression
@@ -109,24 +111,45 @@ def test_every_kind_of_expression_occurs():
         assert sample in said, sample
 
 
-def test_annotations_are_what_can_be_seen():
+def refers_mask(a: dict, height: int, width: int) -> tuple[np.ndarray, int]:
+    """What REFER's own `getMask` makes of a ref's annotation, and its area: polygons go through COCO's API, all else is
+    taken as a list of compressed RLE; the masks are summed. A crowd's dict raises KeyError."""
+    of = a["segmentation"]
+    rles = coco.frPyObjects(of, height, width) if type(of[0]) is list else of
+    return coco.decode(rles).sum(axis=2), int(sum(coco.area(rles)))
+
+
+def test_annotations_are_what_can_be_seen_and_those_of_refs_what_refer_reads():
     kinds = set()
     for scene, things, _ in scenes(80):
         assert 4 <= len(things) <= 9
-        for i in range(len(things)):
-            a = annotation(scene, i, 1, 1)
-            rle = annotation_rle(a, scene.height, scene.width)
-            shown, coded = scene.mask(i), decode_rle(rle).astype(bool)
+        for i, referred in ((i, r) for i, t in enumerate(things) for r in {False, t["shape"] == "dots"}):
+            a = annotation(scene, i, 1, 1, referred)
+            coded = decode_rle(annotation_rle(a, scene.height, scene.width))
+            shown = scene.mask(i)
             assert (shown & coded).sum() / (shown | coded).sum() > 0.9
-            segmentation = a["segmentation"]
-            kinds.add(
-                "crowd"
-                if a["iscrowd"]
-                else "rle"
-                if isinstance(segmentation[0], dict)
-                else f"{len(segmentation)} parts"
-            )
-    assert {"crowd", "rle", "1 parts", "2 parts"} <= kinds
+            if a["iscrowd"]:
+                assert not referred and isinstance(a["segmentation"]["counts"], list)
+                kinds.add("crowd")
+                continue
+            np.testing.assert_array_equal(refers_mask(a, scene.height, scene.width)[0], coded)
+            parts = a["segmentation"]
+            kinds.add(("dots " if referred else "") + ("rle" if isinstance(parts[0], dict) else f"{len(parts)} parts"))
+    assert {"crowd", "dots rle", "rle", "1 parts", "2 parts"} <= kinds
+
+
+def test_refers_own_reader_reads_every_ref(refer_tree: Path):
+    """As in REFER's files, no ref is to a crowd."""
+    refs = pickle.loads((refer_tree / "refcoco/refs(unc).p").read_bytes())
+    instances = json.loads((refer_tree / "refcoco/instances.json").read_text())
+    annotations, images = ({x["id"]: x for x in instances[k]} for k in ("annotations", "images"))
+    assert len(refs) > 100
+    for ref in refs:
+        a, image = annotations[ref["ann_id"]], images[ref["image_id"]]
+        mask, area = refers_mask(a, image["height"], image["width"])
+        ours = decode_rle(annotation_rle(a, image["height"], image["width"]))
+        np.testing.assert_array_equal(mask, ours)  # no pixel twice, either
+        assert area == ours.sum() and abs(area - a["area"]) <= 0.1 * a["area"] and a["iscrowd"] == 0
 
 
 def test_the_tree_is_refers(refer_tree: Path):

@@ -26,7 +26,7 @@ class Thing:
     """One object.
 
     Attributes:
-        shape: of `SHAPES`, or `dots`: a group that is annotated as a crowd.
+        shape: of `SHAPES`, or `dots`: a group, which is annotated as one.
         colour, fill, size: of `COLOURS`, `FILLS` and `RADII`.
         radius, x, y: in pixels.
         outlines: each (points, 2), x and y in pixels; the thing is their union.

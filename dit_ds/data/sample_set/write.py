@@ -112,13 +112,14 @@ def _make_image(job: tuple[int, int], seed: int, folder: Path) -> dict[str, Any]
     name = f"COCO_train2014_{image_id:012d}.jpg"
     with atomic_write(folder / name) as f:
         f.write(render_jpeg(scene, rng))
-    ann_ids = [index * _ANNS_PER_IMAGE + i + 1 for i in range(len(scene.things))]
-    annotations = [annotation(scene, i, ann_ids[i], image_id) for i in range(len(scene.things))]
-    refs: list[dict[str, Any]] = []
+    referred: dict[int, list[str]] = {}
     for i in rng.permutation(len(scene.things)):
         texts = expressions(scene, int(i), rng)
-        if len(texts) >= 3 and len(refs) < 3:
-            refs.append(_ref(annotations[i], split_of(index), texts))
+        if len(texts) >= 3 and len(referred) < 3:
+            referred[int(i)] = texts
+    first = index * _ANNS_PER_IMAGE + 1
+    annotations = [annotation(scene, i, first + i, image_id, i in referred) for i in range(len(scene.things))]
+    refs = [_ref(annotations[i], split_of(index), texts) for i, texts in referred.items()]
     image = {"id": image_id, "file_name": name, "width": scene.width, "height": scene.height, "license": 1,
                "coco_url": "", "flickr_url": "", "date_captured": "2014-01-01 00:00:00"}  # fmt: skip
     return {"image": image, "annotations": annotations, "refs": refs}
@@ -140,25 +141,35 @@ def _ref(target: dict[str, Any], split: str, texts: list[str]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def annotation(scene: Scene, i: int, ann_id: int, image_id: int) -> dict[str, Any]:
-    """COCO's annotation of thing `i`: polygons, or RLE for a mask with a hole and for a crowd."""
-    from pycocotools import mask as coco
+def annotation(scene: Scene, i: int, ann_id: int, image_id: int, referred: bool) -> dict[str, Any]:
+    """COCO's annotation of thing `i`: polygons, or RLE for a mask with a hole and for a group of dots.
 
+    Args:
+        referred: a ref is to it. REFER's `getMask` can't read COCO's crowds, and no ref of its files is to one: a group
+            of dots is a crowd only if none is.
+    """
     thing, mask = scene.things[i], scene.mask(i)
-    crowd = thing.shape == "dots"
+    group = thing.shape == "dots"
+    crowd = group and not referred
     if crowd:  # as COCO writes crowds: one dict with uncompressed run lengths
         segmentation: Any = {"size": list(mask.shape), "counts": _run_lengths(mask)}
-    elif not scene.occluded(i) and thing.hole is None:
+    elif not scene.occluded(i) and thing.hole is None and not group:
         segmentation = [np.round(thing.outlines[0], 2).ravel().tolist()]
     else:
-        segmentation = _polygons(mask)
-        if segmentation is None:  # a hole; a list of RLE dicts, as in refclef
-            rle = coco.encode(np.asfortranarray(mask, np.uint8))
-            segmentation = [{"size": list(mask.shape), "counts": rle["counts"].decode()}]
+        polygons = None if group else _polygons(mask)
+        segmentation = polygons or _rle_list(mask)  # None where a part has a hole
     ys, xs = np.nonzero(mask)
     bbox = [int(xs.min()), int(ys.min()), int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1)]
     return {"id": ann_id, "image_id": image_id, "category_id": CATEGORIES[thing.shape], "iscrowd": int(crowd),
             "area": int(mask.sum()), "bbox": bbox, "segmentation": segmentation}  # fmt: skip
+
+
+def _rle_list(mask: np.ndarray) -> list[dict[str, Any]]:
+    """A list of one compressed RLE, as refclef has."""
+    from pycocotools import mask as coco
+
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))
+    return [{"size": list(mask.shape), "counts": rle["counts"].decode()}]
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
