@@ -122,6 +122,11 @@ def test_a_clip_is_known_by_its_folder_too(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
     assert text_encoder(str(tmp_path)) == "clip" == text_encoder("openai/clip-vit-base-patch32")
     assert text_encoder("bert-base-uncased") == "bert" == text_encoder(MINILM)
+    (tmp_path / "config.json").write_text('{"model_type": "xlm-roberta"}')
+    assert text_encoder(str(tmp_path)) == "roberta" == text_encoder("FacebookAI/roberta-base")  # no row of the paper's
+    assert (
+        text_encoder("google/t5-small") == "t5" and text_encoder("distilbert/distilbert-base-uncased") == "distilbert"
+    )
 
 
 # --- built and stepped at tiny size -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,21 @@ def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -
     }
 
 
+# no BERT, though some have it in their names
+_OTHER_ENCODERS = re.compile(
+    r"roberta|deberta|distilbert|mobilebert|albert|electra|mpnet|xlnet|gpt|llama|bart|\bm?t5\b|\bopt\b"
+)
+
+
 def text_encoder(name: str) -> str:
-    """clip or bert: by the `model_type` in the folder `text.name`, else by the name."""
+    """clip, bert or another kind: by the `model_type` in the folder `text.name`, else by the name."""
     try:
         kind = parse_json((Path(name) / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         kind = Path(name).name
-    return "clip" if "clip" in kind.lower() else "bert"
+    kind = kind.lower()
+    other = _OTHER_ENCODERS.search(kind)
+    return "clip" if "clip" in kind else other[0] if other else "bert"
 
 
 def differences(config: RunConfig, other: RunConfig) -> list[str]:
