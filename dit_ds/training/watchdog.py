@@ -49,6 +49,7 @@ class Watchdog:
     def __init__(self, world: World, seconds: float):
         self.world, self.seconds = world, seconds
         self._phases, self._step, self._phase, self._since = 0, 0, "starting", time.monotonic()
+        self._beats, self._warned = 0, time.monotonic()
         self._sightings: dict[int, Sighting] = {}  # by rank
         self._closed = threading.Event()
         self._store = connect_store(world)
@@ -65,27 +66,33 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        interval = min(5.0, self.seconds / 4)
-        warned, beat, host = time.monotonic(), 0, socket.gethostname()
-        while not self._closed.wait(interval):
+        while not self._closed.wait(min(5.0, self.seconds / 4)):
             try:
-                key, beat = f"rank{self.world.rank}", beat + 1
-                lasts = time.monotonic() - self._since
-                self._store.set(
-                    key,
-                    json.dumps(Heartbeat(beat, self._phases, self._step, phase=self._phase, seconds=lasts, host=host)),
-                )
-                self._store.get(key)  # set() does not wait for an answer, so it cannot time out
-                if self.world.main:
-                    self._look()
-                if self.world.main and time.monotonic() - max(warned, self._since) > self.seconds:
-                    warned = time.monotonic()
-                    self._warn()
+                self._beat()
             except dist.DistStoreError:  # no answer in time
                 if self.world.rank == 1:
                     _log.warning("warning: rank 0's process does not answer; the others wait for it")
             except (RuntimeError, ValueError):  # rank 0 has ended, and the store with it
                 return
+
+    def _beat(self) -> None:
+        """Post a heartbeat; on rank 0 look at all of them, and warn when that is due."""
+        key, now, self._beats = f"rank{self.world.rank}", time.monotonic(), self._beats + 1
+        heartbeat = Heartbeat(
+            self._beats,
+            self._phases,
+            self._step,
+            phase=self._phase,
+            seconds=now - self._since,
+            host=socket.gethostname(),
+        )
+        self._store.set(key, json.dumps(heartbeat))
+        self._store.get(key)  # set() does not wait for an answer, so it cannot time out
+        if self.world.main:
+            self._look()
+            if time.monotonic() - max(self._warned, self._since) > self.seconds:
+                self._warned = time.monotonic()
+                self._warn()
 
     def _look(self) -> None:
         """Note which ranks' heartbeats changed."""
