@@ -136,7 +136,9 @@ def manifest_errors(folder: Path | str, manifest: dict[str, Any]) -> list[str]:
             ids += [s[0] for s in entry["samples"]]
         sums = {k: sum(e[k] for e in entries) for k in COUNTS}
         errors += _differing(sums, split, f"split {name}: its shards")
-        kinds = collections.Counter(k for e in entries for s in e["samples"] if (k := picture_kind_of(s)) != KINDS[0])
+        kinds = collections.Counter(
+            kind for e in entries for s in e["samples"] if (kind := picture_kind_of(s)) != KINDS[0]
+        )
         if kinds != split.get("pictures", {}).get("kinds", {}):
             errors.append(f"split {name}: its pictures are of other kinds than the manifest says")
         twice = [i for i, n in collections.Counter(ids).items() if n > 1]
