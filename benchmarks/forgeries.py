@@ -179,13 +179,16 @@ def pickle_for_tensors(copy: Path, rng: random.Random, mark: Path) -> str:
 
 
 def links(copy: Path, rng: random.Random, mark: Path) -> str:
-    """A file that is a link to one outside, to itself or to a folder, or a folder in its place."""
+    """A file that is a link to one outside, to itself or to a folder, or a folder or a pipe in its place."""
     path = rng.choice([p for p in (copy / "run").rglob("*") if p.is_file()])
     target = rng.choice(["/etc/passwd", "/dev/zero", path.name, "/"])
     path.unlink()
     if rng.random() < 0.2:
         path.mkdir()
         return f"{path.name} is a folder"
+    if rng.random() < 0.25:
+        os.mkfifo(path)
+        return f"{path.name} is a pipe"
     path.symlink_to(target)
     return f"{path.name} is a link to {target}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,42 @@ def test_a_checkpoint_that_leads_out_of_its_folder(trained, tmp_path, name):
     assert "not a name within its folder" in damages(checkpoint)[0]
     with pytest.raises(UserError, match="not a name within its folder"):
         Reader(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["log.txt", "metrics.jsonl", "metrics.jsonl.superseded", "run.lock", "samples/rank_00000.jsonl"]
+)
+@pytest.mark.parametrize("way", ["a link", "a pipe"])
+def test_a_resumed_run_writes_to_its_own_files(trained, tmp_path, name, way):
+    """A run's folder that came with a link would have its lines appended to the file that the link names."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    victim = tmp_path / "victim"
+    victim.write_text("as it was")
+    (run / name).unlink(missing_ok=True)
+    if way == "a link":
+        (run / name).symlink_to(victim)
+    else:
+        os.mkfifo(run / name)
+    done = dit_ds(
+        "train", "--config", trained / "c.yaml", "--run_dir", run, "--train.max_steps", "2", "--resume", check=2
+    )
+    (line,) = [x for x in done.stderr.splitlines() if "error: " in x]
+    assert f"{run / name} is a link, a pipe or a device" in line
+    assert victim.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("name", ["meta.json", "manifest.json", "rank_00000.safetensors", "frozen.safetensors"])
+def test_a_pipe_or_a_device_in_a_checkpoint_is_not_read(trained, tmp_path, refusal, name):
+    """Reading it might never end."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    assert f"{checkpoint / name} is a pipe or a device" in refusal("eval", run)
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to("/dev/zero")
+    assert f"{checkpoint / name} is a pipe or a device" in refusal(
+        "export", run, "--out", tmp_path / "model.safetensors"
+    )

@@ -51,10 +51,10 @@ def checked(path: Path, schema: type[BaseModel], value: Any, where: str) -> Any:
 
 
 def require_readable(path: Path) -> None:
-    """Check that this user may read a checkpoint's files.
+    """Check that this user may read a checkpoint's files, and that they are files, whose reading ends.
 
     Raises:
-        UserError: names one that may not be read.
+        UserError: names one that may not be read, or is a pipe or a device.
     """
     folders = [path] if path.is_dir() else []
     if wrong := [f for f in folders if not os.access(f, os.R_OK | os.X_OK)]:
@@ -62,6 +62,8 @@ def require_readable(path: Path) -> None:
     files = sorted(path.iterdir()) if folders else [path]
     if wrong := [f for f in files if f.exists() and not os.access(f, os.R_OK)]:
         raise UserError(f"cannot read {wrong[0]} (permission denied): ask its owner for chmod a+r")
+    if wrong := [f for f in files if f.exists() and not (f.is_file() or f.is_dir())]:
+        raise UserError(f"{wrong[0]} is a pipe or a device, not a file: do not use it")
 
 
 def damaged(path: Path, why: object) -> UserError:

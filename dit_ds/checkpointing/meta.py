@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 
-from dit_ds.checkpointing.integrity import checked, damage_is_user_error, damaged
+from dit_ds.checkpointing.integrity import checked, damage_is_user_error, damaged, require_readable
 from dit_ds.engine.zero_state import MASTER, MOMENTS
 from dit_ds.errors import UserError
 from dit_ds.files import parse_json, read_json
@@ -80,6 +80,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """
     if path.is_file():
         return checked(path, _Exported, _header(path), "its header")
+    require_readable(path)
     meta = checked(path, _Meta, read_json(path / "meta.json", "checkpoint"), "meta.json")
     if lacking := {MASTER, *MOMENTS} - meta["digest"].keys():
         raise damaged(path, f"its meta.json has no digest of {', '.join(sorted(lacking))}")

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from dit_ds.checkpointing.integrity import damage_is_user_error, damaged, damages, manifest_files
+from dit_ds.checkpointing.integrity import damage_is_user_error, damaged, damages, manifest_files, require_readable
 from dit_ds.checkpointing.meta import Count, read_meta
 from dit_ds.distributed import World, all_or_none, gather_objects
 from dit_ds.engine.zero_state import MASTER, digest
@@ -58,6 +58,7 @@ def find(path: str | Path) -> Path:
     if not best.exists():
         return checkpoints[-1]
     try:
+        require_readable(best)
         step = int(read_json(best, "best score")["step"])
     except (UserError, LookupError, TypeError, ValueError, OverflowError) as e:
         step = read_meta(checkpoints[-1])["progress"]["best_step"]

@@ -172,11 +172,27 @@ def lock_run(run_dir: str | Path, world: World) -> RunLock | None:
     """
     lock, error = None, None
     try:
+        if world.main:
+            _require_own_files(Path(run_dir))
         lock = RunLock(run_dir) if world.main else None
     except UserError as e:
         error = e
     all_or_none(error)
     return lock
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuse a folder that came with links, pipes or devices where a run reads and appends to its own files.
+
+    Folders may be links, as `checkpoints` to a larger disk.
+
+    Raises:
+        UserError: names one.
+    """
+    for pattern in ("*.txt", "*.json", "*.jsonl*", "*.yaml", NAME, "samples/*"):
+        for path in sorted(folder.glob(pattern)):
+            if not path.is_dir() and (path.is_symlink() or not path.is_file()):
+                raise UserError(f"{path} is a link, a pipe or a device, not a file of the run: remove it")
 
 
 def _lost(path: Path, owner: Owner) -> None:
