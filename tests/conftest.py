@@ -158,10 +158,7 @@ def refusal(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 
     def line(*args: object) -> str:
         capsys.readouterr()
-        try:
-            status = main([str(a) for a in args])
-        except SystemExit as e:  # argparse's, behind its usage
-            status = e.code
+        status = main([str(a) for a in args])
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert status == 2 and len(lines) == 1, lines
         return lines[0]

@@ -109,10 +109,10 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iter
             yield words, action
 
 
-@pytest.mark.parametrize(("command", "option"), [pytest.param(c, o, id=f"{' '.join(c)} {o.dest}") for c, o in leaves(entry._parser())])  # fmt: skip
+@pytest.mark.parametrize(("command", "option"), [pytest.param(c, o, id=f"{' '.join(c)} {o.dest}") for c, o in leaves(entry.make_parser())])  # fmt: skip
 def test_an_option_given_twice_is_refused(command, option, refusal):
     """Of every command. The second would silently replace the first."""
-    tried = option.choices or ["1", "0.5", "1,2", "1,2,3,4", "train=1", "80GiB", "x.png"]
+    tried = option.choices or ["1", "64", "0.5", "1,2", "1,2,3,4", "train=1", "80GiB", "x.png"]
     name = option.option_strings[-1]
     said = [refusal(*command, name, value, f"{name}={value}") for value in tried]
     assert any(f"{name} is given twice: give it once" in line for line in said), said

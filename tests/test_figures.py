@@ -185,10 +185,7 @@ def call(capsys):
 
     def run(*args: object) -> dict | str:
         capsys.readouterr()
-        try:
-            status = main([*map(str, args), "--json"])
-        except SystemExit as e:
-            status = e.code
+        status = main([*map(str, args), "--json"])
         said = capsys.readouterr()
         if status == 0:
             return json.loads(said.out)

@@ -138,7 +138,7 @@ def test_requests_that_make_no_sense_are_refused_in_one_line(capsys, tmp_path, m
     monkeypatch.chdir(ROOT)
     assert "choose one of V100" in line(capsys, *config, "--gpu", "Z9000")
     assert "no amount of memory" in line(capsys, *config, "--gpu-memory", "lots")
-    assert "--gpus is 0" in line(capsys, *config, "--gpus", "0")
+    assert "argument --gpus: '0' is not a whole number from 1" in line(capsys, *config, "--gpus", "0")
     assert "use 1, 2, 4, 8, 16, 32, 64 ranks" in line(capsys, *config, "--gpus", "6")
     assert "which the run owns" in line(capsys, *config, "--deepspeed.override.gradient_clipping", "1")
     assert "enables bf16 and fp16" in line(capsys, *config, "--deepspeed.override.fp16.enabled", "true")

@@ -144,8 +144,8 @@ def test_the_command():
     [
         (["--gpu", "abacus"], "choose one of"),
         (["--gpu", "V100"], "no rate in bfloat16"),
-        (["--mfu", "1.5"], "--mfu is 1.5"),
-        (["--nodes", "0"], "at least 1"),
+        (["--mfu", "1.5"], "'1.5' is not a number above 0, up to 1"),
+        (["--nodes", "0"], "each a whole number from 1 to 65536"),
         (["--link", "0"], "--link"),
         (["--deepspeed.config", "nowhere.json"], "nowhere.json"),
     ],

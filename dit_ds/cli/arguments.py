@@ -1,89 +1,130 @@
-"""Types of arguments, for argparse: each parses a text or raises `argparse.ArgumentTypeError` with one line."""
+"""Types of arguments, for argparse: each parses a text or raises `argparse.ArgumentTypeError` with one line.
+
+Every number has a range: `number` of a type is that of the numbers it reads. Where nothing else bounds one, what C code can
+count does.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
+from dataclasses import dataclass
+
+_MOST = 2**31 - 1
 
 
-def from_one(text: str) -> int:
-    """A whole number from 1 on."""
-    return _from(1, text)
+@dataclass(frozen=True)
+class Number:
+    """A number in a range.
 
+    Attributes:
+        kind: int or float.
+        least, most: the range, with both.
+        above, below: the range is without `least`, without `most`, too.
+        unit: as "of seconds", for people.
+    """
 
-def from_zero(text: str) -> int:
-    """A whole number from 0 on."""
-    return _from(0, text)
+    kind: type[int] | type[float]
+    least: float
+    most: float
+    above: bool = False
+    below: bool = False
+    unit: str = ""
 
+    @property
+    def number(self) -> Number:
+        """This one."""
+        return self
 
-def _from(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} on")
-    return int(text)
-
-
-def integers(text: str) -> list[int]:
-    """Whole numbers from 0 on, separated by commas."""
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"'{text}' does not read NUMBER,NUMBER,.. as in 1,4,12")
-    return [int(part) for part in parts]
-
-
-def pixels(names: str) -> Callable[[str], tuple[float, ...]]:
-    """Makes a type: as many finite numbers as `names` (`X,Y`) has, separated by commas."""
-
-    def parse(text: str) -> tuple[float, ...]:
+    def __call__(self, text: str) -> float:
         try:
-            numbers = tuple(float(x) for x in text.split(","))
+            value = self.kind(text)
         except ValueError:
-            numbers = ()
-        if len(numbers) != len(names.split(",")) or not all(map(math.isfinite, numbers)):
-            raise argparse.ArgumentTypeError(f"'{text}' does not read {names}, in pixels of the picture")
-        return numbers
+            value = float("nan")
+        if not self.least <= value <= self.most or (self.above and value == self.least) or (
+            self.below and value == self.most
+        ):  # fmt: skip
+            raise argparse.ArgumentTypeError(f"'{text[:60]}' is not {self}")
+        return value
 
-    return parse
-
-
-def seconds(text: str) -> float:
-    """A number above 0, up to 3600."""
-    if not text.replace(".", "", 1).isdecimal() or not 0 < float(text) <= 3600:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from 0 to 3600")
-    return float(text)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    def __str__(self) -> str:
+        least, most = (str(x) if self.kind is int else f"{x:g}" for x in (self.least, self.most))
+        what = " ".join(filter(None, ["a whole number" if self.kind is int else "a number", self.unit]))
+        if not self.above:
+            return f"{what} from {least} to {most}"
+        return f"{what} above {least} and below {most}" if self.below else f"{what} above {least}, up to {most}"
 
 
-def probability(text: str) -> float:
-    """A number above 0 and below 1."""
-    try:
-        if 0 < float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1")
+def whole(least: int, most: int = _MOST) -> Number:
+    """Whole numbers from `least` to `most`."""
+    return Number(int, least, most)
+
+
+def positive(most: float) -> Number:
+    """Numbers above 0, up to `most`."""
+    return Number(float, 0, most, above=True)
+
+
+from_one, from_zero = whole(1), whole(0)
+processes = whole(1, 4096)
+seed = whole(0, 2**63 - 1)  # as the configuration's
+nodes = gpus = whole(1, 65536)
+share = Number(float, 0, 1)  # from 0 to 1
+probability = Number(float, 0, 1, above=True, below=True)
+seconds = Number(float, 0, 3600, above=True, unit="of seconds")
+
+
+@dataclass(frozen=True)
+class Several:
+    """Numbers separated by commas.
+
+    Attributes:
+        number: each of them.
+    """
+
+    number: Number
+
+    def __call__(self, text: str) -> list[float]:
+        try:
+            return [self.number(part) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"'{text[:60]}' does not read NUMBER,NUMBER,.. as in 1,4,12, each {self.number}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """As many numbers as `names` (`X,Y`) has, separated by commas, in pixels of a picture."""
+
+    names: str
+    number: Number = Number(float, -1_000_000, 1_000_000)
+
+    def __call__(self, text: str) -> tuple[float, ...]:
+        try:
+            read = tuple(self.number(x) for x in text.split(","))
+        except argparse.ArgumentTypeError:
+            read = ()
+        if len(read) != len(self.names.split(",")):
+            raise argparse.ArgumentTypeError(f"'{text[:60]}' does not read {self.names}, in pixels of the picture")
+        return read
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """Shards a split, as `train=256,val=8`."""
+
+    number: Number = whole(1, 99_999)
+
+    def __call__(self, text: str) -> dict[str, float]:
+        counts = {}
+        for part in text.split(","):
+            split, _, number = part.partition("=")
+            if not split or not number:
+                raise argparse.ArgumentTypeError(f"'{part[:60]}' does not read SPLIT=NUMBER, as in train=256,val=8")
+            counts[split] = self.number(number)
+        return counts
 
 
 def names(text: str) -> list[str]:
     """Texts separated by commas."""
     return text.split(",")
-
-
-def shard_counts(text: str) -> dict[str, int]:
-    """Shards a split, as `train=256,val=8`."""
-    counts = {}
-    for part in text.split(","):
-        split, _, number = part.partition("=")
-        if not split or not number.isdecimal():
-            raise argparse.ArgumentTypeError(f"'{part}' does not read SPLIT=NUMBER, as in train=256,val=8")
-        counts[split] = int(number)
-    return counts

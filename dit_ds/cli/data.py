@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from dit_ds.cli.arguments import from_one, from_zero, shard_counts
+from dit_ds.cli.arguments import ShardCounts, processes, seed, whole
 from dit_ds.cli.output import command, optional_config, report
 
 
@@ -17,9 +17,9 @@ def add(commands: Any) -> None:
     data_commands = data.add_subparsers(metavar="COMMAND")
     p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
     p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
-    p.add_argument("--images", type=from_one, default=2000, help="pictures to draw (default 2000)")
-    p.add_argument("--seed", type=from_zero, default=0, help="another seed gives another set (default 0)")
-    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+    p.add_argument("--images", type=whole(1, 10_000_000), default=2000, help="pictures to draw (default 2000)")
+    p.add_argument("--seed", type=seed, default=0, help="another seed gives another set (default 0)")
+    p.add_argument("--processes", type=processes, help="worker processes (default: one a core)")
 
     _add_shard(data_commands)
     p = command(
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     _add_config(p)
     p.add_argument("--split", default="train", help="train, val, testA, ... (default train)")
     p.add_argument("--sheet", metavar="PNG", help="also draw random expressions with their masks, as a .png or .pdf")
-    p.add_argument("--seed", type=from_zero, default=0, help="of the sheet: another seed draws others (default 0)")
+    p.add_argument("--seed", type=seed, default=0, help="of the sheet: another seed draws others (default 0)")
 
 
 def _add_config(p: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def _add_config(p: argparse.ArgumentParser) -> None:
         help="count what a run with this configuration loses of expressions and masks, with overrides as in train "
         "(default: with the default settings)",
     )
-    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+    p.add_argument("--processes", type=processes, help="worker processes (default: one a core)")
     p.set_defaults(takes_overrides=True)
 
 
@@ -67,7 +67,7 @@ def _add_shard(data_commands: Any) -> None:
     p.add_argument("--split-by", help="unc, google, umd, ... (default umd for refcocog, own with --coco, else unc)")
     p.add_argument("--out", default="data_shards", help="shards go to OUT/DATASET/SPLIT_BY (default data_shards)")
     p.add_argument(
-        "--shards", type=shard_counts, help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
+        "--shards", type=ShardCounts(), help="shards a split, as train=256,val=8 (default: 50 to 100 images each)"
     )
     p.add_argument(
         "--skip-bad", action="store_true", help="leave out what can't be used, counted and named, instead of stopping"
@@ -95,7 +95,7 @@ def _add_shard(data_commands: Any) -> None:
         help="encode pictures of other kinds as JPEG (quality 95); by default PNG, WebP, TIFF and BMP stay as they are",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a finished set made from other files or options")
-    p.add_argument("--processes", type=from_one, help="worker processes (default: one a core)")
+    p.add_argument("--processes", type=processes, help="worker processes (default: one a core)")
 
 
 def _data_sample(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from dit_ds import __version__
 from dit_ds.cli import data, figures, paper, planning, runs
@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 done, 1 it ran and failed, 2 the request was wrong, 75 interrupted, to be resumed.
     """
     try:
-        parser = _parser()
+        parser = make_parser()
         args, rest = parser.parse_known_args(argv)
         if rest and not getattr(args, "takes_overrides", False):
-            parser.error(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
+            raise UserError(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
         if not hasattr(args, "run"):
             args.group.print_help()
             return 2
@@ -80,15 +80,23 @@ class _StoreOnce(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Options that hold one value may be given once. So are those of the commands, whose parsers are of this class."""
+    """Options that hold one value may be given once. So are those of the commands, whose parsers are of this class.
+
+    What is wrong is said in the one line that every other wrong request is answered with.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
 
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `UserError`."""
+        raise UserError(f"{message}: see '{self.prog} --help'")
 
-def _parser() -> argparse.ArgumentParser:
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command; what it can't read raises a `UserError`."""
     parser = _Parser("dit-ds", description="Deep Instruction Tuning for SAM, trained at scale on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
     parser.set_defaults(group=parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli.arguments import from_one, integers, names, share
+from dit_ds.cli.arguments import Several, from_zero, names, share, whole
 from dit_ds.cli.output import command, report, report_and_warn
 
 
@@ -15,15 +15,17 @@ def add(commands: Any) -> None:
     p.add_argument("run_or_checkpoint", help="a run's folder or one of its checkpoints/step_*")
     p.add_argument("--out", required=True, metavar="FILE", help="PNG or PDF to write")
     _split_options(p)
-    p.add_argument("--rows", type=from_one, default=8, help="expressions to show (default 8)")
+    p.add_argument("--rows", type=whole(1, 1000), default=8, help="expressions to show (default 8)")
 
     p = command(commands, "grid", _grid, "figure 4: the predictions of several checkpoints, wrong ones framed red")
     p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="runs' folders or checkpoints, of one data set")
     p.add_argument("--out", required=True, metavar="FILE", help="PNG or PDF to write")
     _split_options(p)
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--rows", type=from_one, default=8, help="expressions, spread over the split (default 8)")
-    which.add_argument("--samples", type=integers, help="these, by their numbers in the split from 0 on, as 3,17")
+    which.add_argument("--rows", type=whole(1, 1000), default=8, help="expressions, spread over the split (default 8)")
+    which.add_argument(
+        "--samples", type=Several(from_zero), help="these, by their numbers in the split from 0 on, as 3,17"
+    )
     p.add_argument("--wrong-below", type=share, default=0.5, metavar="IOU", help="frame these (default 0.5)")
     p.add_argument("--titles", type=names, help="of the checkpoints, as SAM,E-DIT,L-DIT "
                    "(default: scheme and what is frozen)")  # fmt: skip
@@ -34,7 +36,7 @@ def add(commands: Any) -> None:
     p.add_argument("--text", required=True, help="the words, as 'the left star'")
     p.add_argument("--out", required=True, metavar="FILE", help="PNG or PDF to write")
     p.add_argument("--words", action="store_true", help="a row for each word, too, of one checkpoint")
-    p.add_argument("--layers", type=integers, help="only these, from 1 on, as 1,4,12 (default: all)")
+    p.add_argument("--layers", type=Several(whole(1, 1000)), help="only these, from 1 on, as 1,4,12 (default: all)")
 
 
 def _split_options(p: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dit_ds.cli.arguments import whole
 from dit_ds.cli.output import command, report
 
 
@@ -26,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 def _shared(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--table", type=int, metavar="N", help="this table only")
+    p.add_argument("--table", type=whole(1, 100), metavar="N", help="this table only")
     p.add_argument("--configs", default="configs/paper", help="where the configurations are (default configs/paper)")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli.arguments import from_one, from_zero, integers
+from dit_ds.cli.arguments import Number, Several, from_one, from_zero, gpus, nodes, positive, share, whole
 from dit_ds.cli.output import command, config_options, report
 
 
@@ -17,8 +17,8 @@ def add(commands: Any) -> None:
 
     p = command(memory_commands, "plan", _memory_plan, "predict a run's memory and what fits; needs no GPU, no weights")
     config_options(p)
-    p.add_argument("--gpus", type=int, default=1, help="of a node, one rank each (default 1)")
-    p.add_argument("--nodes", type=int, default=1, help="default 1")
+    p.add_argument("--gpus", type=gpus, default=1, help="of a node, one rank each (default 1)")
+    p.add_argument("--nodes", type=nodes, default=1, help="default 1")
     p.add_argument("--gpu", default="H100", help="whose memory, as A100 or a name that CUDA gives (default H100)")
     p.add_argument("--gpu-memory", help="of a GPU, as 80GiB, instead")
     p.add_argument("--timeline", metavar="PNG", help="draw the step, by category")
@@ -50,26 +50,32 @@ def add(commands: Any) -> None:
         commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"
     )
     config_options(p)
-    p.add_argument("--nodes", type=integers, default=[1, 2, 4, 8, 16, 32, 64], help="default 1,2,4,8,16,32,64")
-    p.add_argument("--gpus-per-node", type=int, default=8, help="and ranks (default 8)")
+    p.add_argument("--nodes", type=Several(nodes), default=[1, 2, 4, 8, 16, 32, 64], help="default 1,2,4,8,16,32,64")
+    p.add_argument("--gpus-per-node", type=gpus, default=8, help="and ranks (default 8)")
     p.add_argument("--gpu", default="H100", help="as A100, H100 PCIe, or a name that CUDA gives (default H100)")
     _machine_parser(p)
     _tune_parser(command(commands, "tune", _tune, "find the fastest settings that fit: predicted, or tried on GPUs"))
 
 
 def _machine_parser(p: Any) -> None:
-    p.add_argument("--link", type=float, default=400, help="Gbit/s out of a node, all GPUs together (default 400)")
-    p.add_argument("--intra", type=float, default=300, help="GB/s from a GPU to others of its node (default 300)")
-    p.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak (default 0.4)")
-    p.add_argument("--overlap", type=float, default=0.5, help="assumed share of a pass that hides communication "
+    p.add_argument(
+        "--link", type=positive(1e6), default=400, help="Gbit/s out of a node, all GPUs together (default 400)"
+    )
+    p.add_argument(
+        "--intra", type=positive(1e6), default=300, help="GB/s from a GPU to others of its node (default 300)"
+    )
+    p.add_argument("--mfu", type=positive(1), default=0.4, help="assumed share of the GPU's peak (default 0.4)")
+    p.add_argument("--overlap", type=share, default=0.5, help="assumed share of a pass that hides communication "
                    "(default 0.5)")  # fmt: skip
-    p.add_argument("--latency-us", type=float, default=5, help="assumed microseconds a ring step (default 5)")
+    p.add_argument(
+        "--latency-us", type=Number(float, 0, 1e6), default=5, help="assumed microseconds a ring step (default 5)"
+    )
 
 
 def _tune_parser(p: argparse.ArgumentParser) -> None:
     config_options(p)
-    p.add_argument("--nodes", type=int, default=1, help="nodes of the job (default 1)")
-    p.add_argument("--gpus", type=int, default=8, help="GPUs a node, a rank each (default 8)")
+    p.add_argument("--nodes", type=nodes, default=1, help="nodes of the job (default 1)")
+    p.add_argument("--gpus", type=gpus, default=8, help="GPUs a node, a rank each (default 8)")
     p.add_argument("--gpu", default="", help="as A100, H100 PCIe (default: this machine's with --measure, else H100)")
     p.add_argument("--gpu-memory", metavar="SIZE", help="of a GPU, as 80GiB or 40GB (default: the GPU's)")
     p.add_argument("--host-memory", metavar="SIZE", help="of a node, for offload (default: not looked at)")
@@ -77,17 +83,17 @@ def _tune_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="FOLDER", help="where the files go (default RUN_DIR/tune)")
     g = p.add_argument_group("trials")
     g.add_argument("--measure", action="store_true", help="train the most promising ones for some steps; resumable")
-    g.add_argument("--trials", type=int, default=5, help="candidates to try (default 5)")
-    g.add_argument("--steps", type=int, default=20, help="optimizer steps of each (default 20)")
+    g.add_argument("--trials", type=whole(1, 10_000), default=5, help="candidates to try (default 5)")
+    g.add_argument("--steps", type=from_one, default=20, help="optimizer steps of each (default 20)")
     g.add_argument("--launch", metavar="COMMAND", help="what starts the ranks, as 'srun --ntasks-per-node 8' "
                    "(default: torchrun on this machine)")  # fmt: skip
     g.add_argument("--retry-failed", action="store_true", help="try again what failed before")
     g = p.add_argument_group("assumptions")
     _machine_parser(g)
-    g.add_argument("--half-tokens", type=int, default=1024, help="tokens a micro-batch at which a GPU computes at half "
+    g.add_argument("--half-tokens", type=from_zero, default=1024, help="tokens a micro-batch at which a GPU computes at half "
                    "of --mfu (default 1024)")  # fmt: skip
-    g.add_argument("--pcie", type=float, default=25, help="GB/s between a GPU and its host (default 25)")
-    g.add_argument("--host-bandwidth", type=float, default=200, help="GB/s of a node's memory (default 200)")
+    g.add_argument("--pcie", type=positive(1e6), default=25, help="GB/s between a GPU and its host (default 25)")
+    g.add_argument("--host-bandwidth", type=positive(1e6), default=200, help="GB/s of a node's memory (default 200)")
 
 
 def _scaling(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from dit_ds.cli.arguments import from_one, from_zero, pixels, probability, seconds
+from dit_ds.cli.arguments import Coordinates, from_one, probability, seconds, whole
 from dit_ds.cli.output import command, optional_config, report, report_and_warn
 
 
@@ -63,11 +63,13 @@ def _add_eval(commands: Any) -> None:
     )
     p.add_argument("--data-root", help="where the shards are, if they moved since training")
     p.add_argument("--batch-size", type=from_one, help="expressions at once on a rank (default: the run's)")
-    p.add_argument("--workers", type=from_zero, help="loader processes a rank (default: the run's)")
+    p.add_argument("--workers", type=whole(0, 1024), help="loader processes a rank (default: the run's)")
     p.add_argument(
         "--threshold", type=probability, help="a pixel is in above this probability (default: the run's, 0.35)"
     )
-    p.add_argument("--image-size", type=from_one, help="side of the square input, in pixels (default: the run's)")
+    p.add_argument(
+        "--image-size", type=whole(16, 8192), help="side of the square input, in pixels (default: the run's)"
+    )
     p.add_argument("--shuffle-text", action="store_true", help="control: give each image another image's expressions")
     p.add_argument("--predictions", metavar="DIR", help="write each predicted mask as DIR/IMAGE_EXPRESSION.png")
 
@@ -80,12 +82,12 @@ def _add_predict(commands: Any) -> None:
     p.add_argument(
         "--point",
         metavar="X,Y",
-        type=pixels("X,Y"),
+        type=Coordinates("X,Y"),
         action="append",
         default=[],
         help="a point on the object, in pixels of the picture as viewers show it; may be repeated",
     )
-    p.add_argument("--box", metavar="X0,Y0,X1,Y1", type=pixels("X0,Y0,X1,Y1"), help="a box around the object")
+    p.add_argument("--box", metavar="X0,Y0,X1,Y1", type=Coordinates("X0,Y0,X1,Y1"), help="a box around the object")
     p.add_argument("--out", required=True, help="picture to write: the picture beside the prediction")
     p.add_argument(
         "--threshold", type=probability, help="a pixel is in above this probability (default: the run's, 0.35)"

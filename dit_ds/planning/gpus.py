@@ -139,6 +139,9 @@ _UNITS = {
 }
 
 
+_MOST_BYTES = 2**60
+
+
 def parse_memory(text: str) -> float:
     """Bytes of `80GiB`, `80GB`, `81559MiB` or `80` (GiB).
 
@@ -146,6 +149,7 @@ def parse_memory(text: str) -> float:
         UserError: the text is not a positive size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-zA-Z]*)", text.strip())
-    if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:
-        raise UserError(f"'{text}' is no amount of memory: write it as 80GiB, 80GB or 81559MiB")
-    return float(found[1]) * _UNITS[found[2].lower()]
+    size = float(found[1]) * _UNITS.get(found[2].lower(), 0) if found else 0.0
+    if not 0 < size <= _MOST_BYTES:
+        raise UserError(f"'{text[:60]}' is no amount of memory: write it as 80GiB, 80GB or 81559MiB")
+    return size

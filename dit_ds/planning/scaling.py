@@ -19,7 +19,6 @@ import torch
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batch_split import BatchSplit, split_batch
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, read_deepspeed_json
-from dit_ds.errors import UserError
 from dit_ds.planning.communication import ModuleTrace, Transfer, communication_volume
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
 from dit_ds.planning.gpus import known_gpu, require_peak
@@ -46,20 +45,6 @@ class Machine:
     mfu: float = 0.4
     overlap: float = 0.5
     latency_us: float = 5
-
-    def check(self) -> None:
-        """Raise a `UserError` where a value is impossible."""
-        for option, value in {
-            "gpus-per-node": self.gpus_per_node, "link": self.link_gbit, "intra": self.intra_gb_s
-        }.items():  # fmt: skip
-            if not 0 < value < math.inf:
-                raise UserError(f"--{option} is {value}: it must be above 0")
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"--mfu is {self.mfu}: it is a share of the GPU's peak, above 0 and at most 1")
-        if not 0 <= self.overlap <= 1:
-            raise UserError(f"--overlap is {self.overlap}: it is a share of a pass, from 0 to 1")
-        if not 0 <= self.latency_us < math.inf:
-            raise UserError(f"--latency-us is {self.latency_us}: it can't be negative")
 
 
 @dataclass(frozen=True)
@@ -171,11 +156,8 @@ def table(config: RunConfig, machine: Machine, nodes: list[int]) -> dict[str, An
     Returns:
         What `dit-ds scaling --json` prints.
     Raises:
-        UserError: impossible inputs, an unknown GPU.
+        UserError: an unknown GPU.
     """
-    machine.check()
-    if min(nodes) < 1:
-        raise UserError(f"--nodes {min(nodes)}: a number of nodes is at least 1")
     require_peak(
         machine.gpu, DeepSpeedJson(read_deepspeed_json(config)).dtype
     )  # refused before the count, which takes seconds

@@ -18,7 +18,6 @@ from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batch_split import split_batch
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
-from dit_ds.errors import UserError
 from dit_ds.files import GIB
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
@@ -42,18 +41,6 @@ def allowed(memory: float, ranks: int) -> int:
     return max(0, int((memory - needed(0, ranks)) / (1 + RESERVE)))
 
 
-def world_size(gpus: int, nodes: int) -> int:
-    """Ranks of so many GPUs on each of so many nodes.
-
-    Raises:
-        UserError: there can't be so many.
-    """
-    for option, value in {"--gpus": gpus, "--nodes": nodes}.items():
-        if not 1 <= value <= 65536:
-            raise UserError(f"{option} is {value}: a number from 1 on is wanted")
-    return gpus * nodes
-
-
 def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str | Path | None = None) -> dict[str, Any]:
     """Predict a run's memory.
 
@@ -66,7 +53,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     Raises:
         UserError: a batch that doesn't divide, a missing file, a text encoder that isn't there.
     """
-    ranks = world_size(gpus, nodes)
+    ranks = gpus * nodes
     if timeline:
         require(timeline)
     ds_config = deepspeed_config(config, ranks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_ds.config.load import load_config
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
-from dit_ds.errors import RunFailed, UserError
+from dit_ds.errors import RunFailed
 from dit_ds.planning.gpus import known_gpu, memory_of, parse_memory
 from dit_ds.planning.tune import output, this_machine, trials
 from dit_ds.planning.tune.candidates import candidates
@@ -67,8 +67,6 @@ def tune(request: TuneRequest) -> tuple[dict[str, Any], SearchResult]:
     started = time.monotonic()
     config = load_config(request.config_path, list(request.overrides))
     out = Path(request.out or f"{config.run_dir}/tune")
-    if request.trials < 1 or request.steps < 1:
-        raise UserError(f"--trials {request.trials} --steps {request.steps}: there is at least one of each")
     launch = trials.launcher(request.launch, request.nodes, request.gpus) if request.measure else ()
     name, capacity = _gpu(request)
     machine = replace(request.assumed.machine, gpu=name, gpus_per_node=request.gpus)

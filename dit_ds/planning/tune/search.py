@@ -118,9 +118,6 @@ def check(config: RunConfig, cluster: Cluster, assumed: Assumptions) -> dict[str
         raise UserError(
             f"dit-ds tune knows dit_sam only: dit-ds memory plan predicts {model}'s memory, dit-ds scaling its step time"
         )
-    if cluster.nodes < 1 or cluster.gpus < 1:
-        raise UserError(f"--nodes {cluster.nodes} --gpus {cluster.gpus}: there is at least one node, with one GPU")
-    assumed.check()
     ds = read_deepspeed_json(config)
     require_peak(assumed.machine.gpu, DeepSpeedJson(ds).dtype)
     if cluster.ranks > config.train.batch_size:

@@ -15,7 +15,6 @@ import torch
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
-from dit_ds.errors import UserError
 from dit_ds.models.sam import SIZES
 from dit_ds.planning.communication import ModuleTrace, count_fetches
 from dit_ds.planning.flops import Passes
@@ -54,15 +53,6 @@ class Assumptions:
     pcie_gb_s: float = 25
     host_gb_s: float = 200
     host_update_bytes: int = 32
-
-    def check(self) -> None:
-        """Raise a `UserError` where a value is impossible."""
-        self.machine.check()
-        for option, value in {"pcie": self.pcie_gb_s, "host-bandwidth": self.host_gb_s}.items():
-            if not 0 < value < float("inf"):
-                raise UserError(f"--{option} is {value}: it must be above 0")
-        if self.half_tokens < 0:
-            raise UserError(f"--half-tokens is {self.half_tokens}: it can't be negative")
 
     @property
     def hbm(self) -> float:
@@ -151,7 +141,6 @@ class Predictor:
     def __init__(
         self, config: RunConfig, ds: dict[str, Any], dtype: torch.dtype, counts: FlopCounts, assumed: Assumptions
     ):
-        assumed.check()
         self.config, self.ds, self.dtype, self.counts, self.assumed = config, ds, dtype, counts, assumed
         self.rate = require_peak(assumed.machine.gpu, dtype) * assumed.machine.mfu
         self.layers = list(_layers(config))
