@@ -56,6 +56,7 @@ export MASTER_ADDR MASTER_PORT
 dit_ds=("$PYTHON" -m dit_ds.cli)
 rank_logs=$LOG_DIR/$(file_name "$SLURM_JOB_NAME")-$SLURM_JOB_ID
 mkdir -p "$rank_logs"
+[ ! -f "$LOG_DIR/$SLURM_JOB_ID.log" ] || ln -sfn "$SLURM_JOB_ID.log" "$rank_logs.log"
 
 say() { echo "$(date '+%F %T') $SLURM_JOB_NAME: $*"; }
 say "job $SLURM_JOB_ID, restart $restarts, $SLURM_JOB_NUM_NODES x $TASKS_PER_NODE tasks of $cpus_per_task cores," \

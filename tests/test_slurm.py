@@ -35,7 +35,7 @@ class Site:
         config["train"] |= {"epochs": 100, "max_steps": STEPS}
         config |= {"eval": {"every_epochs": never}, "checkpoint": {"every_epochs": never}}
         self.config.write_text(yaml.safe_dump(config))
-        lines = ["source slurm/cluster.env", f"LOG_DIR={self.logs}", 'export SBATCH_OUTPUT="$LOG_DIR/%x-%j.log"']
+        lines = ["source slurm/cluster.env", f"LOG_DIR={self.logs}", 'export SBATCH_OUTPUT="$LOG_DIR/%j.log"']
         values = {"PYTHON": sys.executable, "DOCTOR": 0} | settings
         self.logs.mkdir()
         self.settings.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in values.items())]) + "\n")
@@ -56,18 +56,18 @@ class Site:
         self.cluster.wait_for(ready.exists, "rank", self.log(job))
         return job
 
-    def log(self, job: str, script: str = "train") -> Path:
-        return self.logs / f"{script}-{job}.log"
+    def log(self, job: str) -> Path:
+        return self.logs / f"{job}.log"
 
     def read(self, job: str, script: str = "train") -> str:
         """The job's log."""
-        return self.log(job, script).read_text()
+        return (self.logs / f"{script}-{job}.log").read_text()  # a link to it
 
     def rank_log(self, job: str, rank: int, script: str = "train", name: str = "train") -> str:
         return (self.logs / f"{script}-{job}/{name}.rank{rank}.log").read_text()
 
     def finished(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
-        return self.cluster.finished(job, self.log(job, script), timeout)
+        return self.cluster.finished(job, self.log(job), timeout)
 
     def completed(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
         info = self.finished(job, script, timeout)
@@ -206,7 +206,7 @@ def test_an_array_task_shards_one_dataset(site, refer_tree, shards):
         "train=4",
     ]
     job = site.cluster.submit(site.settings, "--array=0", "--gpus-per-node=0", "slurm/shard.sbatch", *args)
-    site.cluster.finished(job, site.log(job, "shard"))
+    site.cluster.finished(job, site.log(job))
     log = "\n".join(f.read_text() for f in site.logs.glob("shard-*.log"))
     assert "ok" in log.splitlines(), log
     for file in (shards / "refcoco/unc").iterdir():
@@ -235,6 +235,16 @@ def test_a_job_is_requeued_only_so_often(pretend):
     info = site.finished(job)
     assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "75:0", "2")
     assert "was requeued 2 times (MAX_REQUEUES=2): not again" in site.read(job)
+
+
+def test_a_job_may_have_any_name_and_its_log_is_found(pretend):
+    """SLURM itself takes a slash in a log's name for a folder."""
+    site = pretend('echo "dit-ds: error: said by rank $SLURM_PROCID" >&2; exit 2')
+    job = site.cluster.submit(site.settings, "--nodes=1", "--job-name=a/b 100%t", "slurm/train.sbatch", "--config", "x")
+    info = site.finished(job)
+    assert (info["JobState"], info["ExitCode"]) == ("FAILED", "2:0")
+    assert "dit-ds: error: said by rank 0" in site.read(job, "a_b_100_t").splitlines()
+    assert "said by rank 0" in site.rank_log(job, 0, "a_b_100_t")
 
 
 def test_a_diverged_run_is_not_tried_again(pretend):
