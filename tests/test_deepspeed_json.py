@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -220,6 +221,22 @@ def test_every_key_that_deepspeed_reads_is_known():
         DeepSpeedConfig(given)
     known = {*deepspeed_schema._Json.model_fields, *deepspeed_schema._SET_BY_RUN, *deepspeed_schema._NOT_USED}
     assert len(given.asked) > 40 and given.asked - known == set()
+
+
+def test_a_monitor_that_fails_is_one_line(world, tmp_path, monkeypatch):
+    """As W&B does without an account."""
+    from torch import nn
+
+    from dit_ds.engine.engine import initialize
+
+    lines = ["class UsageError(Exception): pass", "def init(**_):", "    raise UsageError('no API key:\\n log in')"]
+    (tmp_path / "wandb.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    config = validate({"deepspeed": {"override": {"wandb": {"enabled": True}}}})
+    with pytest.raises(UserError, match="no API key"):
+        initialize(nn.Linear(2, 2), config, world, monitors=True)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

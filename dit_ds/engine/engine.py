@@ -45,7 +45,11 @@ def initialize(model: nn.Module, config: RunConfig, world: World, monitors: bool
     deepspeed.init_distributed(dist_init_required=False)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    except (AssertionError, ValueError, NotImplementedError) as e:  # how it refuses what only an engine can check
+    except Exception as e:
+        monitor = type(e).__module__.partition(".")[0] in MONITORS.values()  # has no account, or no network
+        # how DeepSpeed refuses what only an engine can check
+        if not monitor and not isinstance(e, (AssertionError, ValueError, NotImplementedError, ImportError)):
+            raise
         raise UserError(f"DeepSpeed refuses {config.deepspeed.config} here: {e or type(e).__name__}") from e
     restore_fp32_buffers(engine.module, exact)
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
