@@ -130,7 +130,7 @@ def test_ctrl_c_ends_it_and_the_next_run_goes_on(refer_tree, shards, tmp_path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr("dit_ds.data.parallel.tqdm", Interrupted)
+        m.setattr("dit_ds.data.parallel.progress_bar", Interrupted)
         shard(refer_tree, tmp_path, shards={"train": 32})
     folder = tmp_path / "refcoco/unc"
     assert len(list(folder.glob("*.tar"))) < 35 and not (folder / "manifest.json").exists()

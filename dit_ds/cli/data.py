@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from dit_ds.cli.arguments import ShardCounts, processes, seed, whole
 from dit_ds.cli.output import command, optional_config, report
+from dit_ds.progress import write_line
 
 
 def add(commands: Any) -> None:
@@ -141,7 +141,7 @@ def _data_shard(args: argparse.Namespace) -> int:
         convert=args.convert,
     )
     for line in picture_lines(manifest):
-        print(line, file=sys.stderr)
+        write_line(line)
     report(args, _totals(manifest))
     return 0
 

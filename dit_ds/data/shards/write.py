@@ -254,8 +254,8 @@ def _check_orientations(parts: dict[str, dict[str, Any]]) -> None:
     if not undecided:
         return
     raise UserError(
-        f"{len(undecided)} pictures have an EXIF orientation, and sizes don't tell whether the annotations are of the "
-        f"turned picture: {named(undecided)}: say it with --exif turn (as viewers show it) or --exif ignore (as stored)"
+        f"pictures with an EXIF orientation: {len(undecided)}, of which sizes don't tell whether the annotations are of "
+        f"the turned picture: {named(undecided)}: say it with --exif turn (as viewers show it) or --exif ignore (as stored)"
     )
 
 
