@@ -26,7 +26,6 @@ from dit_ds.data.exif import exif_orientation, png_chunks, tiff_directories, tur
 from dit_ds.data.jpeg import MAX_PIXELS, UnsupportedPicture, decode_jpeg, jpeg_size
 from dit_ds.errors import UserError
 
-KINDS = ("jpg", "png", "webp", "tif", "bmp")  # of a picture in a shard: the member's extension
 JPEG_QUALITY = 95
 _WHITES = (255, 1023, 4095, 16383, 65535)
 # what a file begins with: its kind, and Pillow's name of it
@@ -60,7 +59,7 @@ class Picture(NamedTuple):
 
 
 def picture_kind(data: bytes) -> str:
-    """One of `KINDS`, gif, avif, jp2 or ppm, by the file's first bytes; empty for anything else."""
+    """jpg, png, webp, tif, bmp, gif, avif, jp2 or ppm, by the file's first bytes; empty for anything else."""
     return _kind_and_format(data)[0]
 
 

@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 
 from dit_ds.data.loading.sampler import Samples
-from dit_ds.data.picture import KINDS
-from dit_ds.data.shards.manifest import manifest_bytes, manifest_errors, parse_manifest, picture_kind_of, size_errors
+from dit_ds.data.shards.manifest import (
+    KINDS,
+    manifest_bytes,
+    manifest_errors,
+    parse_manifest,
+    picture_kind_of,
+    size_errors,
+)
 from dit_ds.data.shards.storage import file_of
 from dit_ds.errors import UserError
 from dit_ds.files import parse_json

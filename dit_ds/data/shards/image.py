@@ -11,7 +11,8 @@ from dit_ds.data.annotations.refer import ImageRecord
 from dit_ds.data.exif import TRANSPOSED, exif_orientation, turn, without_orientation
 from dit_ds.data.jpeg import UnsupportedPicture
 from dit_ds.data.masks import UnusableRecord
-from dit_ds.data.picture import KINDS, Picture, encode_jpeg, encode_png, load_picture, picture_kind
+from dit_ds.data.picture import Picture, encode_jpeg, encode_png, load_picture, picture_kind
+from dit_ds.data.shards.manifest import KINDS
 
 # which published code excludes by name; the first is a GIF
 _KNOWN_BAD = {"saiapr_tc-12": ("19579.jpg", "17975.jpg", "19575.jpg")}

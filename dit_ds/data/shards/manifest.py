@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.picture import KINDS
 from dit_ds.data.shards.storage import file_of, read_file
 from dit_ds.errors import UserError
 from dit_ds.files import atomic_write, check_name, is_url
 
 NAME = "manifest.json"
 SCHEMA = 2
+KINDS = ("jpg", "png", "webp", "tif", "bmp")  # of a picture: its member's extension, as of `picture_kind`
 COUNTS = ("images", "refs", "sentences")
 _NO_CHECKSUM = "0" * 64
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
