@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import dit_ds, tiny_config
+from conftest import dit_ds, refused, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from dit_ds.data.shards.manifest import load_manifest, write_manifest
 from dit_ds.data.shards.storage import file_of, locate, read_file
 from dit_ds.errors import UserError
 from dit_ds.files import is_url, sha256_of
+from dit_ds.training.run_lock import lock_run
 
 
 @pytest.fixture(scope="module")
@@ -142,26 +144,39 @@ def test_a_checkpoint_that_leads_out_of_its_folder(trained, tmp_path, name):
         Reader(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "name", ["log.txt", "metrics.jsonl", "metrics.jsonl.superseded", "run.lock", "samples/rank_00000.jsonl"]
-)
 @pytest.mark.parametrize("way", ["a link", "a pipe"])
-def test_a_resumed_run_writes_to_its_own_files(trained, tmp_path, name, way):
+def test_a_resumed_run_writes_to_its_own_files(trained, tmp_path, world, way):
     """A run's folder that came with a link would have its lines appended to the file that the link names."""
-    run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
     victim = tmp_path / "victim"
     victim.write_text("as it was")
-    (run / name).unlink(missing_ok=True)
-    if way == "a link":
-        (run / name).symlink_to(victim)
-    else:
-        os.mkfifo(run / name)
-    done = dit_ds(
-        "train", "--config", trained / "c.yaml", "--run_dir", run, "--train.max_steps", "2", "--resume", check=2
-    )
-    (line,) = [x for x in done.stderr.splitlines() if "error: " in x]
-    assert f"{run / name} is a link, a pipe or a device" in line
+    for n, name in enumerate(
+        ["log.txt", "metrics.jsonl", "metrics.jsonl.superseded", "run.lock", "config.yaml", "samples/rank_00000.jsonl"]
+    ):
+        run = tmp_path / str(n)
+        (run / "samples").mkdir(parents=True)
+        (run / "checkpoints").symlink_to(trained / "run/checkpoints")  # a folder may be elsewhere
+        lock_run(run, world).close()
+        if way == "a link":
+            (run / name).symlink_to(victim)
+        else:
+            os.mkfifo(run / name)
+        with pytest.raises(UserError, match=f"{re.escape(str(run / name))} is a link, a pipe or a device"):
+            lock_run(run, world)
+    if way == "a link":  # the command takes the lock before it writes
+        shutil.copytree(trained / "run", tmp_path / "run")
+        (tmp_path / "run/log.txt").unlink()
+        (tmp_path / "run/log.txt").symlink_to(victim)
+        resume = [
+            "train",
+            "--config",
+            trained / "c.yaml",
+            "--run_dir",
+            tmp_path / "run",
+            "--train.max_steps",
+            "2",
+            "--resume",
+        ]
+        assert "log.txt is a link" in refused(dit_ds(*resume, check=None))
     assert victim.read_text() == "as it was"
 
 
