@@ -20,8 +20,9 @@ from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.data.loading.tokenize import make_token_check, make_tokenize
 from dit_ds.data.masks import UnusableRecord
+from dit_ds.data.picture import read_picture
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import expression_warnings, picture_inputs, read_expression, read_picture
+from dit_ds.evaluation.inference import expression_warnings, picture_inputs, read_expression
 from dit_ds.models.text_encoder import load_tokenizer
 
 TYPED = {
