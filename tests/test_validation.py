@@ -10,6 +10,7 @@ import yaml
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.config.load import RENAMED_KEYS, field_names, load_config, validate
 from dit_ds.config.schema import RunConfig
+from dit_ds.engine.zero_state import MASTER, MOMENTS
 from dit_ds.errors import UserError
 from dit_ds.paper.scored_runs import read_run
 
@@ -61,6 +62,16 @@ def test_a_former_key_is_refused_with_its_new_name(former, tmp_path):
         assert str(error.value) == line
 
 
+def whole_meta(config: dict) -> dict:
+    """A checkpoint's meta.json with this configuration."""
+    progress = {"step": 4, "epoch": 0, "batch": 4, "seconds": 1.0, "best_score": 0.5, "best_step": 4, "metrics": {},
+                "evaluated": 4, "bad_samples": []}  # fmt: skip
+    engine = {"global_steps": 4, "global_samples": 8, "micro_steps": 4, "skipped_steps": 0, "loss_scale": {}}
+    return {"config": config, "step": 4, "epoch": 0, "samples_seen": 8, "seed": 0, "manifest_sha": "0" * 64,
+            "frozen": "0" * 64, "world_size": 1, "zero_stage": 2, "adam_step": 4.0, "shapes": {},
+            "digest": {kind: "0" * 16 for kind in (MASTER, *MOMENTS)}, "progress": progress, "engine": engine}  # fmt: skip
+
+
 def test_a_former_key_in_a_runs_folder_or_a_checkpoint_is_one_line(refusal, tmp_path):
     line, values = "'train.ema' is now 'train.ema_decay': rename it", with_former_key("train.ema")
     run = tmp_path / "run"
@@ -68,7 +79,7 @@ def test_a_former_key_in_a_runs_folder_or_a_checkpoint_is_one_line(refusal, tmp_
     checkpoint.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     (checkpoint / "manifest.json").write_text("{}")
-    (checkpoint / "meta.json").write_text(json.dumps({"config": values, "step": 4}))
+    (checkpoint / "meta.json").write_text(json.dumps(whole_meta(values)))
     with pytest.raises(UserError, match=line):
         load_model(run)
     with pytest.raises(UserError, match=line):
