@@ -15,7 +15,7 @@ SCRIPT = """
 import argparse, logging, os, sys, time
 from dit_ds.cli import entry, runs
 from dit_ds.errors import UserError
-from dit_ds.progress import progress_bar
+from dit_ds.data.progress import progress_bar
 
 def train(args):
     log = logging.getLogger("dit_ds")
@@ -65,7 +65,7 @@ def test_on_a_terminal_lines_push_the_bar_down():
 
 @pytest.mark.fast
 def test_a_bar_is_tqdms(capsys):
-    from dit_ds.progress import progress_bar, write_line
+    from dit_ds.data.progress import progress_bar, write_line
 
     assert list(progress_bar(range(3), "count")) == [0, 1, 2]
     write_line("a line")

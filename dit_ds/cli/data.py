@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_ds.cli.arguments import ShardCounts, processes, seed, whole
 from dit_ds.cli.output import command, optional_config, report
-from dit_ds.progress import write_line
+from dit_ds.data.progress import write_line
 
 
 def add(commands: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from dit_ds import __version__
 from dit_ds.cli import data, figures, paper, planning, runs
+from dit_ds.data.progress import LineHandler, write_line
 from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
-from dit_ds.progress import LineHandler, write_line
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from dit_ds.data.progress import progress_bar
 from dit_ds.errors import RunFailed
 from dit_ds.processes import die_with_parent, usable_cores
-from dit_ds.progress import progress_bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

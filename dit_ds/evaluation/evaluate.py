@@ -17,6 +17,7 @@ from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.sampler import EvalBatchSampler
+from dit_ds.data.progress import progress_bar
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment, share_cores
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, trained_prompts
@@ -25,7 +26,6 @@ from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import atomic_write, full_disk_is_user_error
 from dit_ds.models.segmenter import Prediction
-from dit_ds.progress import progress_bar
 
 _log = logging.getLogger("dit_ds")
 Collect = Callable[[dict[str, Any], int, np.ndarray], None]

@@ -17,6 +17,7 @@ import torch
 
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.progress import progress_bar
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, read_deepspeed_json
 from dit_ds.errors import RunFailed, UserError
 from dit_ds.files import GIB
@@ -26,7 +27,6 @@ from dit_ds.planning.memory import plan
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.measure import in_process
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
-from dit_ds.progress import progress_bar
 
 # of the inferred reading: GPUs, and samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}

@@ -18,6 +18,7 @@ from dit_ds.data.build import build_train_dataset, build_val_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import Loader, make_loader
 from dit_ds.data.loading.sampler import TrainBatchSampler
+from dit_ds.data.progress import progress_bar
 from dit_ds.distributed import World, all_or_none, share_cores
 from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
@@ -31,7 +32,6 @@ from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import text_config
 from dit_ds.planning.flops import step_flops
 from dit_ds.planning.gpus import peak_flops
-from dit_ds.progress import progress_bar
 from dit_ds.training.run_log import RunLog
 from dit_ds.training.signals import StopSignal
 from dit_ds.training.throughput import FlopsPerSample
