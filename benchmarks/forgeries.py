@@ -252,8 +252,9 @@ def _outcome(command: list[str], allowed: Path, mark: Path) -> tuple[str, str]:
 
 
 def _in_child(command: list[str], allowed: Path, mark: Path) -> tuple[str, str]:
-    """`_outcome` in a forked process: DeepSpeed can't be started twice in one."""
-    context = multiprocessing.get_context("fork")
+    """`_outcome` in a process of its own: DeepSpeed can't be started twice in one."""
+    context = multiprocessing.get_context("forkserver")  # forked from a process without threads
+    context.set_forkserver_preload(["dit_ds.training.train", "dit_ds.checkpointing.export", "dit_ds.cli.entry"])
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(_outcome, command, allowed, mark).result(timeout=_SECONDS)

@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutations_", dir=os.environ.get("TMPDIR")) as scratch:
-        forged = forge(args.forgeries, args.seed, Path(scratch) / "forged")  # first: it forks
+        forged = forge(args.forgeries, args.seed, Path(scratch) / "forged")
         result = run(args.n, args.seed, Path(scratch), args.images) | {"forged": forged}
     result = common.conditions("cpu") | {"images": args.images} | result
     command = f"python benchmarks/mutations.py --n {args.n} --forgeries {args.forgeries} --seed {args.seed} --json"

@@ -47,7 +47,7 @@ def test_every_damage_is_found_and_none_is_silent(tmp_path, times):
 
 @pytest.mark.slow
 def test_forged_runs_are_refused_in_one_line_or_used_as_data(tmp_path):
-    n = 2 * len(mutations.forgeries.FORGERIES)
+    n = len(mutations.forgeries.FORGERIES)
     result = mutations.forge(n, 7, tmp_path, commands=("export", "train --resume"))
     assert result["wrong"] == []
     total = result["total"]

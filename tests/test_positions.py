@@ -168,6 +168,7 @@ def test_tables_in_bf16_are_interpolated_in_fp32():
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got, want))
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_is_evaluated_at_other_image_sizes(config_file, refusal, tmp_path):
     """From a file of 64 px at 96 px under ZeRO-3, in two parts: the tables that train are the file's."""
     run, start = tmp_path / "run", build_model(load_config(config_file)).state_dict()

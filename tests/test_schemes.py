@@ -332,8 +332,3 @@ def test_more_tokens_than_clip_reads_are_refused(config_file, tiny_clip, capsys)
     overrides = ["--text.name", str(tiny_clip), "--data.tokens", "78"]
     assert main(["train", "--config", str(config_file), *overrides]) == 2
     assert "data.tokens 78" in (err := capsys.readouterr().err) and "set data.tokens 77" in err
-
-
-def test_a_text_encoder_of_another_kind_is_refused(config_file, tmp_path, refusal):
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    assert "a t5 can't be used" in refusal("train", "--config", config_file, "--text.name", tmp_path)

@@ -103,7 +103,7 @@ def test_what_a_stream_cannot_read_is_one_line(shards, tmp_path, refusal):
         (["--data.reader", "stream", "--data.order", "global"], "set data.order auto"),
         (["--data.order", "shards", "--data.unit", "image"], "set data.unit ref"),
         (["--data.mixture", "{refcoco: 1}"], "does not read DATASET/SPLIT_BY"),
-        (["--data.mixture", "{refcoco/unc: 0}"], "choose one above 0"),
+        (["--data.mixture", "{refcoco/unc: 0}"], "data.mixture.refcoco/unc = 0: input should be greater than 0"),
         (["--data.mixture", "{refcoco/unc: 1.5}", "--data.unit", "image"], "takes whole weights"),
     ]:
         assert says in refusal("train", "--config", path, *more), more
