@@ -67,7 +67,7 @@ def assert_schema(result: dict) -> None:
     assert result["ok"] == all(c["status"] != "fail" for c in result["checks"])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_all_is_well(config_file, ranks):
     result = json.loads(dit_ds("doctor", "--json", "--config", config_file, ranks=ranks, real=True).stdout)
     assert_schema(result)

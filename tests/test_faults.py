@@ -125,6 +125,7 @@ def test_damaged_samples_are_skipped_within_the_budget(damaged, tmp_path):
     assert "is damaged: remove that shard and shard again" in line
 
 
+@pytest.mark.slow
 def test_the_count_of_skipped_samples_survives_a_stop(damaged, tmp_path):
     root, _ = damaged
     config = tiny_config(root, tmp_path / "run")

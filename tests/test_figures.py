@@ -319,6 +319,7 @@ def test_other_shards_of_the_same_set_are_refused(checkpoints, call, refer_tree,
     assert "different shards of refcoco/unc" in line and "--data-root" in line
 
 
+@pytest.mark.slow
 def test_attention_of_a_clip(checkpoints, tiny_clip, refer_tree, tmp_path):
     """Its tokenizer has other ends than BERT's."""
     path = checkpoints("clip", text={"name": str(tiny_clip), "layers": 2})

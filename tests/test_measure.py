@@ -89,6 +89,7 @@ def variation(tmp_path: Path, change: str) -> Path:
     return program
 
 
+@pytest.mark.slow
 def test_ranks_stay_until_the_first_has_spoken(tmp_path):
     """Rank 1 alone runs out, and takes its time to write the snapshot; torchrun ends it as soon as rank 0 ends."""
     slow = "worker.CountingAllocator.snapshot = lambda self, path: (time.sleep(3), path.write_text('whole'))"

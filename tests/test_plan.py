@@ -96,6 +96,7 @@ def test_peaks_between_and_beyond_are_on_lines():
     assert [answer.peak(b) for b in (1, 2, 3, 4, 10)] == [110, 120, 130, 140, 200]
 
 
+@pytest.mark.slow
 def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
     room = 500 * 2**20
     result = plan.plan(tiny(), 2, 1, plan.needed(room, 2))

@@ -70,6 +70,7 @@ def test_what_is_needed_again_soon_is_gathered_once():
     assert (times(0), times(1), times(201), times(401)) == ([2, 2, 2], [2, 2, 1], [2, 1, 1], [1, 1, 1])
 
 
+@pytest.mark.slow
 def test_flops_leave_random_numbers_alone_and_recomputation_adds_a_forward():
     """The ViT's layers are nearly all of a ViT-B's forward."""
     values = {"text": {"name": MINILM, "layers": 1, "random_init": True}, "data": {"image_size": 256}}
@@ -128,6 +129,7 @@ SMALL = ["--config", ROOT / "configs/base.yaml", "--model.size", "vit_t", "--dat
          "--text.layers", "1"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command():
     """BERT-base's shape is known without a hub; 128 GPUs for a batch of 64 are marked."""
     done = json.loads(dit_ds("scaling", *SMALL, "--nodes", "1,2,16", "--json", real=True).stdout)

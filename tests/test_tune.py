@@ -322,6 +322,7 @@ def test_statuses_are_found_behind_torchrun(tmp_path, config_file):
         assert {(t["status"], t["error"]) for t in made} == {(2, "no shards")}
 
 
+@pytest.mark.slow
 def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, monkeypatch):
     """Predicted, then trained, from end to end; few candidates, as each profile takes seconds."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of this process's own group

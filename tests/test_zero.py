@@ -29,6 +29,7 @@ def test_every_stage_is_plain_adamw_on_one_process(ranks):
         assert got["back"], stage
 
 
+@pytest.mark.slow
 def test_norms_are_spared_weight_decay():
     """Two groups of parameters, one of which decays so fast that it would show in the other's weights."""
     settings = {"dropout": False, "plain": True, "weight_decay": 20.0, "weight_decay_norms": False, "ema_decay": 0.5}
@@ -46,6 +47,7 @@ def test_zero_3_with_everything_frozen_that_can_be():
         assert got["ema_error"] <= 1e-4 < 5e-4 < got["ema_matters"], stage
 
 
+@pytest.mark.slow
 def test_every_scheme_trains_at_zero_3():
     """With static tokens, which are one parameter that each layer takes a part of."""
     schemes = [s for s in SCHEMES if s not in ("default", "layer_wise")]
@@ -93,6 +95,7 @@ def test_the_same_run_goes_on_more_ranks():
         deepspeed_config(validate({}), 128)
 
 
+@pytest.mark.slow
 def test_gradients_are_added_up_in_fp32_where_that_is_asked_for(config_file, tmp_path):
     """bf16 with four micro-batches a step; stage 1 is another optimizer of DeepSpeed's then, and goes on at stage 2."""
     arguments = ["train", "--config", config_file, "--deepspeed.precision", "bf16", "--train.max_steps",
