@@ -31,9 +31,9 @@ lint: setup
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
-# three at once keep two cores busy; a file's tests stay together, for what they share; files are handed out in the order
+# four at once keep two cores busy; a file's tests stay together, for what they share; files are handed out in the order
 # of tests/conftest.py
-PYTEST := $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	@$(MAKE) --no-print-directory -j 2 lint test-not-slow

@@ -246,10 +246,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=5, help="runs to kill (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks to kill (default 0)")
+    parser.add_argument("--epochs", type=int, default=3, help="of a run (default 3)")
     parser.add_argument("--resize", action="store_true", help="change world size and ZeRO stage at each resume instead")
     parser.add_argument("--json", action="store_true", help="print only one JSON object on stdout")
     parser.add_argument("--out", type=Path, help="also write the result there, as benchmarks/results")
     args = parser.parse_args()
+    if args.resize and args.epochs < 3:
+        parser.error("--resize takes at least 3 epochs")
     import_deepspeed()
 
     def report(line: str) -> None:
@@ -258,7 +261,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as scratch:
         folder = Path(scratch)
         # what is dropped is drawn by each rank for itself, so that it is the same on as many ranks only
-        config = prepare(folder, epochs=3, word_dropout=0.0 if args.resize else 0.1)
+        config = prepare(folder, epochs=args.epochs, word_dropout=0.0 if args.resize else 0.1)
         start = time.monotonic()
         result = resize(config, folder, report) if args.resize else kills(config, folder, args.kills, args.seed, report)
     result |= {"seconds": round(time.monotonic() - start, 1)} | common.conditions("cpu")

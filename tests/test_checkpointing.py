@@ -16,7 +16,7 @@ POLICIES = ("none", "block", "every_3", "selective")
 DEPTH = 4  # of vit_t
 
 
-STAGES = [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3]
+STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in range(3)), 3]
 
 
 @functools.cache

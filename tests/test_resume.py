@@ -58,9 +58,9 @@ def benchmark(*args: str) -> dict:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_kills_end_as_the_undisturbed_run(kills):
-    result = benchmark("--kills", str(kills), "--seed", "1")
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 1), pytest.param(3, 3, marks=pytest.mark.slow)])
+def test_kills_end_as_the_undisturbed_run(kills, epochs):
+    result = benchmark("--kills", str(kills), "--epochs", str(epochs), "--seed", "1")
     assert result["identical"] == result["kills"] == kills
     assert result["samples_lost"] == result["samples_doubled"] == 0
 

@@ -140,6 +140,7 @@ def test_shards_are_staged_once_on_each_node(undisturbed, shards):
     assert site.read(job).count(f"copied to {scratch}") == len(NODES)
 
 
+@pytest.mark.slow
 def test_a_signalled_training_saves_comes_back_and_computes_the_same(undisturbed, site):
     """USR2, as before the time limit, then TERM, as for a preemption. Nothing but a signal makes it save."""
     job = site.train()

@@ -310,6 +310,7 @@ def test_a_stopped_trial_stops_the_search_with_75(tmp_path, config_file):
     assert not list(tmp_path.glob("trials/*/trial.json"))
 
 
+@pytest.mark.slow
 def test_statuses_are_found_behind_torchrun(tmp_path, config_file):
     """Which ends with 1 whatever its ranks end with: what was refused is tried again, and 75 stops the search."""
     fake, launch = tmp_path / "fake.py", trials.launcher(None, 1, 2)[:-1]
