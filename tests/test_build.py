@@ -105,6 +105,7 @@ def items(index):
     return [(0, k, 1.0) for k in range(len(index.sentences))]
 
 
+@pytest.mark.slow
 def test_training_on_a_mixture_does_not_depend_on_the_world_or_a_stop(two_sets, tmp_path):
     config = tiny_config(two_sets, tmp_path / "run")
     weights = {"refcoco/unc": 1, "refcocog/umd": 2}

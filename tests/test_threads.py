@@ -77,7 +77,8 @@ def test_a_quota_of_a_container_counts(tmp_path, monkeypatch):
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
 
 
-@pytest.mark.parametrize("given", [None, pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [None, "1"])
 def test_a_run_says_its_threads_once(config_file, tmp_path, given):
     env = {k: v for k, v in environment().items() if k not in LAUNCHERS} | ({"OMP_NUM_THREADS": given} if given else {})
     command = [sys.executable, "-m", "dit_ds.cli", "train", "--config", str(config_file), "--train.max_steps", "1",
