@@ -1,8 +1,9 @@
-"""GPUs by name: peak FLOP/s, memory size and memory bandwidth, from the vendors' data sheets."""
+"""GPUs by name: peak FLOP/s, memory size, bandwidth and multiprocessors, from the vendors' data sheets."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 
@@ -55,6 +56,74 @@ BANDWIDTH: dict[str, float] = {
     "GB200": 8000, "L4": 300, "L40": 864, "L40S": 864, "RTX 6000 Ada": 960, "RTX 3090": 936, "RTX 4090": 1008,
     "RTX 5090": 1792,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GpuLimits:
+    """What CUDA's kernels look at when they choose how many blocks to launch.
+
+    Attributes:
+        multiprocessors: of the GPU, those that are enabled.
+        threads_per_multiprocessor: the most that one holds at a time.
+        capability: compute capability, (major, minor).
+        warp_size: threads.
+        threads_per_block: the most of one block.
+    """
+
+    multiprocessors: int
+    threads_per_multiprocessor: int
+    capability: tuple[int, int]
+    warp_size: int = 32
+    threads_per_block: int = 1024
+
+    @property
+    def architecture(self) -> int:
+        """The compute capability as one number: 90."""
+        return 10 * self.capability[0] + self.capability[1]
+
+
+_VOLTA, _TURING, _AMPERE, _AMPERE_GRAPHICS = (2048, (7, 0)), (1024, (7, 5)), (2048, (8, 0)), (1536, (8, 6))
+_ADA, _HOPPER, _BLACKWELL, _BLACKWELL_GRAPHICS = (1536, (8, 9)), (2048, (9, 0)), (2048, (10, 0)), (1536, (12, 0))
+# The same names as in `PEAKS`.
+LIMITS: dict[str, GpuLimits] = {
+    "V100": GpuLimits(80, *_VOLTA),
+    "V100 PCIe": GpuLimits(80, *_VOLTA),
+    "T4": GpuLimits(40, *_TURING),
+    "A100": GpuLimits(108, *_AMPERE),
+    "A30": GpuLimits(56, *_AMPERE),
+    "A10": GpuLimits(72, *_AMPERE_GRAPHICS),
+    "A40": GpuLimits(84, *_AMPERE_GRAPHICS),
+    "RTX A6000": GpuLimits(84, *_AMPERE_GRAPHICS),
+    "H100": GpuLimits(132, *_HOPPER),
+    "H100 PCIe": GpuLimits(114, *_HOPPER),
+    "H100 NVL": GpuLimits(132, *_HOPPER),
+    "GH200": GpuLimits(132, *_HOPPER),
+    "H200": GpuLimits(132, *_HOPPER),
+    "H200 NVL": GpuLimits(132, *_HOPPER),
+    "B200": GpuLimits(148, *_BLACKWELL),
+    "GB200": GpuLimits(152, *_BLACKWELL),
+    "L4": GpuLimits(58, *_ADA),
+    "L40": GpuLimits(142, *_ADA),
+    "L40S": GpuLimits(142, *_ADA),
+    "RTX 6000 Ada": GpuLimits(142, *_ADA),
+    "RTX 3090": GpuLimits(82, *_AMPERE_GRAPHICS),
+    "RTX 4090": GpuLimits(128, *_ADA),
+    "RTX 5090": GpuLimits(170, *_BLACKWELL_GRAPHICS),
+}
+
+
+def limits_of(device_name: str) -> GpuLimits:
+    """Multiprocessors, their threads and the compute capability of a GPU.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it, or short, as "H100 PCIe".
+    Raises:
+        UserError: the GPU is not known; the message lists those that are.
+    """
+    name = known_gpu(device_name)
+    if name is None:
+        raise UserError(f"GPU '{device_name}' is not known: choose one of {', '.join(PEAKS)}")
+    return LIMITS[name]
 
 
 def memory_gib(device_name: str) -> float | None:
