@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from dit_ds.cli.arguments import Number, Several, from_one, from_zero, gpus, nodes, positive, share, whole
@@ -21,6 +22,12 @@ def add(commands: Any) -> None:
     p.add_argument("--nodes", type=nodes, default=1, help="default 1")
     p.add_argument("--gpu", default="H100", help="whose memory, as A100 or a name that CUDA gives (default H100)")
     p.add_argument("--gpu-memory", help="of a GPU, as 80GiB, instead")
+    p.add_argument("--rank", type=whole(0, 2**31 - 1), default=0, help="whose memory (default 0)")
+    p.add_argument(
+        "--alloc-conf",
+        metavar="SETTINGS",
+        help="of the allocator, as in PYTORCH_CUDA_ALLOC_CONF (default: as train sets)",
+    )
     p.add_argument("--timeline", metavar="PNG", help="draw the step, by category")
 
     p = command(
@@ -46,6 +53,7 @@ def add(commands: Any) -> None:
         help="write PyTorch's snapshot, as memory.pickle: drop it on pytorch.org/memory_viz",
     )
 
+    _replay_parser(memory_commands)
     p = command(
         commands, "scaling", _scaling, "predict bytes sent, step time and efficiency on more nodes; needs no GPU"
     )
@@ -55,6 +63,20 @@ def add(commands: Any) -> None:
     p.add_argument("--gpu", default="H100", help="as A100, H100 PCIe, or a name that CUDA gives (default H100)")
     _machine_parser(p)
     _tune_parser(command(commands, "tune", _tune, "find the fastest settings that fit: predicted, or tried on GPUs"))
+
+
+def _replay_parser(memory_commands: Any) -> None:
+    p = command(
+        memory_commands,
+        "replay",
+        _memory_replay,
+        "replay a recorded history of the allocator: other settings, other GPUs",
+    )
+    p.add_argument("snapshot", metavar="SNAPSHOT", help="memory.pickle of PyTorch, or a trace file (JSON)")
+    p.add_argument("--conf", metavar="SETTINGS", help="as in PYTORCH_CUDA_ALLOC_CONF (default: the recorded ones)")
+    p.add_argument("--capacity", metavar="SIZE", help="of the GPU for segments, as 24GiB (default: no limit)")
+    p.add_argument("--device", type=whole(0, 1023), help="whose history, where the file has several GPUs'")
+    p.add_argument("--plot", metavar="PNG", help="draw segments and blocks at the peak, and who holds them")
 
 
 def _machine_parser(p: Any) -> None:
@@ -128,9 +150,15 @@ def _memory_plan(args: argparse.Namespace) -> int:
     from dit_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)
+    from dit_ds.planning.gpus import known_gpu
     from dit_ds.planning.memory import plan
+    from dit_ds.planning.memory.request import MemoryRequest
 
-    result = plan.plan(config, args.gpus, args.nodes, _gpu_memory(args), timeline=args.timeline)
+    settings = plan.TRAIN_SETTINGS if args.alloc_conf is None else args.alloc_conf
+    memory, gpu = _gpu_memory(args), known_gpu(args.gpu) or MemoryRequest.gpu
+    result = plan.plan(
+        config, args.gpus, args.nodes, memory, timeline=args.timeline, gpu=gpu, settings=settings, rank=args.rank
+    )
     report(args, result, lambda: plan.lines(result))
     return 0
 
@@ -144,10 +172,23 @@ def _memory_table8(args: argparse.Namespace) -> int:
     return 0
 
 
+def _memory_replay(args: argparse.Namespace) -> int:
+    from dit_ds.planning.gpus import parse_memory
+    from dit_ds.planning.memory.recorded import replay
+
+    capacity = None if args.capacity is None else int(parse_memory(args.capacity))
+    result = replay.replay(args.snapshot, args.conf, capacity, args.plot, args.device)
+    report(args, result, lambda: replay.lines(result))
+    return 0
+
+
 def _memory_measure(args: argparse.Namespace) -> int:
     from dit_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)
+    from dit_ds.planning.memory.allocator_settings import use_train_settings
+
+    use_train_settings(os.environ)
     from dit_ds.planning.memory import measure
 
     request = measure.MeasureRequest(args.steps, args.warmup, args.timeline, args.snapshot)

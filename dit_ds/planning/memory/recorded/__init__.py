@@ -1,0 +1,1 @@
+"""Recorded histories of CUDA's caching allocator: read, followed event by event, and replayed under other settings."""
