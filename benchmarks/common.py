@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dit_ds.planning.memory.tracker import LiveTensors
+from dit_ds.planning.memory.live_tensors import LiveTensors
 from dit_ds.processes import usable_cores
 
 RESULTS = Path(__file__).parent / "results"

@@ -30,9 +30,10 @@ from dit_ds.config.load import validate  # noqa: E402
 from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.distributed import World, connect, disconnect, gather_objects  # noqa: E402
 from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors  # noqa: E402
+from dit_ds.planning.memory.live_tensors import LiveTensors  # noqa: E402
 from dit_ds.planning.memory.measure import MeasureRequest, measure  # noqa: E402
 from dit_ds.planning.memory.profiled_step import Steps  # noqa: E402
-from dit_ds.planning.memory.tracker import LiveTensors, MemoryTracker  # noqa: E402
+from dit_ds.planning.memory.tracker import MemoryTracker  # noqa: E402
 
 MICRO_BATCH = 2
 

@@ -59,7 +59,7 @@ def encoder(word_dropout: float = 0.0, **options) -> ImageEncoder:
 def kept_by(model: ImageEncoder, policy: str) -> int:
     """Bytes that autograd, or the checkpoints' caches, hold after a forward pass; parameters left out."""
     model.checkpoint_activations(policy)
-    from dit_ds.planning.memory.tracker import LiveTensors
+    from dit_ds.planning.memory.live_tensors import LiveTensors
 
     x, words = torch.randn(2, 3, 64, 64), torch.randn(2, 5, 24, requires_grad=True)
     with LiveTensors() as live:

@@ -20,9 +20,11 @@ from dit_ds.models.build import build_model
 from dit_ds.models.losses import segmentation_loss
 from dit_ds.planning.memory import fake_cluster
 from dit_ds.planning.memory.estimate import predict
+from dit_ds.planning.memory.live_tensors import LiveTensors
 from dit_ds.planning.memory.profiled_step import fake_batch
 from dit_ds.planning.memory.request import MemoryRequest
-from dit_ds.planning.memory.tracker import LiveTensors, MemoryTracker
+from dit_ds.planning.memory.streams import Streams
+from dit_ds.planning.memory.tracker import MemoryTracker
 
 STAYS = ("parameters", "gradients", "optimizer", "average", "buffers")
 
@@ -103,7 +105,7 @@ def test_a_function_to_replace_that_is_gone_stops_the_prediction(monkeypatch):
     with pytest.raises(
         RunFailed, match=rf"deepspeed {deepspeed.__version__} has no deepspeed.runtime.zero.stage3.assert_"
     ):
-        with fake_cluster._changed(replacements(torch.device("meta", 0))):
+        with fake_cluster._changed(replacements(torch.device("meta", 0), Streams())):
             raise AssertionError("it was entered")
 
 

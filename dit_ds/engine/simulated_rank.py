@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,13 +18,36 @@ _COMPARISONS = {
 }
 
 
-def replacements(device: torch.device) -> dict[Any, dict[str, Any]]:
+class SimulatedStreams(Protocol):
+    """Streams of a simulated GPU, as an accelerator of DeepSpeed offers them."""
+
+    def make(self, *_: Any, **__: Any) -> Any:
+        """A new stream."""
+
+    def event(self, *_: Any, **__: Any) -> Any:
+        """A new event."""
+
+    def current(self, device: Any = None) -> Any:
+        """The stream of the operators that run now."""
+
+    def default(self, device: Any = None) -> Any:
+        """The default stream."""
+
+    def on(self, stream: Any) -> Any:
+        """A context in which operators run on a stream."""
+
+    def synchronize(self, device: Any = None) -> None:
+        """Wait for all streams."""
+
+
+def replacements(device: torch.device, streams: SimulatedStreams) -> dict[Any, dict[str, Any]]:
     """Attributes of DeepSpeed's objects and modules to replace, with their new values, by owner.
 
     The accelerator answers with `device`, and ranks are not compared, as there is no other one.
 
     Args:
         device: of the simulated rank, with an index.
+        streams: of that device.
     """
     import_deepspeed()
     from deepspeed.accelerator import get_accelerator
@@ -34,8 +57,17 @@ def replacements(device: torch.device) -> dict[Any, dict[str, Any]]:
         "current_device_name": lambda: str(device),
         "current_device": lambda: device.index,
         "on_accelerator": lambda tensor: tensor.device == device,
+        # as on CUDA, operators run behind the host's back, on several streams
+        "is_synchronized_device": lambda: False,
+        "resolves_data_dependency": lambda: False,
+        "handles_memory_backpressure": lambda: False,
+        "stream": streams.on,
+        "current_stream": streams.current,
+        "default_stream": streams.default,
+        "synchronize": streams.synchronize,
     }
-    replaced: dict[Any, dict[str, Any]] = {get_accelerator(): accelerator}
+    properties = {"Stream": property(lambda _: streams.make), "Event": property(lambda _: streams.event)}
+    replaced: dict[Any, dict[str, Any]] = {get_accelerator(): accelerator, type(get_accelerator()): properties}
     for name, comparisons in _COMPARISONS.items():
         module = importlib.import_module(f"deepspeed.runtime.zero.{name}")
         replaced[module] = {comparison: lambda *_, **__: None for comparison in comparisons}

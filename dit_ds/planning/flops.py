@@ -18,8 +18,8 @@ from dit_ds.models.attention import count_flops
 from dit_ds.models.build import build_model
 from dit_ds.models.text_encoder import offline_text
 from dit_ds.planning.memory.fake_cluster import fake_tensors
+from dit_ds.planning.memory.live_tensors import LiveTensors
 from dit_ds.planning.memory.profiled_step import fake_batch
-from dit_ds.planning.memory.tracker import LiveTensors
 
 
 class Passes(NamedTuple):

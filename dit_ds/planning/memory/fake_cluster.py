@@ -20,16 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from dit_ds.distributed import World
 from dit_ds.engine.simulated_rank import replacements
 from dit_ds.errors import RunFailed
 from dit_ds.models import attention
 from dit_ds.models.segmenter import pixel_statistics
-from dit_ds.planning.memory.tracker import LiveTensors
+from dit_ds.planning.memory.autocast import Autocast
+from dit_ds.planning.memory.live_tensors import LiveTensors
+from dit_ds.planning.memory.streams import Streams
 
 Live = TypeVar("Live", bound=LiveTensors)
+STREAMS = Streams()  # of this process's fake GPU
+_NAME = "fakegpu"
+_AUTOCAST = Autocast(_NAME)
 
 
 def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -62,11 +66,22 @@ def _made_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
             is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:  # fmt: skip
     """`scaled_dot_product_attention` by CUDA's memory-efficient kernel, which saves no attention map."""
+    q, k, v, attn_mask = _AUTOCAST.lowered(q, k, v, attn_mask)
     if attn_mask is not None:
         mask = torch.zeros_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
         attn_mask = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
     arguments = (q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)
     return torch.ops.aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)[0]
+
+
+def _also_clear(clear: Any) -> Callable[[], None]:
+    """`torch.clear_autocast_cache`, which `torch.autocast` calls at its end, for the fake GPU, too."""
+
+    def clear_autocast_cache() -> None:
+        clear()
+        _AUTOCAST.clear()
+
+    return clear_autocast_cache
 
 
 @contextlib.contextmanager
@@ -85,7 +100,9 @@ def fake_tensors(live: Live) -> Iterator[Live]:
         nn.Module: {"_apply": _apply},
         nn.functional: {"scaled_dot_product_attention": _attend},
         attention: {"require": lambda *_: None},
-        torch: {name: _made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor")},
+        Tensor: {"record_stream": lambda x, stream: live.use_on(x, stream.number)},
+        torch: {name: _made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor")}
+        | {"clear_autocast_cache": _also_clear(getattr(torch, "clear_autocast_cache", None))},
         mode: {"may_turn_const": lambda t: False},  # constants would be computed on the device, which can't
     }
     pixel_statistics.cache_clear()  # its tensors are real outside, fake inside
@@ -98,8 +115,11 @@ def fake_tensors(live: Live) -> Iterator[Live]:
         ):
             # DeepSpeed looks at the alignment of its buffers
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            STREAMS.tracker = live
             yield live
     finally:
+        STREAMS.tracker = None
+        _AUTOCAST.clear()
         pixel_statistics.cache_clear()
 
 
@@ -146,46 +166,9 @@ def _gpu() -> str:
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.float16, torch.bfloat16]
 
-    _setup_privateuseone_for_python_backend("fakegpu", Backend())
-    _FALLTHROUGH.fallback(torch.library.fallthrough_kernel)
-    for names, low_precision in ((_LOW_PRECISION, True), (_FP32, False)):
-        for name in names:
-            _AUTOCAST.impl(name, _cast_before(_overload(name), low_precision))
-    return "fakegpu"
-
-
-# Autocast on CUDA, as far as our models use it: operators that take the autocast type, and those that take fp32
-_LOW_PRECISION = (
-    "conv1d", "conv2d", "conv_transpose2d.input", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum",
-    "_scaled_dot_product_efficient_attention",
-)  # fmt: skip
-_FP32 = (
-    "layer_norm", "group_norm", "softmax.int", "log_softmax.int", "nll_loss", "nll_loss_nd", "cross_entropy_loss", "exp",
-    "binary_cross_entropy_with_logits", "grid_sampler", "pow.Tensor_Scalar", "sum", "sum.dim_IntList",
-)  # fmt: skip
-_AUTOCAST = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
-_FALLTHROUGH = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-
-
-def _overload(name: str) -> torch._ops.OpOverload:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.aten, packet), overload or "default")
-
-
-def _cast_before(operator: torch._ops.OpOverload, low_precision: bool) -> Callable[..., Any]:
-    this = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype("fakegpu") if low_precision else torch.float32
-
-        def cast(x: Any) -> Any:
-            floating = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-            return x.to(dtype) if floating else x
-
-        with torch._C._ExcludeDispatchKeyGuard(this):
-            return operator(*tree_map(cast, args), **tree_map(cast, kwargs))
-
-    return run
+    _setup_privateuseone_for_python_backend(_NAME, Backend())
+    _AUTOCAST.register()
+    return _NAME
 
 
 @contextlib.contextmanager
@@ -202,7 +185,7 @@ def fake_cluster(ranks: int, rank: int = 0) -> Iterator[World]:
 
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     device = torch.device(_gpu(), 0)
-    replaced = replacements(device)
+    replaced = replacements(device, STREAMS)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         with _changed(replaced):
