@@ -1,8 +1,8 @@
 """What needs a GPU, in one call: the CUDA tests, attention, training steps, memory against its prediction, checkpoints,
 latency.
 
-Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, table8.*, checkpoint_cuda.* and
-latency_cuda.* to `benchmarks/results/`. `--only` takes a part, where a machine is lent for minutes. Without a GPU,
+Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, memory_error_cuda.*, table8.*,
+checkpoint_cuda.* and latency_cuda.* to `benchmarks/results/`. `--only` takes a part, where a machine is lent for minutes. Without a GPU,
 `--small` goes through the same steps with tiny ones on the CPU.
 """
 
@@ -24,6 +24,7 @@ PARTS = {
     "train_step": f"{STEP} frozen tuned --compile --size 512",
     "train_step_1024": f"{STEP} tuned --size 1024 --rounds 5 --name train_step_1024_cuda",
     "memory": "benchmarks/memory.py --measure",
+    "memory_error": "benchmarks/memory_error.py",
     "table8": "-m dit_ds.cli memory table8",
     "checkpoint": "benchmarks/checkpoint.py --steps 0",
     "latency": "benchmarks/latency.py --rounds 50",
@@ -34,6 +35,7 @@ SMALL = {
     "train_step": "--width vit_t --size 64 --rounds 1",
     "train_step_1024": "--width vit_t --size 128 --rounds 1",
     "memory": "--small",
+    "memory_error": "--small",
     "table8": "--rows paper",
     "checkpoint": "--size vit_t --rounds 1",
     "latency": "--width vit_t --rounds 1",

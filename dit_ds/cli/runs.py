@@ -98,6 +98,9 @@ def _train(args: argparse.Namespace) -> int:
     from dit_ds.config.load import load_config
 
     config = load_config(args.config, args.overrides)  # before torch is imported: what is wrong is said at once
+    from dit_ds.planning.memory.allocator_settings import use_train_settings
+
+    use_train_settings(os.environ)
     from dit_ds.training.train import train
 
     report(args, train(config, args.resume))

@@ -24,6 +24,7 @@ from dit_ds.files import GIB
 from dit_ds.paper.tables import TABLE_8, MemoryRow
 from dit_ds.planning.gpus import require_peak
 from dit_ds.planning.memory import plan
+from dit_ds.planning.memory.allocator_settings import TRAIN_SETTINGS
 from dit_ds.planning.memory.estimate import predict
 from dit_ds.planning.memory.measure import in_process
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
@@ -43,7 +44,7 @@ _RELEASED_LDIT = {
     "train": {"ema_decay": 0.9997},
 }
 _BERT_LAYERS_UNUSED = 77_972_736  # parameters of BERT-base's layers 2 to 12: on the GPU, without gradients
-_GPU, _MFU = "H100", 0.4  # assumed by predicted step times, which are computation alone
+_GPU, _MFU = "H100", 0.4  # assumed: whose operators' scratch counts, and for step times, which are computation alone
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,19 @@ def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str
         folder: of the paper's configurations.
     Returns:
         `rows`, and the assumptions. A row's `predicted_gib` is the memory that its `counts` names: for released rows
-        `device`, which the device reports, as the paper does; for ours `allocated`, PyTorch's peak.
+        `device`, which the device reports, as the paper does: what is reserved, and CUDA's context; for ours `allocated`,
+        PyTorch's peak.
     Raises:
         UserError: the configurations are not there.
     """
     table_rows = rows(which, folder)
-    requests = [MemoryRequest(row.config, row.gpus, (row.batch_per_gpu,), flops=True) for row in table_rows]
+    requests = [_request(row) for row in table_rows]
     estimates = list(progress_bar(predict(requests), "predict", total=len(requests), unit="row", mininterval=1))
     # after all predictions, which take all cores and would slow the measured steps down
     disabled = not torch.cuda.is_available()
     measured = [_measured(row) for row in progress_bar(table_rows, "measure", unit="row", disable=disabled)]
     device = next((m["device"] for m in measured if m and "device" in m), None)
-    assumed = {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "reserve": plan.RESERVE}
+    assumed = {"context_gib": plan.CONTEXT_GIB, "nccl_gib": plan.NCCL_GIB, "gpu": _GPU, "torch": torch.__version__}
     return {
         "predicted": True,
         "date": str(datetime.date.today()),
@@ -175,6 +177,13 @@ def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str
         "assumed": assumed | {"step_time_of": f"{_GPU} at {_MFU:.0%} of its peak, computation alone"},
         "rows": [_result(*row) for row in zip(table_rows, estimates, measured)],
     }
+
+
+def _request(row: Row) -> MemoryRequest:
+    """What to predict: the released code leaves the allocator's settings as they are."""
+    settings = "" if row.form == "released" else TRAIN_SETTINGS
+    sizes = (row.batch_per_gpu,)
+    return MemoryRequest(row.config, row.gpus, gpu=_GPU, settings=settings, micro_batches=sizes, flops=True)
 
 
 def _rate(precision: str) -> float:
@@ -212,8 +221,10 @@ def _result(row: Row, estimate: MemoryEstimate, measured: dict[str, Any] | None)
     c, profile = row.config, estimate.profiles[row.batch_per_gpu]
     assert estimate.flops is not None  # `table8` requests them
     extra = _released_extras(row, estimate) if row.form == "released" else {}
-    allocated = profile.peak + sum(extra.values())
-    device = plan.needed(allocated, row.gpus)
+    figures = estimate.figures[row.batch_per_gpu]
+    allocated, reserved, least = (size + sum(extra.values()) for size in
+                                  (figures.allocated, figures.reserved, figures.least_capacity))  # fmt: skip
+    device = reserved + plan.context(row.gpus)
     counts = "device" if row.form == "released" else "allocated"
     ds = DeepSpeedJson(read_deepspeed_json(c))
     autocast = ds.raw.get("torch_autocast", {})
@@ -235,7 +246,11 @@ def _result(row: Row, estimate: MemoryEstimate, measured: dict[str, Any] | None)
         "predicted_gib": round((device if counts == "device" else allocated) / GIB, 2),
         "counts": counts,
         "allocated_gib": round(allocated / GIB, 2),
+        "least_capacity_gib": round(least / GIB, 2),
+        "reserved_gib": round(reserved / GIB, 2),
         "device_gib": round(device / GIB, 2),
+        "allocator_settings": figures.settings,
+        "cudnn_workspace_gib": round(estimate.cudnn / GIB, 2),
         "categories": {k: round(v / GIB, 2) for k, v in profile.at_peak.items() if v >= GIB / 200},
         "beyond_ours": {k: round(v / GIB, 2) for k, v in extra.items()},
         "gib_per_sample": round(allocated / GIB / row.batch_per_gpu, 3),

@@ -15,6 +15,7 @@ _COLUMNS = {
     "method": "method", "size": "size", "visual": "visual", "text": "text", "form": "form", "reading": "reading",
     "precision": "precision", "checkpointing": "recomputed", "zero_stage": "ZeRO", "batch_per_gpu": "batch/GPU",
     "gpus": "GPUs", "paper_gb": "paper GB", "predicted_gib": "predicted GiB", "counts": "counts",
+    "allocated_gib": "allocated", "least_capacity_gib": "least capacity", "reserved_gib": "reserved",
     "measured_gib": "measured GiB", "gib_per_sample": "GiB/sample", "step_seconds": "s/step",
     "predicted_step_seconds": "predicted s/step",
 }  # fmt: skip
@@ -26,14 +27,15 @@ What the paper's figures mean, as far as its released code and plain counting te
   1.2 GiB a sample, so that 32 on one GPU don't fit its 11.9 to 17.1 GB: 8 on each of 4 GPUs do. LAVT's 24 GB goes with
   its published 8 on *each* GPU. ReLA's 12 GB is nearest to 4 on each of 8 GPUs. Per GPU, the table would then compare 8,
   8 and 4 samples. This is inferred from what fits; the paper doesn't say it.
-- **`counts`.** Rows of what was released give what the device shows, as the paper does: what is allocated at most, with
-  what DistributedDataParallel and the released code hold beyond it (`beyond_ours` in the JSON), {plan.RESERVE:.0%} for the
-  allocator's reserve, {plan.CONTEXT_GIB} GiB for CUDA's context and libraries and, with several GPUs, {plan.NCCL_GIB} for NCCL.
-  These three are assumptions. Rows of ours give `torch.cuda.max_memory_allocated`; the JSON has both for all.
-- **LAVT** is counted well below its 24 GB. Its authors report about 26 GB with the same settings; cuDNN's workspaces and
-  fragmentation, which are not counted, are the likely rest. **ReLA** is counted above its 12 GB: with windows' maps of
-  attention kept and everything but the pixel decoder in bf16 it allocates 11.0 GiB, and gradients, buckets and context
-  come on top; its authors' fp16 autocast and PyTorch of the time may have kept less.
+- **`counts`.** Rows of what was released give what the device shows, as the paper does: what PyTorch's allocator reserves
+  with its default settings, what DistributedDataParallel and the released code hold beyond it (`beyond_ours` in the JSON),
+  {plan.CONTEXT_GIB} GiB for CUDA's context and, with several GPUs, {plan.NCCL_GIB} for NCCL. The last two are assumptions.
+  Rows of ours give `torch.cuda.max_memory_allocated`; all rows have allocated, least capacity and reserved.
+- **Which GPU.** The paper names none. Workspaces and scratch of reductions are those of the GPU that the line above names;
+  on another one they differ by some ten MiB. cuDNN's workspaces are in no figure (`cudnn_workspace_gib` in the JSON).
+- **LAVT** is counted below its 24 GB. Its authors report about 26 GB with the same settings; cuDNN's workspaces, which are
+  not counted, are the likely rest. **ReLA** is counted above its 12 GB, with windows' maps of attention kept and everything
+  but the pixel decoder in 16 bits; its authors' PyTorch of the time may have kept less.
 - **Ours**, of L-DIT, keeps queries, keys, values and the output of attention instead of its maps, leaves out the text
   tokens' rows that are not used (both exact, but for rounding), computes in bf16 with fp32 masters, and recomputes each
   layer in the backward pass. Of LAVT and ReLA, ours is bf16 and recomputation.
@@ -46,7 +48,8 @@ def markdown(result: dict[str, Any]) -> str:
     kinds = {"The paper's rows": lambda r: r["paper_gb"], "More": lambda r: not r["paper_gb"]}
     text = f"# Table 8: GPU memory\n\n{result['machine']}, {result['date']}. "
     text += f"Predicted step times: {result['assumed']['step_time_of']} (fp32 without TF32). "
-    text += "Predicted memory is counted on fake tensors"
+    text += f"Predicted memory is counted on fake tensors, for {result['assumed']['gpu']} and torch "
+    text += result["assumed"]["torch"]
     text += ".\n" if any(r["measured_gib"] for r in result["rows"]) else "; nothing here was measured on a GPU.\n"
     for title, of in kinds.items():
         rows = [r for r in result["rows"] if of(r)]

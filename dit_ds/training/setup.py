@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import text_config
 from dit_ds.planning.flops import step_flops
 from dit_ds.planning.gpus import peak_flops
+from dit_ds.planning.memory.allocator_settings import described
 from dit_ds.training.run_log import RunLog
 from dit_ds.training.signals import StopSignal
 from dit_ds.training.throughput import FlopsPerSample
@@ -114,6 +116,8 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     model, progress, loaded = _load_model(config, newest, resume_keys)
     log = RunLog(config, world, None if newest is None else progress.step, progress.evaluated)
     log.log(f"PyTorch's threads: {threads}")
+    if world.device.type == "cuda":
+        log.log(f"{described(os.environ)}; dit-ds memory plan --alloc-conf says what others would reserve")
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
     log.describe_parameters(model)

@@ -129,9 +129,11 @@ def measure(config: RunConfig, world: World, allocator: Allocator, request: Meas
     return result
 
 
-def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
+def in_process(config: RunConfig, ranks: int = 1, snapshot: str | Path | None = None) -> dict[str, Any]:
     """The result of `dit-ds memory measure`, run in new processes, so that their memory holds nothing else.
 
+    Args:
+        snapshot: PyTorch's memory snapshot to write, see `MeasureRequest`.
     Raises:
         RunFailed: it ended without a result.
     """
@@ -140,7 +142,7 @@ def in_process(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
         config.save(Path(folder) / "config.yaml")
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "dit_ds.cli", "memory", "measure", "--json", "--config",
-             f"{folder}/config.yaml"],
+             f"{folder}/config.yaml", *(["--snapshot", str(snapshot)] if snapshot else [])],
             capture_output=True, text=True, preexec_fn=die_with_parent,
         )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

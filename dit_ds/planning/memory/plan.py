@@ -1,8 +1,9 @@
 """What a run takes of a GPU's memory, predicted with no GPU and no weights, and what fits.
 
-The real model, loss, backward pass and DeepSpeed engine take a step on fake tensors (see `predict`), as the first of all
-ranks. To the peak of what they allocate come three assumptions, which every report states: the allocator's reserve, CUDA's
-context with the libraries' workspaces, and NCCL's buffers where there are several ranks.
+The real model, loss, backward pass and DeepSpeed engine take steps on fake tensors (see `predict`), as one of the ranks.
+What they ask for goes through a model of CUDA's caching allocator, for three figures: allocated, least capacity, reserved
+(see `figures`). A run fits where its least capacity does. To that come assumptions, which every report states: CUDA's
+context, NCCL's buffers where there are several ranks, cuDNN's workspace, and a margin for what is not modelled.
 """
 
 from __future__ import annotations
@@ -10,43 +11,58 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batch_split import split_batch
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
+from dit_ds.errors import UserError
 from dit_ds.files import GIB
+from dit_ds.planning.memory.allocator_settings import TRAIN_SETTINGS, AllocatorSettings
 from dit_ds.planning.memory.estimate import predict
+from dit_ds.planning.memory.figures import Figures
 from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 from dit_ds.planning.memory.timeline import draw, require
 from dit_ds.planning.memory.tracker import Profile
 
 # train.compile is left out: what compiled kernels don't materialise is counted, too
-CONTEXT_GIB, NCCL_GIB, RESERVE = 0.6, 0.5, 0.05
+CONTEXT_GIB, NCCL_GIB, MARGIN = 0.6, 0.5, 0.02
 
 # settings from the fastest to the most frugal: tried in this order for a run that doesn't fit
 _LADDER = ("zero2", "zero3", "zero3_offload")
 
 
-def needed(peak: float, ranks: int) -> float:
-    """Bytes of the GPU that a peak of allocated bytes takes up, as nvidia-smi would show it: assumed, see above."""
-    return peak * (1 + RESERVE) + (CONTEXT_GIB + (NCCL_GIB if ranks > 1 else 0)) * GIB
+def context(ranks: int) -> float:
+    """Bytes of the GPU that others than PyTorch's allocator hold: assumed, see above."""
+    return (CONTEXT_GIB + (NCCL_GIB if ranks > 1 else 0)) * GIB
+
+
+def needed(capacity: float, ranks: int) -> float:
+    """Bytes that a GPU must have for so many bytes of segments."""
+    return capacity * (1 + MARGIN) + context(ranks)
 
 
 def allowed(memory: float, ranks: int) -> int:
-    """The other way round: the peak of allocated bytes that a GPU of so many bytes can have; 0 for very small ones."""
-    return max(0, int((memory - needed(0, ranks)) / (1 + RESERVE)))
+    """The other way round: the bytes of segments that a GPU of so many bytes has room for; 0 for very small ones."""
+    return max(0, int((memory - context(ranks)) / (1 + MARGIN)))
 
 
-def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str | Path | None = None) -> dict[str, Any]:
+def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str | Path | None = None, *,
+         gpu: str = "H100", settings: str = TRAIN_SETTINGS, rank: int = 0) -> dict[str, Any]:  # fmt: skip
     """Predict a run's memory.
 
     Args:
         gpus: of a node, one rank each.
         memory: bytes of a GPU.
+        gpu: whose operators' workspaces and scratch count.
+        settings: of the allocator, as in PYTORCH_CUDA_ALLOC_CONF.
+        rank: whose memory.
         timeline: PNG to draw the step into.
     Returns:
         What `dit-ds memory plan --json` prints; all sizes in GiB, those at the peak by category.
@@ -54,11 +70,15 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
         UserError: a batch that doesn't divide, a missing file, a text encoder that isn't there.
     """
     ranks = gpus * nodes
+    if not rank < ranks:
+        raise UserError(f"there is no rank {rank} of {ranks}: they are counted from 0")
     if timeline:
         require(timeline)
+    AllocatorSettings.parse(settings)
     ds_config = deepspeed_config(config, ranks)
     room = allowed(memory, ranks)
-    (answer,) = predict([MemoryRequest(config, ranks, capacity=room)])
+    asked = MemoryRequest(config, ranks, rank, gpu, settings, capacity=room, memory=memory, compare=True)
+    (answer,) = predict([asked])
     micro = DeepSpeedJson(ds_config).micro_batch
     result = _described(config, ds_config, ranks, micro, answer) | {
         "gpus": gpus,
@@ -66,24 +86,26 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
         "host_gib_per_node": _gib(answer.profiles[micro].host * gpus),
         "gpu_memory_gib": _gib(memory),
     }
-    fits = answer.profiles[micro].peak <= room
-    result |= {"fits": fits, "largest_micro_batch": answer.largest}
-    result["advice"] = _advice(result, ds_config, ranks)
+    figures = answer.figures[micro]
+    fits = figures.least_capacity <= room
+    result |= {"fits": fits, "largest_micro_batch": answer.largest, "gpu": gpu, "rank": rank}
+    result["advice"] = _advice(result, ds_config, ranks) + _less_reserved(figures)
+    result["fails"] = None if fits else answer.failure
     if timeline:
         draw(
             answer.profiles[micro],
             timeline,
-            f"predicted: {config.model.size}, rank 0 of {ranks}, {micro} samples at once",
+            f"predicted: {config.model.size}, rank {rank} of {ranks}, {micro} samples at once",
         )
     if not fits:
-        result["closest"] = closest(config, ranks, room)
+        result["closest"] = closest(asked)
     return result
 
 
 def _described(
     config: RunConfig, ds_config: dict[str, Any], ranks: int, micro: int, answer: MemoryEstimate
 ) -> dict[str, Any]:
-    profile = answer.profiles[micro]
+    profile, figures = answer.profiles[micro], answer.figures[micro]
     categories = {k: _gib(v) for k, v in profile.at_peak.items() if v}
     return {
         "predicted": True,
@@ -104,9 +126,17 @@ def _described(
         "between_steps": {k: _gib(v) for k, v in profile.after.items() if v},
         "kept_by_module": {k: _gib(v) for k, v in by_module(profile).items()},
         "gib_per_sample": _gib(profile.peak / micro),
-        "reserve_gib": _gib(profile.peak * RESERVE),
-        "context_gib": CONTEXT_GIB + (NCCL_GIB if ranks > 1 else 0),
-        "needed_gib": _gib(needed(profile.peak, ranks)),
+        "allocated_gib": _gib(figures.allocated),
+        "least_capacity_gib": _gib(figures.least_capacity),
+        "reserved_gib": _gib(figures.reserved),
+        "allocator_settings": figures.settings,
+        "reserved_by_settings": {text: _gib(size) for text, size in figures.others.items()},
+        "pinned_by": {site: _gib(size) for site, size in figures.pinned.items()},
+        "margin_gib": _gib(figures.least_capacity * MARGIN),
+        "context_gib": context(ranks) / GIB,
+        "cudnn_workspace_gib": _gib(answer.cudnn),
+        "needed_gib": _gib(needed(figures.least_capacity, ranks)),
+        "torch": torch.__version__,
     }
 
 
@@ -148,24 +178,46 @@ def _advice(result: dict[str, Any], ds_config: dict[str, Any], ranks: int) -> li
     return advice
 
 
-def closest(config: RunConfig, ranks: int, room: int) -> dict[str, Any]:
+def _less_reserved(figures: Figures) -> list[str]:
+    """What would lower what is reserved beyond what is allocated, where that is much."""
+    advice = []
+    if figures.fragmentation > 0.1:
+        settings, least = min(figures.others.items(), key=lambda item: item[1], default=("", figures.reserved))
+        if least < 0.95 * figures.reserved:
+            advice.append(
+                f"{figures.reserved / GIB:.1f} GiB are reserved for {figures.allocated / GIB:.1f}: "
+                f"PYTORCH_CUDA_ALLOC_CONF={settings or 'unset'} reserves {least / GIB:.1f}"
+            )
+        site = next(iter(figures.pinned), "")
+        if site:
+            advice.append(
+                f"{figures.pinned[site] / GIB:.1f} GiB lie free around blocks of '{site}': another micro-batch moves them"
+            )
+    return advice
+
+
+def closest(asked: MemoryRequest) -> dict[str, Any]:
     """The nearest setting that fits: fewer samples at once first, then what costs more and more time.
 
     Returns:
         `changes` in words, `micro_batch`, `needed_gib`; `fits` False where none does, with the most frugal one.
     """
+    config, ranks = asked.config, asked.ranks
+    assert asked.capacity is not None
     for words, shape in _frugal(config, ranks):
-        (answer,) = predict([MemoryRequest(shape, ranks, (1,), capacity=room)])
-        micro, peak = 1, answer.peak(1)
+        (answer,) = predict([replace(asked, config=shape, micro_batches=(1,))])
+        micro, capacity = 1, answer.figures[1].least_capacity
         if answer.largest:
             split = split_batch(config.train.batch_size, ranks, answer.largest)
             assert split is not None  # the ranks divide the batch, or nothing would be predicted
             micro = split.micro_batch
             override = {"deepspeed": {"override": {"train_micro_batch_size_per_gpu": micro}}}
-            (answer,) = predict([MemoryRequest(validate(merge(shape.model_dump(), override)), ranks)])
-            peak = answer.peak(micro)
-        found = {"fits": peak <= room, "changes": words, "micro_batch": micro, "needed_gib": _gib(needed(peak, ranks))}
-        if found["fits"]:
+            run = validate(merge(shape.model_dump(), override))
+            (answer,) = predict([replace(asked, config=run, micro_batches=(), capacity=None)])
+            capacity = answer.figures[micro].least_capacity
+        fits, need = capacity <= asked.capacity, needed(capacity, ranks)
+        found = {"fits": fits, "changes": words, "micro_batch": micro, "needed_gib": _gib(need)}
+        if fits:
             break
     return found
 
@@ -200,14 +252,19 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"peak      {r['peak_gib']:.2f} GiB allocated ({where}): {at}",
         "phases    " + ", ".join(f"{k} {v:.2f}" for k, v in r["phases"].items()),
         "kept      " + ", ".join(f"{k} {v:.2f}" for k, v in r["kept_by_module"].items() if v >= 0.005),
-        f"needed    {r['needed_gib']:.2f} of {r['gpu_memory_gib']:.1f} GiB, with {RESERVE:.0%} for the allocator's "
-        f"reserve and {r['context_gib']:.1f} GiB for CUDA's context{' and NCCL' if r['ranks'] > 1 else ''} (assumed)",
+        f"memory    {r['allocated_gib']:.2f} GiB allocated, {r['least_capacity_gib']:.2f} least capacity, "
+        f"{r['reserved_gib']:.2f} reserved with {r['allocator_settings'] or 'default settings'} "
+        f"({r['gpu']}, torch {r['torch']})",
+        f"needed    {r['needed_gib']:.2f} of {r['gpu_memory_gib']:.1f} GiB: the least capacity, {MARGIN:.0%} of it as a "
+        f"margin, and {r['context_gib']:.1f} GiB for CUDA's context{' and NCCL' if r['ranks'] > 1 else ''} (assumed); "
+        f"cuDNN may take {r['cudnn_workspace_gib']:.2f} more for a moment",
     ]
     if r["host_gib_per_node"] >= 0.1:
         out.append(f"host      {r['host_gib_per_node']:.1f} GiB a node")
     out.append(f"largest   micro-batch that fits: {r['largest_micro_batch']}")
     out += [f"lower it  {a}" for a in r["advice"]]
     if not r["fits"]:
+        out.append(f"fails     {r['fails']['site']}: {r['fails']['message']}")
         c = r["closest"]
         with_ = ", ".join([*c["changes"], f"micro-batch {c['micro_batch']}"])
         verdict = "fits with" if c["fits"] else "does not fit on any setting; the most frugal is"

@@ -7,6 +7,8 @@ from typing import Any
 
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
+from dit_ds.planning.memory.allocator_settings import TRAIN_SETTINGS
+from dit_ds.planning.memory.figures import Figures
 
 
 @dataclass(frozen=True)
@@ -16,16 +18,28 @@ class MemoryRequest:
     Attributes:
         config: the run; `model.attention` auto means the kernel chosen on a GPU.
         ranks: of the cluster, one GPU each.
+        rank: which of them.
+        gpu: whose operators' workspaces and scratch count, by its name in `gpus.PEAKS`.
+        settings: of the allocator, as in PYTORCH_CUDA_ALLOC_CONF.
         micro_batches: those to profile; if empty, the run's.
-        capacity: bytes; if given, the largest micro-batch whose peak is at most this is searched.
+        capacity: bytes for segments; if given, the largest micro-batch that they do for is searched.
+        memory: bytes of the GPU in all, for the message of an allocation that fails.
         flops: count those of a sample's step, too.
+        compare: whether other settings of the allocator are tried.
+        share: how far above the least capacity the one found may be, as a share of it.
     """
 
     config: RunConfig
     ranks: int = 1
+    rank: int = 0
+    gpu: str = "H100"
+    settings: str = TRAIN_SETTINGS
     micro_batches: tuple[int, ...] = ()
     capacity: int | None = None
+    memory: float = 0.0
     flops: bool = False
+    compare: bool = False
+    share: float = 0.002
 
 
 @dataclass(frozen=True)
@@ -34,27 +48,23 @@ class MemoryEstimate:
 
     Attributes:
         profiles: `tracker.Profile` by micro-batch.
+        figures: allocated, least capacity, reserved by micro-batch, of those that were asked for.
+        cudnn: bytes that cuDNN is assumed to take for the largest convolution; not in any other figure.
         parameters: elements of all parameters.
         trained: elements of the trained ones.
+        failure: of the first micro-batch, where it does not fit: `site` and PyTorch's `message`.
         largest: the largest micro-batch that fits, 0 where not even one sample does.
         flops: computed in a sample's step by this run's kernels, activation recomputation included.
     """
 
     profiles: dict[int, Any]
+    figures: dict[int, Figures]
+    cudnn: int
     parameters: int
     trained: int
+    failure: dict[str, str] | None = None
     largest: int | None = None
     flops: int | None = None
-
-    def peak(self, micro_batch: int) -> float:
-        """Peak bytes; between and beyond the profiled micro-batches by linear interpolation."""
-        known = sorted((b, p.peak) for b, p in self.profiles.items())
-        if len(known) == 1 or micro_batch in self.profiles:
-            return float(dict(known).get(micro_batch, known[0][1]))
-        below = [k for k in known if k[0] <= micro_batch][-1:] or known[:1]
-        above = [k for k in known if k[0] > below[0][0]][:1]
-        (b0, p0), (b1, p1) = (below + above) if above else known[-2:]
-        return p0 + (p1 - p0) * (micro_batch - b0) / (b1 - b0)
 
 
 def on_gpu(config: RunConfig) -> RunConfig:

@@ -18,6 +18,7 @@ _COLOURS = {
     "average": "#7F7F7F",
     "inputs": "#000000",
     "buffers": "#F0E442",
+    "workspaces": "#CC79A7",
     "gradients": "#009E73",
     "activations": "#E69F00",
     "temporaries": "#D55E00",

@@ -8,6 +8,7 @@ Sizes are rounded as CUDA's caching allocator rounds them. A storage's category 
     average       the moving average of the weights
     activations   what a forward pass, also a recomputed one, saves for the backward pass
     inputs        the batch
+    workspaces    cuBLAS's, which stay
     buffers       DeepSpeed's: buckets, gathered parameters, copies for communication
     temporaries   everything else, freed before its pass is over
 """
@@ -18,7 +19,6 @@ import functools
 import importlib
 import os
 import sys
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,119 +30,37 @@ import torch.autograd.graph
 import torch.optim
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 import dit_ds
-from dit_ds.models import attention
+from dit_ds.planning.memory.allocation_log import AllocationLog
+from dit_ds.planning.memory.allocations import ALLOCATE, Request
+from dit_ds.planning.memory.kernels.gpu_scratch import GpuScratch
+from dit_ds.planning.memory.live_tensors import ROUND, LiveTensors
 
 CATEGORIES = (
-    "parameters", "gradients", "optimizer", "average", "activations", "inputs", "buffers", "temporaries"
+    "parameters", "gradients", "optimizer", "average", "activations", "inputs", "buffers", "workspaces", "temporaries"
 )  # fmt: skip
-# our operators, whose temporaries count: their implementation runs under the mode in their place
-_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.dit_ds.attention.default: attention.attention_forward,
-    torch.ops.dit_ds.attention_backward.default: attention.attention_backward,
-}
-_ROUND = 512  # bytes, as CUDA's caching allocator
-
-
-class LiveTensors(TorchDispatchMode):
-    """A dispatch mode that counts the bytes of the storages allocated under it and not yet freed, real or fake.
-
-    Attributes:
-        now: bytes allocated now.
-        peak: the most bytes allocated at once since `peak` was last set.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, tuple[weakref.ref, Any]] = {}
-        self._transients: dict[Any, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _IMPLEMENTATIONS:
-            return self._run_implementation(func, args, kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _placeholder(args[0].dtype)
-        out = func(*args, **kwargs)
-        if not _aliases(func):
-            for x in tree_leaves(out):
-                if isinstance(x, Tensor) and x.device.type != "meta":
-                    self._add(x)
-        return out
-
-    def _run_implementation(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Run one of our operators by its implementation, so that its temporaries are counted.
-
-        On fake tensors only at the first call with such arguments: how much it takes is remembered.
-        """
-        leaves = tree_leaves((args, kwargs))
-        fake = any(isinstance(x, FakeTensor) for x in leaves)
-        key = (func, *((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
-        if fake and key in self._transients:
-            out = func(*args, **kwargs)
-            made = sum(self._add(x) for x in out)
-            self._add_transient(self._transients[key] - made)
-            return out
-        before, peak, self.peak = self.now, self.peak, self.now
-        with self:
-            out = _IMPLEMENTATIONS[func](*args, **kwargs)
-        self._transients[key] = self.peak - before
-        self.peak = max(peak, self.peak)
-        return out
-
-    def _add_transient(self, size: int) -> None:
-        """Count bytes that are allocated and freed at once."""
-        self.peak = max(self.peak, self.now + size)
-
-    def _add(self, x: Tensor) -> int:
-        """Count a tensor's storage, unless it is counted already; return the bytes added."""
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            return 0
-        size = -(-storage.nbytes() // _ROUND) * _ROUND
-        block = self._allocated(size, x)
-        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(self._alive.pop(key)[1])), block)
-        return size
-
-    def _allocated(self, size: int, x: Tensor) -> Any:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        return size
-
-    def _freed(self, size: Any) -> None:
-        self.now -= size
-
-
-@functools.cache
-def _aliases(func: torch._ops.OpOverload) -> bool:
-    """Whether an operator returns only its arguments or views of them, and so allocates nothing."""
-    returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None for r in returns)
-
-
-def _placeholder(dtype: torch.dtype) -> bool | float | int:
-    """The value of `.item()` on a fake tensor: a norm of 1, no overflow, a count of 0."""
-    if dtype == torch.bool:
-        return False
-    return 1.0 if dtype.is_floating_point else 0
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A storage: its bytes, whether it lies in host memory, its category, the module whose forward allocated it."""
+    """A storage: its bytes, whether it lies in host memory, its category, the module whose forward allocated it.
+
+    Attributes:
+        key: in the log of what is asked of the GPU's allocator; None for host memory.
+        stream: on which it was allocated.
+        used_on: other streams that used it.
+    """
 
     size: int
     host: bool
     category: str
     module: str = ""
+    key: int | None = None
+    stream: int = 0
+    used_on: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -185,11 +103,17 @@ class MemoryTracker(LiveTensors):
 
     Args:
         host: whether a tensor lies in host memory; where the accelerator is the CPU, none does.
+        gpu: whose operators' scratch is logged, for tensors on it.
+    Attributes:
+        requests: what is asked of the GPU's allocator.
     """
 
-    def __init__(self, host: Callable[[Tensor], bool] = lambda x: False) -> None:
+    def __init__(self, host: Callable[[Tensor], bool] = lambda x: False, gpu: GpuScratch | None = None) -> None:
         super().__init__()
-        self.host = host
+        self.host, self.gpu = host, gpu
+        self.requests = AllocationLog()
+        self._workspaces: list[Block] = []
+        self._sequences: dict[Any, tuple[list[Request], list[int]]] = {}  # of our operators: requests, outputs' keys
         self.log: list[tuple[Block | None, int, str]] = []  # (block, sign, its module) or (None, 0, a phase's name)
         self._before: list[Block] = []  # allocated before the log begins
         self._phase = "load"
@@ -202,7 +126,9 @@ class MemoryTracker(LiveTensors):
 
     def _allocated(self, size: int, x: Tensor) -> Block:
         super()._allocated(size, x)
-        block = Block(size, self.host(x), "buffers", self._modules[-1] if self._modules else "")
+        block = Block(size, self.host(x), "buffers", self._modules[-1] if self._modules else "", stream=self.stream)
+        if not block.host and size:
+            block.key = self.requests.allocate(x.untyped_storage().nbytes(), self.stream, self._site())
         if self._phase != "load":
             self._classify(block)
         self.log.append((block, 1, block.module))
@@ -229,6 +155,73 @@ class MemoryTracker(LiveTensors):
     def _freed(self, block: Block) -> None:
         super()._freed(block.size)
         self.log.append((block, -1, block.module))
+        if block.key is not None:
+            self.requests.free(block.key, waits=bool(block.used_on - {block.stream}))
+
+    def _site(self) -> str:
+        """Where the run is, for a reader."""
+        return f"{self._phase}, {self._modules[-1]}" if self._modules and self._modules[-1] else self._phase
+
+    def use_on(self, x: Tensor, stream: int) -> None:
+        """A tensor is used on a stream (`record_stream`): its memory is not given out before the stream has passed."""
+        _, block = self._alive.get(x.untyped_storage()._cdata, (None, None))
+        if block is not None:
+            block.used_on.add(stream)
+
+    def synchronize(self) -> None:
+        """The host waits for all streams."""
+        self.requests.synchronize()
+
+    def _operator_ran(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        if self.gpu is None or not self.gpu.knows(func) or self._on_host((*args, out)):
+            return
+        for size in self.gpu.kept(func, self.stream):
+            self._keep(size)
+        scratch = self.gpu.scratch(func, args, kwargs, out)
+        if scratch:
+            self._add_transient(sum(-(-size // ROUND) * ROUND for size in scratch))
+            for key in [self.requests.allocate(size, self.stream, self._site()) for size in scratch]:
+                self.requests.free(key)
+
+    def _on_host(self, values: Iterable[Any]) -> bool:
+        """Whether the first tensor of an operator's arguments and result lies in host memory."""
+        for x in values:
+            for leaf in x if isinstance(x, (list, tuple)) else (x,):
+                if isinstance(leaf, Tensor):
+                    return self.host(leaf)
+        return True
+
+    def _keep(self, size: int) -> None:
+        """Count a workspace that stays until the process ends."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        block = Block(size, False, "workspaces", key=self.requests.allocate(size, self.stream, "workspace of cuBLAS"))
+        self._workspaces.append(block)
+        self.log.append((block, 1, ""))
+
+    # our operators' temporaries, one by one
+
+    def _began(self) -> int:
+        return len(self.requests.requests)
+
+    def _remember(self, key: Any, began: int, out: Iterable[Tensor]) -> None:
+        found = (
+            self._alive[x.untyped_storage()._cdata][1].key for x in out if x.untyped_storage()._cdata in self._alive
+        )
+        self._sequences[key] = self.requests.requests[began:], list(found)
+
+    def _add_outputs(self, key: Any, out: Iterable[Tensor]) -> int:
+        out, made = list(out), 0
+        sequence, outputs = self._sequences[key]
+        keys: dict[int, int] = {}
+        for request in sequence:
+            if request.key in outputs:
+                made += self._add(out[outputs.index(request.key)])
+            elif request.kind == ALLOCATE:
+                keys[request.key] = self.requests.allocate(request.size, self.stream, self._site())
+            elif request.key in keys:
+                self.requests.free(keys.pop(request.key))
+        return made + super()._add_outputs(key, out)
 
     def _add_transient(self, size: int) -> None:
         super()._add_transient(size)
@@ -241,6 +234,7 @@ class MemoryTracker(LiveTensors):
     def enter(self, phase: str) -> None:
         """Start a phase."""
         self._end_forward()
+        self.synchronize()
         self._phase = phase
         self.log.append((None, 0, phase))
 
@@ -248,7 +242,7 @@ class MemoryTracker(LiveTensors):
         """Clear the log; storages that are still allocated count from its start."""
         self._end_forward()
         self.log.clear()
-        self._before = [block for _, block in self._alive.values()]
+        self._before = [block for _, block in self._alive.values()] + self._workspaces
 
     def track_existing(self, tensors: Iterable[Tensor]) -> None:
         """Add tensors that were allocated while the tracker was not active."""

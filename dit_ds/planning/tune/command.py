@@ -11,6 +11,7 @@ from dit_ds.config.load import load_config
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
 from dit_ds.errors import RunFailed
 from dit_ds.planning.gpus import known_gpu, memory_of, parse_memory
+from dit_ds.planning.memory.request import MemoryRequest
 from dit_ds.planning.tune import output, this_machine, trials
 from dit_ds.planning.tune.candidates import candidates
 from dit_ds.planning.tune.memory_model import ProfilerPool
@@ -78,7 +79,7 @@ def tune(request: TuneRequest) -> tuple[dict[str, Any], SearchResult]:
     if request.measure and request.launch is None:
         missing = this_machine.missing_kernels(list(dict.fromkeys(c.kernel for c in among)), DeepSpeedJson(ds).dtype)
         among = [c for c in among if c.kernel not in missing]
-    with ProfilerPool() as pool:
+    with ProfilerPool(gpu=known_gpu(name) or MemoryRequest.gpu) as pool:
         try:
             result = search(config, cluster, assumed, pool, among)
         except NothingFits as nothing:

@@ -8,6 +8,7 @@ stage is profiled at both micro-batches with one policy. The rest follows, phase
     stage           adds to every phase the difference that it makes at the profiled points: states do not depend on
                     activations
     kernel          adds the difference that it makes at the largest micro-batch, in proportion to the micro-batch
+    allocator       needs as much more than what is allocated as at the reference
     accumulation    the gradients that are kept until the next micro-batch: all at stages 0 and 1, a rank's partition at
                     stage 2; at stage 3 and with offload they have a buffer of their own anyway
     bucket          two of `reduce_bucket_size` in the backward pass at stages 1 and 2 (overlap_comm), a permanent one at
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
@@ -34,12 +35,17 @@ from dit_ds.files import write_json
 from dit_ds.planning.communication import ModuleTrace
 from dit_ds.planning.flops import Passes, hardware_flops, step_flops
 from dit_ds.planning.memory.estimate import worker_pool
+from dit_ds.planning.memory.figures import Figures, figures
 from dit_ds.planning.memory.request import MemoryRequest
 from dit_ds.planning.tune.candidates import BUCKETS, Candidate
 from dit_ds.planning.tune.time_model import FlopCounts
 from dit_ds.processes import usable_cores
 
+if TYPE_CHECKING:
+    from dit_ds.planning.memory.tracker import Profile
+
 _REFERENCE = "zero2"  # the setting at which policies and kernels are profiled
+_SHARE = 0.01  # how far above the least capacity a candidate's may be
 _POLICY = "block"  # with which the other settings are profiled
 Phases = dict[str, float]  # peak bytes by phase
 Point = tuple[str, str, int]  # policy, kernel, micro-batch
@@ -51,6 +57,8 @@ class Footprint:
 
     Attributes:
         peak: allocated on the GPU at most.
+        capacity: that the allocator needs for it at least.
+        reserved: by the allocator, where it has no limit.
         activations: kept for the backward pass at the end of a forward pass.
         states: allocated between steps: parameters, optimizer states and other permanent tensors.
         host: in host memory at most.
@@ -58,6 +66,8 @@ class Footprint:
     """
 
     peak: float
+    capacity: float
+    reserved: float
     activations: float
     states: float
     host: float
@@ -66,21 +76,29 @@ class Footprint:
 
 @dataclass(frozen=True)
 class ProfileSummary:
-    """The part of a `tracker.Profile` that the rule uses; bytes, as in `Footprint`."""
+    """The part of a profile and its figures that the rule uses; bytes, as in `Footprint`.
+
+    Attributes:
+        capacity, reserved: as shares of the peak.
+    """
 
     phases: Phases
     peak: float
+    capacity: float
+    reserved: float
     activations: float
     states: float
     host: float
     gradients: float
 
     @staticmethod
-    def of(profile: Any) -> ProfileSummary:
-        """The summary of a `tracker.Profile`."""
+    def of(profile: Profile, figures: Figures) -> ProfileSummary:
+        """The summary of a step's profile and its figures."""
         return ProfileSummary(
             phases={name: float(profile.phases[name]) for name in ("forward", "backward", "step")},
             peak=profile.peak,
+            capacity=figures.least_capacity / profile.peak,
+            reserved=figures.reserved / profile.peak,
             activations=sum(profile.kept.values()),
             states=sum(profile.after.values()),
             host=profile.host,
@@ -89,7 +107,15 @@ class ProfileSummary:
 
     def footprint(self) -> Footprint:
         """The footprint of the profiled candidate."""
-        return Footprint(self.peak, self.activations, self.states, self.host, exact=True)
+        return Footprint(
+            peak=self.peak,
+            capacity=self.peak * self.capacity,
+            reserved=self.peak * self.reserved,
+            activations=self.activations,
+            states=self.states,
+            host=self.host,
+            exact=True,
+        )
 
 
 class MemoryModel:
@@ -139,7 +165,15 @@ class MemoryModel:
             phases = {p: n + larger_bucket for p, n in phases.items()}
         else:
             phases["backward"] += 2 * larger_bucket
-        return Footprint(max(phases.values()), activations, states, host)
+        peak = max(phases.values())
+        return Footprint(
+            peak=peak,
+            capacity=peak * base.capacity,
+            reserved=peak * base.reserved,
+            activations=activations,
+            states=states,
+            host=host,
+        )
 
     def _reference(self, policy: str, micro_batch: int) -> ProfileSummary:
         """At ZeRO-2 with the first kernel."""
@@ -155,7 +189,8 @@ class MemoryModel:
 
         phases = {p: between(low.phases[p], high.phases[p]) for p in low.phases}
         activations = between(low.activations, high.activations)
-        return replace(low, phases=phases, activations=activations, host=between(low.host, high.host))
+        shares = {"capacity": between(low.capacity, high.capacity), "reserved": between(low.reserved, high.reserved)}
+        return replace(low, phases=phases, activations=activations, host=between(low.host, high.host), **shares)
 
     def _stage_0(self, phases: Phases, stage: ProfileSummary, more: Phases) -> Phases:
         """Stage 0 has no buckets; its gradients grow while activations are freed, so the peak is at either end."""
@@ -181,9 +216,11 @@ class ProfilerPool:
 
     Args:
         processes: at once; by default one a core.
+        gpu: whose operators' scratch counts, as in `gpus.PEAKS`.
     """
 
-    def __init__(self, processes: int | None = None):
+    def __init__(self, processes: int | None = None, gpu: str = MemoryRequest.gpu):
+        self.gpu = gpu
         self.folder = tempfile.TemporaryDirectory()  # for candidates' DeepSpeed JSON files
         self.pool = worker_pool(processes or usable_cores(), __name__, initializer=_quiet)
 
@@ -196,7 +233,7 @@ class ProfilerPool:
 
     def profile(self, c: Candidate, config: RunConfig, ds: dict[str, Any], ranks: int) -> Future[ProfileSummary]:
         """Start an exact profile of a candidate's step."""
-        return self.pool.submit(_profile, self.as_run(c, config, ds), ranks)
+        return self.pool.submit(_profile, self.as_run(c, config, ds), ranks, self.gpu)
 
     def profiles(
         self, among: list[Candidate], config: RunConfig, ds: dict[str, Any], ranks: int
@@ -239,8 +276,8 @@ class ProfilerPool:
         points = [(p, kernels[0], m) for p in dict.fromkeys((*policies, _POLICY)) for m in ends]
         points += dict.fromkeys((c.policy, c.kernel, largest) for c in among if c.kernel != kernels[0])
         # the longest task first, so that the processes end at about the same time
-        reference = self.pool.submit(_policies_and_kernels, profiled_run(_REFERENCE), ranks, points)
-        stages = {s: self.pool.submit(_micro_batches, profiled_run(s), ranks, ends) for s in settings}
+        reference = self.pool.submit(_policies_and_kernels, profiled_run(_REFERENCE), ranks, self.gpu, points)
+        stages = {s: self.pool.submit(_micro_batches, profiled_run(s), ranks, self.gpu, ends) for s in settings}
         # every_K recomputes all layers, as block does
         counted_as = {p: _POLICY if p.startswith("every_") else p for p in (*policies, "none")}
         counts = {p: self.pool.submit(_count, _with_policy(config, p)) for p in dict.fromkeys(counted_as.values())}
@@ -268,15 +305,17 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _micro_batches(config: RunConfig, ranks: int, micro_batches: tuple[int, ...] = ()) -> dict[int, ProfileSummary]:
+def _micro_batches(
+    config: RunConfig, ranks: int, gpu: str, micro_batches: tuple[int, ...] = ()
+) -> dict[int, ProfileSummary]:
     from dit_ds.planning.memory.worker import estimate
 
-    profiles = estimate(MemoryRequest(config, ranks, micro_batches)).profiles
-    return {m: ProfileSummary.of(p) for m, p in profiles.items()}
+    found = estimate(MemoryRequest(config, ranks, gpu=gpu, micro_batches=micro_batches, share=_SHARE))
+    return {m: ProfileSummary.of(p, found.figures[m]) for m, p in found.profiles.items()}
 
 
-def _profile(config: RunConfig, ranks: int) -> ProfileSummary:
-    (summary,) = _micro_batches(config, ranks).values()
+def _profile(config: RunConfig, ranks: int, gpu: str) -> ProfileSummary:
+    (summary,) = _micro_batches(config, ranks, gpu).values()
     return summary
 
 
@@ -285,25 +324,32 @@ def _count(config: RunConfig) -> tuple[Passes, ModuleTrace]:
     return hardware_flops(config, trace.record), trace
 
 
-def _policies_and_kernels(config: RunConfig, ranks: int, points: Sequence[Point]) -> dict[Point, ProfileSummary]:
+def _policies_and_kernels(
+    config: RunConfig, ranks: int, gpu: str, points: Sequence[Point]
+) -> dict[Point, ProfileSummary]:
     """Steps of one engine below stage 3, with one policy and kernel after another."""
     from dit_ds.models.image_encoder import JointAttention
     from dit_ds.models.text_encoder import offline_text
     from dit_ds.planning.memory.fake_cluster import fake_cluster, fake_tensors
+    from dit_ds.planning.memory.kernels.gpu_scratch import GpuScratch
     from dit_ds.planning.memory.profiled_step import Steps
     from dit_ds.planning.memory.request import on_gpu
     from dit_ds.planning.memory.tracker import MemoryTracker
+    from dit_ds.planning.memory.worker import StepSequences
 
-    tracker, config = MemoryTracker(host=lambda x: x.device.type == "cpu"), on_gpu(config)
+    tracker = MemoryTracker(host=lambda x: x.device.type == "cpu", gpu=GpuScratch(gpu))
+    config = on_gpu(config)
     summaries: dict[Point, ProfileSummary] = {}
     with offline_text(config), fake_cluster(ranks) as world, fake_tensors(tracker):
         steps = Steps.load(config, world, tracker)
-        steps.warm_up()
+        sequences = StepSequences(steps, tracker)
         model = steps.engine.module
         for policy, kernel, micro_batch in points:
             model.image_encoder.checkpoint_activations(policy)
             for module in model.modules():
                 if isinstance(module, JointAttention):
                     module.backend = "sdpa_efficient" if kernel in ("auto", "sdpa", "xformers") else kernel
-            summaries[policy, kernel, micro_batch] = ProfileSummary.of(steps.take(micro_batch))
+            profile, requests, sites = sequences.take(micro_batch)
+            found = figures(requests, sites, MemoryRequest.settings, _SHARE)
+            summaries[policy, kernel, micro_batch] = ProfileSummary.of(profile, found)
     return summaries

@@ -72,6 +72,8 @@ def as_dict(scored: ScoredCandidate, result: SearchResult) -> dict[str, Any]:
         "fits": scored.fits,
         "needed_gib": round(result.memory(scored) / GIB, 3),
         "peak_gib": round(f.peak / GIB, 3),
+        "least_capacity_gib": round(f.capacity / GIB, 3),
+        "reserved_gib": round(f.reserved / GIB, 3),
         "activations_gib": round(f.activations / GIB, 3),
         "states_gib": round(f.states / GIB, 3),
         "host_gib_a_rank": round(f.host / GIB, 3),

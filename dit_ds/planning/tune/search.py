@@ -103,7 +103,7 @@ class SearchResult:
 
     def memory(self, scored: ScoredCandidate) -> float:
         """Bytes that a GPU must have for a candidate."""
-        return needed(scored.footprint.peak, self.cluster.ranks)
+        return needed(scored.footprint.capacity, self.cluster.ranks)
 
 
 def check(config: RunConfig, cluster: Cluster, assumed: Assumptions) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def choose(
         chosen = min(fitting, key=_order, default=None)
         front = pareto(fitting)
         # first the candidate that decides, chosen or the smallest of those that do not fit; then the front's fast end
-        first = chosen or min(scored, key=lambda s: s.footprint.peak)
+        first = chosen or min(scored, key=lambda s: s.footprint.capacity)
         rest = [s for s in reversed(front) if s is not first and not s.footprint.exact][: max(0, _VERIFIED - verified)]
         inexact = [s for s in (first, *rest) if not s.footprint.exact]
         if not inexact:
@@ -198,7 +198,7 @@ class NothingFits(RunFailed):
     """No candidate fits.
 
     Attributes:
-        smallest: the candidate with the lowest peak.
+        smallest: the candidate that needs the least memory.
     """
 
     def __init__(self, smallest: ScoredCandidate, cluster: Cluster):
@@ -209,19 +209,19 @@ class NothingFits(RunFailed):
 def _order(scored: ScoredCandidate) -> tuple[float, float, bool, int]:
     """The fastest first; among equals the smallest, then the configured one, then the lowest ZeRO stage."""
     seconds = round(scored.step["step_seconds"], 9)
-    return (seconds, scored.footprint.peak // 2**22, not scored.configured, scored.candidate.stage)
+    return (seconds, scored.footprint.capacity // 2**22, not scored.configured, scored.candidate.stage)
 
 
 def _judge(scored: list[ScoredCandidate], cluster: Cluster) -> None:
     for s in scored:
         on_host = cluster.host is None or s.footprint.host * cluster.gpus <= cluster.host
-        s.fits = needed(s.footprint.peak, cluster.ranks) <= cluster.capacity and on_host
+        s.fits = needed(s.footprint.capacity, cluster.ranks) <= cluster.capacity and on_host
 
 
 def pareto(scored: list[ScoredCandidate]) -> list[ScoredCandidate]:
     """The candidates than which none is smaller and as fast, the smallest first."""
     front: list[ScoredCandidate] = []
-    for s in sorted(scored, key=lambda s: (s.footprint.peak, *_order(s))):
+    for s in sorted(scored, key=lambda s: (s.footprint.capacity, *_order(s))):
         if not front or s.speed > front[-1].speed * (1 + 1e-9):
             front.append(s)
     return front
@@ -229,7 +229,7 @@ def pareto(scored: list[ScoredCandidate]) -> list[ScoredCandidate]:
 
 def too_large(scored: ScoredCandidate, cluster: Cluster) -> str:
     """The memory that a candidate needs, against what the cluster has."""
-    f, need = scored.footprint, needed(scored.footprint.peak, cluster.ranks)
+    f, need = scored.footprint, needed(scored.footprint.capacity, cluster.ranks)
     if cluster.host is None or need > cluster.capacity:
         return (
             f"needs {need / GIB:.1f} of {cluster.capacity / GIB:.1f} GiB a GPU, "
@@ -257,7 +257,7 @@ def reason(scored: ScoredCandidate, chosen: ScoredCandidate, cluster: Cluster) -
     if not scored.fits:
         return f"does not fit: {too_large(scored, cluster)}"
     step, best = scored.step["step_seconds"], chosen.step["step_seconds"]
-    more = (scored.footprint.peak - chosen.footprint.peak) / GIB
+    more = (scored.footprint.capacity - chosen.footprint.capacity) / GIB
     memory = f"{abs(more):.1f} GiB {'more' if more > 0 else 'less'}"
     if step / best - 1 < 1e-6:
         return f"as fast, with {memory} at the peak" if abs(more) >= 0.05 else "as fast and as large"
@@ -271,7 +271,7 @@ def closest(config: RunConfig, cluster: Cluster, assumed: Assumptions, nothing: 
     """The message of `NothingFits` with what the smallest candidate would fit on: other GPUs, more nodes, smaller images."""
     ds, c = read_deepspeed_json(config), nothing.smallest.candidate
     options = []
-    need = needed(nothing.smallest.footprint.peak, cluster.ranks)
+    need = needed(nothing.smallest.footprint.capacity, cluster.ranks)
     if need > cluster.capacity:
         enough = sorted((gib, name) for name, gib in MEMORY_GIB.items() if gib * GIB >= need)
         enough = [(gib, name) for gib, name in enough if peak_flops(name, DeepSpeedJson(ds).dtype)]
@@ -284,7 +284,7 @@ def closest(config: RunConfig, cluster: Cluster, assumed: Assumptions, nothing: 
         _judge([scored], change.cluster)
         if scored.fits and change.kind not in kinds:
             kinds.add(change.kind)
-            options.append(f"{change.text} ({needed(scored.footprint.peak, change.cluster.ranks) / GIB:.1f} GiB)")
+            options.append(f"{change.text} ({needed(scored.footprint.capacity, change.cluster.ranks) / GIB:.1f} GiB)")
     remedy = "; it would fit with " + ", or ".join(options) if options else "; nothing tried would fit"
     return f"{nothing} (the smallest found: {c.name}){remedy}"
 
