@@ -117,7 +117,9 @@ def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
 @pytest.mark.slow
 def test_the_allocation_that_fails_is_named_as_pytorch_words_it():
     """The last of 4 ranks, on a T4 whose memory is too small; with the default allocator settings it needs more."""
-    results = [plan.plan(tiny(), 4, 1, 1.4 * GIB, gpu="T4", settings=s, rank=3) for s in ("", "expandable_segments:True")]
+    results = [
+        plan.plan(tiny(), 4, 1, 1.4 * GIB, gpu="T4", settings=s, rank=3) for s in ("", "expandable_segments:True")
+    ]
     for result in results:
         assert not result["fits"] and result["rank"] == 3
         message = result["fails"]["message"]

@@ -87,10 +87,10 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
         "gpu_memory_gib": _gib(memory),
     }
     figures = answer.figures[micro]
-    fits = figures.least_capacity <= room
+    fits = answer.failure is None
     result |= {"fits": fits, "largest_micro_batch": answer.largest, "gpu": gpu, "rank": rank}
     result["advice"] = _advice(result, ds_config, ranks) + _less_reserved(figures)
-    result["fails"] = None if fits else answer.failure
+    result["fails"] = answer.failure
     if timeline:
         draw(
             answer.profiles[micro],
@@ -213,7 +213,7 @@ def closest(asked: MemoryRequest) -> dict[str, Any]:
             micro = split.micro_batch
             override = {"deepspeed": {"override": {"train_micro_batch_size_per_gpu": micro}}}
             run = validate(merge(shape.model_dump(), override))
-            (answer,) = predict([replace(asked, config=run, micro_batches=(), capacity=None)])
+            (answer,) = predict([replace(asked, config=run, micro_batches=(), capacity=None, share=0.0)])
             capacity = answer.figures[micro].least_capacity
         fits, need = capacity <= asked.capacity, needed(capacity, ranks)
         found = {"fits": fits, "changes": words, "micro_batch": micro, "needed_gib": _gib(need)}
