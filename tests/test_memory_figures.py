@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_ds.planning.memory.allocation_log import AllocationLog
-from dit_ds.planning.memory.allocations import ALLOCATE, COMPLETE, FREE, FREE_LATER, Request
+from dit_ds.planning.memory.allocations import ALLOCATE, COMPLETE, EMPTY_CACHE, FREE, FREE_LATER, Request
 from dit_ds.planning.memory.allocator_settings import AllocatorSettings
 from dit_ds.planning.memory.figures import figures
 from dit_ds.planning.memory.simulate import simulate
@@ -40,6 +40,17 @@ def test_a_run_is_its_start_and_the_same_step_three_times():
     begin = grown.mark()
     grown.allocate(5 * MIB)
     assert len(grown.run(begin, begin, grown.mark())[0]) == 1
+
+
+def test_a_step_that_empties_the_cache_does_so_each_time():
+    log = AllocationLog()
+    begin = log.mark()
+    for _ in range(2):
+        log.free(log.allocate(30 * MIB))
+    log.empty_cache()
+    requests, _ = log.run(begin, begin, log.mark())
+    assert sum(r.kind == EMPTY_CACHE for r in requests) == 3
+    assert simulate(requests, AllocatorSettings())[1].reserved == 0
 
 
 def replayed(requests: list[Request]) -> dict[int, int]:
@@ -105,10 +116,13 @@ def test_the_causes_of_fragmentation_are_named():
 class Told:
     """A tracker that notes what streams tell it."""
 
-    stream, waited = 0, 0
+    stream, waited, emptied = 0, 0, 0
 
     def synchronize(self) -> None:
         self.waited += 1
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
 
 
 def test_streams_say_where_operators_run_and_when_the_host_waits():
@@ -127,7 +141,8 @@ def test_streams_say_where_operators_run_and_when_the_host_waits():
     event.synchronize()
     side.synchronize()
     streams.synchronize()
-    assert told.waited == 3
+    streams.empty_cache()
+    assert told.waited == 3 and told.emptied == 1
 
 
 def test_a_tensor_used_on_another_stream_waits_for_the_host(fake_gpu):

@@ -39,6 +39,9 @@ class SimulatedStreams(Protocol):
     def synchronize(self, device: Any = None) -> None:
         """Wait for all streams."""
 
+    def empty_cache(self) -> None:
+        """Give unused segments back."""
+
 
 def replacements(device: torch.device, streams: SimulatedStreams) -> dict[Any, dict[str, Any]]:
     """Attributes of DeepSpeed's objects and modules to replace, with their new values, by owner.
@@ -65,6 +68,7 @@ def replacements(device: torch.device, streams: SimulatedStreams) -> dict[Any, d
         "current_stream": streams.current,
         "default_stream": streams.default,
         "synchronize": streams.synchronize,
+        "empty_cache": streams.empty_cache,
     }
     properties = {"Stream": property(lambda _: streams.make), "Event": property(lambda _: streams.event)}
     replaced: dict[Any, dict[str, Any]] = {get_accelerator(): accelerator, type(get_accelerator()): properties}

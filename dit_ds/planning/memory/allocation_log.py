@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from dit_ds.planning.memory.allocations import ALLOCATE, COMPLETE, FREE, FREE_LATER, Request
+from dit_ds.planning.memory.allocations import ALLOCATE, COMPLETE, EMPTY_CACHE, FREE, FREE_LATER, Request
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class AllocationLog:
         self.requests += [Request(COMPLETE, key) for key in self._waiting]
         self._waiting.clear()
 
+    def empty_cache(self) -> None:
+        """Log that unused segments are given back, for which the host waits."""
+        self.synchronize()
+        self.requests.append(Request(EMPTY_CACHE, -1))
+
     def mark(self) -> Mark:
         """This point of the log."""
         return Mark(len(self.requests), dict(self._alive))
@@ -82,7 +87,9 @@ class AllocationLog:
                 if request.kind == ALLOCATE:
                     sites[following], mine[request.key] = self.sites[request.key], following
                     following += 1
-                if request.key in mine:  # else it waited when the step began
+                if request.kind == EMPTY_CACHE:
+                    requests.append(request)
+                elif request.key in mine:  # else it waited when the step began
                     requests.append(request._replace(key=mine[request.key]))
             names |= {old: mine[new] for old, new in (successor or {}).items()}
         return requests, sites

@@ -72,6 +72,9 @@ class LiveTensors(TorchDispatchMode):
     def synchronize(self) -> None:
         """Called where the host waits for the device."""
 
+    def empty_cache(self) -> None:
+        """Called where unused segments are given back."""
+
     def use_on(self, x: Tensor, stream: int) -> None:
         """Called where a tensor is used on a stream (`record_stream`)."""
 

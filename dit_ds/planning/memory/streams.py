@@ -16,6 +16,9 @@ class Tracker(Protocol):
     def synchronize(self) -> None:
         """The host waits for all streams."""
 
+    def empty_cache(self) -> None:
+        """Unused segments are given back."""
+
 
 class SimulatedStream:
     """Stands for `torch.cuda.Stream`. That streams wait for each other has no effect: only the host's waiting does.
@@ -114,6 +117,11 @@ class Streams:
         """The host waits for all streams."""
         if self.tracker is not None:
             self.tracker.synchronize()
+
+    def empty_cache(self) -> None:
+        """The allocator gives unused segments back."""
+        if self.tracker is not None:
+            self.tracker.empty_cache()
 
     def _tell(self) -> None:
         if self.tracker is not None:

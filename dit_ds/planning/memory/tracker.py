@@ -172,6 +172,10 @@ class MemoryTracker(LiveTensors):
         """The host waits for all streams."""
         self.requests.synchronize()
 
+    def empty_cache(self) -> None:
+        """Unused segments are given back."""
+        self.requests.empty_cache()
+
     def _operator_ran(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if self.gpu is None or not self.gpu.knows(func) or self._on_host((*args, out)):
             return
