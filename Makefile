@@ -44,8 +44,9 @@ test-not-slow: setup
 test-fast: setup
 	$(PYTEST) -m fast
 
+# two at once: the slow ones take both cores by themselves, and have time limits
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) -n 2
 
 # another environment, of whatever is the newest today: all that pyproject.toml bounds is upgraded past the bounds
 NEWEST := .venv-newest
