@@ -118,12 +118,12 @@ def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
 def test_the_allocation_that_fails_is_named_as_pytorch_words_it():
     """The last of 4 ranks, on a T4 whose memory is too small; with the default allocator settings it needs more."""
     results = [
-        plan.plan(tiny(), 4, 1, 1.4 * GIB, gpu="T4", settings=s, rank=3) for s in ("", "expandable_segments:True")
+        plan.plan(tiny(), 4, 1, 1.25 * GIB, gpu="T4", settings=s, rank=3) for s in ("", "expandable_segments:True")
     ]
     for result in results:
         assert not result["fits"] and result["rank"] == 3
         message = result["fails"]["message"]
-        assert message.startswith("CUDA out of memory. Tried to allocate ") and "total capacity of 1.40 GiB" in message
+        assert message.startswith("CUDA out of memory. Tried to allocate ") and "total capacity of 1.25 GiB" in message
         assert result["fails"]["site"].split(",")[0] in ("load", "forward", "backward", "step")
         assert any(f"fails     {result['fails']['site']}: {message}" == line for line in plan.lines(result))
     assert results[0]["reserved_gib"] > results[1]["reserved_gib"]
