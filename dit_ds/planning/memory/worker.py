@@ -149,7 +149,7 @@ def _largest(steps: StepSequences, settings: AllocatorSettings, capacity: int, s
         rise = (peak(other) - peak(low)) / (other - low) if other else 0.0
         guess = low + int((capacity / more - peak(low)) / rise) if rise > 0 else 4 * low
         if high:
-            guess = (low + high) // 2 if i % 3 == 2 else min(max(guess, low + 1), high - 1)
+            guess = (low + high) // 2 if i % 3 == 0 else min(max(guess, low + 1), high - 1)
         else:
             guess = min(max(guess, low + 1), 4 * low)
         if fits(guess):
