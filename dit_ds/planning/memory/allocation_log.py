@@ -90,7 +90,9 @@ class AllocationLog:
                 if request.kind == EMPTY_CACHE:
                     requests.append(request)
                 elif request.key in mine:  # else it waited when the step began
-                    requests.append(Request(request.kind, mine[request.key], request.size, request.stream, request.pool))
+                    requests.append(
+                        Request(request.kind, mine[request.key], request.size, request.stream, request.pool)
+                    )
             names |= {old: mine[new] for old, new in (successor or {}).items()}
         return requests, sites
 

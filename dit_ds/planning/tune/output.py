@@ -156,7 +156,7 @@ def plot(path: Path, result: SearchResult) -> None:
     if limit < 1.6 * max(map(result.memory, result.candidates)) / GIB:
         axes.axvline(limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
         axes.annotate(f"{limit:.0f} GiB", (limit, 0), textcoords="offset points", xytext=(4, 6), color="0.4")
-    axes.set(xlabel="memory of a GPU (GiB), with context and reserve", ylabel="samples a second, predicted")
+    axes.set(xlabel="memory that a GPU must have (GiB)", ylabel="samples a second, predicted")
     cluster, gpu = result.cluster, result.assumed.machine.gpu
     axes.set_title(f"{cluster.nodes} x {cluster.gpus} {gpu}, {len(result.candidates)} candidates")
     axes.set_ylim(bottom=0)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from dit_ds.files import GIB
+from dit_ds.planning.memory.plan import MARGIN
 from dit_ds.planning.tune.candidates import BUCKETS
 from dit_ds.planning.tune.search import ScoredCandidate, SearchResult
 
-_COLUMNS = f"{'candidate':<44} {'a GPU':>7} {'GiB':>6} {'samples/s':>10} {'measured':>9}"
+_COLUMNS = (
+    f"{'candidate':<44} {'a GPU':>7} {'GiB':>6} {'allocated':>10} {'reserved':>9} {'samples/s':>10} {'measured':>9}"
+)
 
 
 def lines(result: SearchResult, written: dict[str, Any], explain: bool) -> list[str]:
@@ -36,7 +39,10 @@ def lines(result: SearchResult, written: dict[str, Any], explain: bool) -> list[
     shown = {id(s): s for s in (*result.front, result.chosen, *filter(None, [result.configured]))}
     shown |= {id(s): s for s in result.candidates if s.trial}
     out += [_line(result, s) for s in sorted(shown.values(), key=result.candidates.index)]
-    out += ["GiB: of a GPU, with 5% for the allocator, context and NCCL; ~: by rule, not by its own profile"]
+    out += [
+        f"GiB: that a GPU must have: the allocator's least capacity, {MARGIN:.0%} of it as a margin, CUDA's context and NCCL; "
+        "then allocated and reserved; ~: by rule, not by its own profile"
+    ]
     if explain:
         out += ["", *explained(result)]
     files = [path for name, path in written["files"].items() if name != "sbatch"]
@@ -50,9 +56,11 @@ def _line(result: SearchResult, scored: ScoredCandidate) -> str:
     measured = "failed" if scored.failure is not None else ""
     if scored.measured is not None:
         measured = f"{scored.measured:.1f}"
-    memory = f"{'' if scored.footprint.exact else '~'}{result.memory(scored) / GIB:.1f}"
+    f = scored.footprint
+    memory = f"{'' if f.exact else '~'}{result.memory(scored) / GIB:.1f}"
+    figures = f"{f.peak / GIB:>10.1f} {f.reserved / GIB:>9.1f}"
     samples = f"{c.micro_batch} x {c.accumulation}"
-    return f"{c.name:<44} {samples:>7} {memory:>6} {scored.speed:>10.0f} {measured:>9}  {', '.join(marks)}".rstrip()
+    return f"{c.name:<44} {samples:>7} {memory:>6} {figures} {scored.speed:>10.0f} {measured:>9}  {', '.join(marks)}".rstrip()
 
 
 _DIMENSIONS = {
