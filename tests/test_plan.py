@@ -99,15 +99,16 @@ def test_the_search_ends_where_the_peak_does_not_grow():
 @pytest.mark.slow
 def test_a_plan_adds_up_and_its_largest_micro_batch_fits():
     room = 500 * 2**20
-    result = plan.plan(tiny(), 2, 1, plan.needed(room, 2))
+    run = tiny(batch_size=2048)  # so that a step has two passes on either side of the bound
+    result = plan.plan(run, 2, 1, plan.needed(room, 2))
     assert result["fits"] and result["predicted"]
     assert sum(result["categories"].values()) == pytest.approx(result["peak_gib"], abs=0.005)
     assert result["peak_gib"] == max(result["phases"].values())
     assert result["dominated_by"] == "optimizer" and "zero2_offload" in " ".join(result["advice"])
     largest = result["largest_micro_batch"]
-    (answer,) = predict([MemoryRequest(tiny(), 2, micro_batches=(largest, largest + 1))])
+    (answer,) = predict([MemoryRequest(run, 2, micro_batches=(largest, largest + 1), share=0.0)])
     least = [answer.figures[b].least_capacity for b in (largest, largest + 1)]
-    assert least[0] <= room < least[1] or result["largest_micro_batch"] > 8  # a step of one pass holds more than of two
+    assert least[0] <= room < least[1]
     figures = [result[f"{k}_gib"] for k in ("allocated", "least_capacity", "reserved")]
     assert figures == sorted(figures) and figures[0] >= result["peak_gib"]
     assert plan.lines(result)[0].startswith("predicted, not measured")

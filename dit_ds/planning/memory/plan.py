@@ -186,7 +186,7 @@ def _less_reserved(figures: Figures) -> list[str]:
         if least < 0.95 * figures.reserved:
             advice.append(
                 f"{figures.reserved / GIB:.1f} GiB are reserved for {figures.allocated / GIB:.1f}: "
-                f"PYTORCH_CUDA_ALLOC_CONF={settings or 'unset'} reserves {least / GIB:.1f}"
+                f"{f'PYTORCH_ALLOC_CONF={settings}' if settings else 'the default settings'} would reserve {least / GIB:.1f}"
             )
         site = next(iter(figures.pinned), "")
         if site:

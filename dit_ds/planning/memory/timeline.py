@@ -34,7 +34,7 @@ def require(path: str | Path) -> str:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("a timeline is drawn by matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError("pictures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
     kind = Path(path).suffix[1:] or "png"
     if kind not in Figure().canvas.get_supported_filetypes():
         raise UserError(f"{path}: no picture is called .{kind}: name a .png")

@@ -212,7 +212,9 @@ class MemoryTracker(LiveTensors):
         found = (
             self._alive[x.untyped_storage()._cdata][1].key for x in out if x.untyped_storage()._cdata in self._alive
         )
-        self._sequences[key] = self.requests.requests[began:], list(found)
+        outputs, sequence = list(found), self.requests.requests[began:]
+        freed = {request.key for request in sequence if request.kind != ALLOCATE}  # not so cuBLAS's workspace
+        self._sequences[key] = [r for r in sequence if r.key in freed or r.key in outputs], outputs
 
     def _add_outputs(self, key: Any, out: Iterable[Tensor]) -> int:
         out, made = list(out), 0

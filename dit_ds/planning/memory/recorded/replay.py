@@ -15,6 +15,7 @@ from dit_ds.planning.memory.recorded.requests import requests_of
 from dit_ds.planning.memory.recorded.snapshot import Start, Trace, read, start_of
 from dit_ds.planning.memory.recorded.verify import Verified, verify
 from dit_ds.planning.memory.simulate import Simulated, check_capacity, least_capacity, ranked, simulate
+from dit_ds.planning.memory.timeline import require
 
 _MOST_REQUESTS = 200_000  # of a record whose alternatives' least capacities are looked for: each takes a dozen replays
 _HOLDERS = 12
@@ -36,7 +37,7 @@ def replay(path: str | Path, conf: str | None = None, capacity: int | None = Non
         UserError: a file, a setting or a capacity that can't be used.
     """
     if plot:
-        segments_plot.require(plot)
+        require(plot)
     settings = None if conf is None else AllocatorSettings.parse(conf)
     trace = read(path, device)
     start = start_of(trace)

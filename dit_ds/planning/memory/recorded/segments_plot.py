@@ -10,8 +10,6 @@ from dit_ds.files import GIB, atomic_write
 from dit_ds.planning.memory.caching_allocator import CachingAllocator
 from dit_ds.planning.memory.timeline import require
 
-__all__ = ["draw", "require"]
-
 _ROWS = 40
 _FREE, _WAITING, _OTHERS, _UNNAMED = "#FFFFFF", "#000000", "#BBBBBB", "#7F7F7F"
 # Okabe and Ito's colours, and tints of them
