@@ -1,4 +1,4 @@
-"""Commands about runs: train, check, evaluate, predict, export."""
+"""Commands about runs: train, check, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_ds.cli.output import command, optional_config, report, report_and_warn
 
 
 def add(commands: Any) -> None:
-    """Add `train`, `doctor`, `eval`, `predict` and `export` to the parser's commands."""
+    """Add `train`, `doctor`, `eval` and `predict` to the parser's commands."""
     _add_train(commands)
     p = command(commands, "doctor", _doctor, "check this machine, or all ranks under srun or torchrun, before a run")
     p.add_argument("--config", help="check what this configuration needs too; --section.key value overrides it")
@@ -19,10 +19,6 @@ def add(commands: Any) -> None:
     p.set_defaults(takes_overrides=True)
     _add_eval(commands)
     _add_predict(commands)
-    p = command(commands, "export", _export, "write a checkpoint's model as one safetensors file")
-    p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
-    p.add_argument("--out", required=True, help="file to write, as model.safetensors")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
 
 
 class _TrainHelp(argparse.Action):
@@ -148,13 +144,4 @@ def _predict(args: argparse.Namespace) -> int:
         threshold=args.threshold,
     )
     report_and_warn(args, result)
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    import torch
-
-    from dit_ds.checkpointing.export import export
-
-    report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
     return 0
