@@ -221,6 +221,10 @@ def test_one_of_two_gpus_is_chosen(tmp_path):
     assert [replay(path, device=d)["exact"] for d in (0, 1)] == [True, True]
     with pytest.raises(UserError, match="no history of GPU 2, but of 0, 1"):
         replay(path, device=2)
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"events": [["alloc", 0, 4, 0]], "segments_at_end": []}))
+    with pytest.raises(UserError, match="of one GPU: leave out --device"):
+        replay(trace, device=0)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def read(path: str | Path, device: int | None = None) -> Trace:
                         "'dit-ds memory measure --snapshot FILE' or torch.cuda.memory._dump_snapshot") from None  # fmt: skip
     try:
         if isinstance(value, dict) and "events" in value:
+            if device is not None:
+                raise UserError("a trace file is of one GPU: leave out --device")
             return _of_trace(value)
         return _of_snapshot(value, device)
     except UserError as e:
