@@ -31,6 +31,10 @@ _log = logging.getLogger("dit_ds")
 Collect = Callable[[dict[str, Any], int, np.ndarray], None]
 
 
+class EvaluationLeft(Exception):
+    """An evaluation was left before its end, on all ranks alike."""
+
+
 @torch.no_grad()
 def evaluate(
     model: Callable[..., Tensor | Prediction],
@@ -42,6 +46,7 @@ def evaluate(
     workers: int,
     collect: Collect | None = None,
     timeout: float = 300,
+    leave: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Evaluate one split.
 
@@ -54,6 +59,7 @@ def evaluate(
         workers: loader processes of a rank.
         collect: called with (batch, row, (H, W) prediction) for each expression of this rank.
         timeout: seconds without a batch, see `make_loader`.
+        leave: asked before each batch, on all ranks with the same answer, whether to go on no further.
     Returns:
         `n`, the number of expressions, and the metrics of `metrics.summarize`, the same on every rank; where the split
         has expressions without a target, those of `metrics.summarize_generalized` too, and a prediction of fewer than
@@ -61,6 +67,7 @@ def evaluate(
         original of ReLA, see `metrics.without_target`.
     Raises:
         UserError: a sample is damaged, or the workers stall.
+        EvaluationLeft: `leave` said so.
     """
     generalized = dataset.index.generalized
     batches = EvalBatchSampler(len(dataset), batch_size, world.rank, world.world_size)
@@ -69,6 +76,8 @@ def evaluate(
     for batch in progress_bar(
         iterate(loader), "evaluate", total=len(batches), disable=not world.main, mininterval=2, leave=False
     ):
+        if leave is not None and leave():
+            raise EvaluationLeft
         logits, denied = _predict(model, batch, world, postprocess)  # (B, s, s) and (B,) or None
         for i, truth in enumerate(batch["original"]):  # (H, W)
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
@@ -83,10 +92,15 @@ def evaluate(
             rows.append((int(batch["sample"][i]), *counts, int(truth.sum()), none))
             if collect is not None:
                 collect(batch, i, prediction)
-    table = np.concatenate(gather_objects(np.array(rows, np.int64).reshape(-1, 5)))
+    return _summarized(np.array(rows, np.int64).reshape(-1, 5), len(dataset), generalized)
+
+
+def _summarized(rows: np.ndarray, expressions: int, generalized: bool) -> dict[str, Any]:
+    """The metrics of all ranks' rows (n, 5). Collective."""
+    table = np.concatenate(gather_objects(rows))
     table = table[np.argsort(table[:, 0])]
-    if not np.array_equal(table[:, 0], np.arange(len(dataset))):
-        raise AssertionError(f"{len(table)} results for {len(dataset)} expressions")
+    if not np.array_equal(table[:, 0], np.arange(expressions)):
+        raise AssertionError(f"{len(table)} results for {expressions} expressions")
     intersection, union, target, none = table[:, 1:].T
     result = {"n": len(table)} | summarize(intersection, union)
     return result | (summarize_generalized(intersection, union, target, none == 1) if generalized else {})

@@ -8,6 +8,7 @@ import math
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, parse_json, write_json
 from dit_ds.models.sam_checkpoint import describe
 from dit_ds.training.log_files import LineFile, LineFileHandler, ScalarBoard
+from dit_ds.training.run_lock import Owner
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
 
@@ -42,6 +44,7 @@ class RunLog:
         go_on = config.checkpoint.on_full_disk == "go_on"
         self._metrics = LineFile(self.folder / "metrics.jsonl", go_on) if world.main else None
         self._nonfinite = LineFile(self.folder / "nonfinite.jsonl", go_on) if world.main else None
+        self._events = LineFile(self.folder / "events.jsonl", go_on=True) if world.main else None
         self._samples: LineFile | None = None
         self._board: ScalarBoard | None = None
         self._handler = LineFileHandler(self.folder / "log.txt", go_on) if world.main else None
@@ -86,6 +89,25 @@ class RunLog:
         if self._nonfinite is not None:
             self._nonfinite.write(json.dumps(values))
 
+    def started(self, step: int, total_steps: int) -> None:
+        """A line of events.jsonl: the training begins, or goes on from a checkpoint."""
+        who = Owner.this_process()
+        self._event("start", step=step, total_steps=total_steps, world_size=self.world.world_size,
+                    host=who.host, job=who.job)  # fmt: skip
+
+    def ended(self, how: str, step: int, why: BaseException | None = None) -> None:
+        """A line of events.jsonl: the training ends.
+
+        Args:
+            how: done, stopped, interrupted, refused or failed.
+        """
+        words = " ".join((str(why) or type(why).__name__).split()) if why is not None else None
+        self._event("end", step=step, how=how, why=words)
+
+    def _event(self, event: str, **values: Any) -> None:
+        if self._events is not None:
+            self._events.write(json.dumps({"event": event, "time": round(time.time(), 1)} | values))
+
     def log(self, message: str) -> None:
         """A line of the log, on stderr too."""
         if self.world.main:
@@ -117,7 +139,7 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close."""
-        for f in (self._metrics, self._nonfinite, self._board, self._samples):
+        for f in (self._metrics, self._nonfinite, self._events, self._board, self._samples):
             if f is not None:
                 f.close()
         if self._handler is not None:

@@ -1,4 +1,4 @@
-"""When the loop begins a checkpoint, and when it publishes one that was written in the background."""
+"""Between two steps: checkpoints are begun and published, and a run that is to stop is saved and left."""
 
 from __future__ import annotations
 
@@ -10,26 +10,48 @@ from dit_ds.errors import Interrupted, UserError
 from dit_ds.training.setup import Run
 
 
-def save_and_stop_if_due(run: Run) -> None:
-    """Between two steps: publish what is written, save what is due, stop if a signal came. Collective.
+class Stopped(Exception):
+    """`RUN/stop` was asked for, and the run is saved. The message is one line."""
 
+
+def act_on_flags(run: Run) -> bool:
+    """Between two steps: publish what is written, save what is due, stop if that is asked for. Collective.
+
+    Returns:
+        Whether an evaluation is asked for.
     Raises:
         Interrupted: a rank got a signal; the run is saved.
+        Stopped: it was asked for; the run is saved.
     """
     c, progress = run.config.checkpoint, run.progress
     run.watchdog.at(progress.step, "waiting for the other ranks")
-    late = c.every_minutes is not None and time.monotonic() - run.saved_at > 60 * c.every_minutes
-    flags = run.stop_signal.agree(save_due=run.world.main and late, written=run.saver.written)
+    asked = run.requests.take() if run.world.main else set()
+    if c.every_minutes is not None and run.world.main and time.monotonic() - run.saved_at > 60 * c.every_minutes:
+        asked.add("save")
+    flags = run.stop_signal.agree(asked, written=run.saver.written)
     if flags.written:
         commit(run)
-    if flags.save or flags.stop or (c.every_steps and progress.step % c.every_steps == 0):
+    if flags.interrupt or flags.stop:
+        save_and_leave(run)
+    if flags.save or (c.every_steps and progress.step % c.every_steps == 0):
         save(run)
-    if flags.stop:
-        commit(run)
-        name = next(n for n in gather_objects(run.stop_signal.signal) if n)
-        last = run.saver.published
-        saved = "saved" if last == progress.step else f"last saved at step {last}" if last else "not saved"
-        raise Interrupted(f"stopped by {name} at step {progress.step}, {saved}: go on with --resume")
+    return flags.evaluate
+
+
+def save_and_leave(run: Run) -> None:
+    """Save, and end the training as a signal or a request wants it. Collective.
+
+    Raises:
+        Interrupted: a rank got a signal.
+        Stopped: none did.
+    """
+    save(run)
+    commit(run)
+    signal = next((name for name in gather_objects(run.stop_signal.signal) if name), None)
+    step, last = run.progress.step, run.saver.published
+    saved = "saved" if last == step else f"last saved at step {last}" if last else "not saved"
+    line = f"stopped by {signal or f'{run.config.run_dir}/stop'} at step {step}, {saved}: go on with --resume"
+    raise Interrupted(line) if signal else Stopped(line)
 
 
 def save(run: Run) -> None:

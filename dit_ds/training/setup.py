@@ -34,6 +34,7 @@ from dit_ds.models.text_encoder import text_config
 from dit_ds.planning.flops import step_flops
 from dit_ds.planning.gpus import peak_flops
 from dit_ds.planning.memory.allocator_settings import described
+from dit_ds.training.requests import Requests
 from dit_ds.training.run_log import RunLog
 from dit_ds.training.signals import StopSignal
 from dit_ds.training.throughput import FlopsPerSample
@@ -84,6 +85,7 @@ class Run:
     progress: Progress
     progress_bar: tqdm
     watchdog: Watchdog
+    requests: Requests  # of rank 0
     skipped_in_a_row: int = 0  # optimizer steps whose gradient was not finite, since the last that was
     save_seconds: float = 0.0  # for which the loop waited when the pending checkpoint was begun
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was begun, or the run was set up
@@ -145,12 +147,13 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     loader = make_loader(datasets.train, batches, d.workers, pin=pin, timeout=d.worker_timeout)
     epochs_steps = config.train.epochs * batches.batches_per_epoch
     total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
+    log.started(progress.step, total_steps)
     return Run(
         config, world, stop_signal, datasets, engine,
         state=state, batchnorm=batchnorm, batches=batches, loader=loader, total_steps=total_steps,
         flops=_flops_per_sample(config, world, dtype), log=log, saver=saver, resume_keys=resume_keys,
         frozen_digest=frozen_digest, progress=progress, progress_bar=_progress_bar(world, progress.step, total_steps),
-        watchdog=Watchdog(world, config.log.stall_seconds),
+        watchdog=Watchdog(world, config.log.stall_seconds), requests=Requests(config.run_dir),
     )  # fmt: skip
 
 

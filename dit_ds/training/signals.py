@@ -1,4 +1,4 @@
-"""Flags that the ranks of a run agree on between steps: a signal came, a save is due, a checkpoint is written."""
+"""Flags that the ranks of a run agree on between steps: a signal came, something was asked for, a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ _log = logging.getLogger("dit_ds")
 class SyncedFlags(NamedTuple):
     """Flags that are the same on all ranks."""
 
-    stop: bool  # some rank got a signal
-    save: bool  # a save is due by rank 0's clock
+    interrupt: bool  # some rank got a signal
+    save: bool  # by rank 0's clock, or asked for
+    stop: bool  # asked for
+    evaluate: bool  # asked for
     written: bool  # every rank has written its part of the pending checkpoint
 
 
@@ -68,14 +71,15 @@ class StopSignal:
         """Call before the first `agree`. On GPUs flags go over gloo, so that no kernel is waited for. Collective."""
         self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
 
-    def agree(self, save_due: bool, written: bool) -> SyncedFlags:
-        """Synchronize the flags by one all-reduce of three integers. Collective.
+    def agree(self, asked: Collection[str] = (), written: bool = True) -> SyncedFlags:
+        """Synchronize the flags by one all-reduce of five integers. Collective.
 
         Args:
-            save_due: on any rank, for all.
+            asked: of save, stop and evaluate, what is due; on any rank, for all.
             written: this rank has no part of a checkpoint still to write.
         """
-        flags = torch.tensor([self.signal is not None, save_due, not written], dtype=torch.int32)
+        mine = [self.signal is not None, "save" in asked, "stop" in asked, "evaluate" in asked, not written]
+        flags = torch.tensor(mine, dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        stop, save, unwritten = (bool(x) for x in flags.tolist())
-        return SyncedFlags(stop, save, not unwritten)
+        interrupt, save, stop, evaluate, unwritten = (bool(x) for x in flags.tolist())
+        return SyncedFlags(interrupt, save, stop, evaluate, written=not unwritten)

@@ -15,12 +15,12 @@ from dit_ds.data.loading.workers import worker_failures
 from dit_ds.distributed import connect, disconnect, set_environment
 from dit_ds.engine import engine as ds
 from dit_ds.errors import Interrupted, RunFailed, UserError
-from dit_ds.evaluation.evaluate import evaluate
+from dit_ds.evaluation.evaluate import EvaluationLeft, evaluate
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.training.nonfinite import StepSamples, check_gradient, count_damaged
 from dit_ds.training.run_lock import lock_run
 from dit_ds.training.run_log import trace_of_run
-from dit_ds.training.saving import commit, save, save_and_stop_if_due
+from dit_ds.training.saving import Stopped, act_on_flags, commit, save, save_and_leave
 from dit_ds.training.schedule import learning_rate, set_learning_rate
 from dit_ds.training.setup import Run, check_request, set_up
 from dit_ds.training.signals import StopSignal
@@ -65,29 +65,39 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
 def train_epochs(run: Run) -> dict[str, Any]:
     """Epoch by epoch: train, evaluate, save. Returns what `train` does."""
-    config, progress = run.config, run.progress
+    config, progress, stopped = run.config, run.progress, {}
     try:
+        if evaluate_if_due(run):  # a signal had ended it, or the run before it
+            save(run)
         while progress.step < run.total_steps:
             train_epoch(run)
             if progress.batch == run.batches.batches_per_epoch:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
+            evaluate_if_due(run)
             last = progress.step == run.total_steps
-            every = config.eval.every_epochs
-            if every and (last or progress.epoch % every == 0):
-                evaluate_val(run)
             if last or progress.epoch % config.checkpoint.every_epochs == 0 or progress.best_step == progress.step:
                 save(run)
         run.progress_bar.close()
         commit(run)
-    except RunFailed:  # on all ranks alike: the checkpoint that is being written is published
+        run.log.ended("done", progress.step)
+    except Stopped as e:
+        run.log.log(str(e))
+        run.log.ended("stopped", progress.step, e)
+        stopped = {"stopped": True}
+    except RunFailed as e:  # on all ranks alike: the checkpoint that is being written is published
         commit(run)
+        run.log.ended("failed", progress.step, e)
+        raise
+    except BaseException as e:
+        left = isinstance(e, (Interrupted, KeyboardInterrupt))
+        run.log.ended("interrupted" if left else "refused" if isinstance(e, UserError) else "failed", progress.step, e)
         raise
     finally:
         run.watchdog.close()
         run.log.close()
     skipped = {"bad_samples": len(progress.bad_samples)} if config.data.max_bad_samples else {}
     ended = {"run": config.run_dir, "step": progress.step, "train_seconds": round(progress.seconds, 1)}
-    return progress.metrics | ended | skipped
+    return progress.metrics | ended | skipped | stopped
 
 
 def train_epoch(run: Run) -> None:
@@ -124,7 +134,8 @@ def train_epoch(run: Run) -> None:
             if last:
                 break
             start = time.perf_counter()
-            save_and_stop_if_due(run)
+            if act_on_flags(run):
+                evaluate_as_asked(run)
             meter.leave_out(time.perf_counter() - start)
         meter.data_requested()
         run.watchdog.at(progress.step, "loading data")
@@ -168,8 +179,39 @@ def log_metrics(run: Run, kind: str, values: dict[str, Any]) -> None:
     ds.write_events(run.engine, kind, values)
 
 
+def evaluate_if_due(run: Run) -> bool:
+    """Evaluate at the end of an epoch or of the run, where that is configured and not done. Collective."""
+    progress, every = run.progress, run.config.eval.every_epochs
+    if not every or not progress.step or progress.evaluated == progress.step:
+        return False
+    at_end = progress.step == run.total_steps or (progress.batch == 0 and progress.epoch % every == 0)
+    if at_end:
+        evaluate_val(run)
+    return at_end
+
+
+def evaluate_as_asked(run: Run) -> None:
+    """Evaluate between two steps, and save the run if it is the best so far. Collective."""
+    if run.datasets.val is None:
+        run.log.log("warning: an evaluation was asked for, but the run has no split to evaluate on")
+        return
+    try:
+        evaluate_val(run)
+    except Interrupted:
+        if run.world.main:
+            (run.log.folder / "evaluate").touch()  # for the training that goes on
+        raise
+    run.engine.train()
+    if run.progress.best_step == run.progress.step:
+        save(run)
+
+
 def evaluate_val(run: Run) -> None:
-    """Evaluate on the validation split with the averaged weights, and note whether it is the best so far. Collective."""
+    """Evaluate on the validation split with the averaged weights, and note whether it is the best so far. Collective.
+
+    Raises:
+        Interrupted: a rank got a signal: the evaluation is left, and the run saved.
+    """
     config, progress = run.config, run.progress
     assert run.datasets.val is not None  # or `eval.every_epochs` is 0
     run.engine.eval()
@@ -178,16 +220,20 @@ def evaluate_val(run: Run) -> None:
         run.watchdog.at(progress.step, "evaluating")
         return run.engine(**inputs)
 
-    with ds.averaged(run.state):
-        metrics = evaluate(
-            model,
-            run.datasets.val,
-            MaskPostprocess.from_config(config),
-            run.world,
-            batch_size=config.eval.batch_size,
-            workers=config.data.workers,
-            timeout=config.data.worker_timeout,
-        )
+    try:
+        with ds.averaged(run.state):
+            metrics = evaluate(
+                model,
+                run.datasets.val,
+                MaskPostprocess.from_config(config),
+                run.world,
+                batch_size=config.eval.batch_size,
+                workers=config.data.workers,
+                timeout=config.data.worker_timeout,
+                leave=lambda: run.stop_signal.agree().interrupt,
+            )
+    except EvaluationLeft:  # the module has the trained weights again
+        save_and_leave(run)
     progress.metrics = metrics = {"split": config.data.val_split} | metrics
     progress.evaluated = progress.step
     log_metrics(run, "eval", metrics)

@@ -1,0 +1,49 @@
+"""The command that says how a run is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from dit_ds.cli.arguments import Number
+from dit_ds.cli.output import command, report
+from dit_ds.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """Add `status` to the parser's commands."""
+    p = command(commands, "status", _status, "how a run is: step, loss, rate, finish predicted, checkpoint, restarts")
+    p.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    p.add_argument(
+        "--watch",
+        nargs="?",
+        type=Number(float, 0, 3600, above=True, unit="of seconds"),
+        const=5.0,
+        metavar="SECONDS",
+        help="again every so many seconds (default 5), until the run ends; waits for a run that has not begun",
+    )
+
+
+def _status(args: argparse.Namespace) -> int:
+    from dit_ds.training import status
+
+    if args.watch is None:
+        result = status.status(args.run_dir)
+        report(args, result, lambda: status.lines(result))
+        return 0
+    while True:
+        try:
+            result = status.status(args.run_dir)
+        except UserError as e:
+            result = {"state": "none"}
+            shown = [str(e)]
+        else:
+            shown = status.lines(result)
+        clear = "\033[2J\033[H" if sys.stdout.isatty() and not args.json else ""
+        print(json.dumps(result) if args.json else clear + "\n".join(shown), flush=True)
+        if result["state"] in ("done", "stopped", "failed", "refused"):
+            return 0
+        time.sleep(args.watch)
