@@ -92,7 +92,7 @@ own_status() {
         !/^[0-9]+ srun: error: [^ ]+: tasks? [0-9,-]+: / || /: Terminated/ { next }
         /: Exited with exit code/ { code[$NF] = 1; if (!first) first = $1; next }
         !first || $1 - first < kill_wait - 1 { died = 1 }
-        END { print 2 in code ? 2 : 75 in code ? 75 : 1 in code && !died ? 1 : status }' "$2"
+        END { print 2 in code ? 2 : 75 in code ? 75 : 76 in code ? 76 : 1 in code && !died ? 1 : status }' "$2"
 }
 
 # logged NAME COMMAND: on_ranks with one log a rank, kept across requeues; rank 0's lines appear in the job's log too
@@ -147,12 +147,26 @@ nodes_answer() { # whether every node of the job still runs a task
     timeout 90 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 true
 }
 
+job_is_running() { [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; }
+
+# starts_again STATUS: whether a step that ended so is started again in this job: a rank died of a signal or hung (76), and
+# all nodes are there. What was interrupted, or is being cancelled, is not.
+started_again=0
+starts_again() {
+    [ "$1" -gt 128 ] || [ "$1" = 76 ] || return 1
+    [ "$started_again" -lt "${RESTARTS:-0}" ] || return 1
+    job_is_running && nodes_answer || return 1
+    started_again=$((started_again + 1))
+    MASTER_PORT=$((MASTER_PORT + 1)) # the former one may still be taken for a while
+    say "ended with status $1: started again in this job ($started_again of $RESTARTS)"
+}
+
 # wants_requeue STATUS: whether a step that ended so is to be tried again: it was interrupted, or its node failed.
 # 1 and 2 are the run's own errors, except that ranks whose peer is lost with its node end with 1, too.
 wants_requeue() {
     case $1 in
     0 | 2) return 1 ;;
-    75) return 0 ;; # a checkpoint was saved on request
+    75 | 76) return 0 ;; # a checkpoint was saved on request; a rank hung
     *) [ "$1" -gt 128 ] || ! nodes_answer ;;
     esac
 }

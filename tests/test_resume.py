@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from conftest import ROOT, dit_ds, environment, metrics_of, refused, small_disk,
 
 from dit_ds.checkpointing.integrity import damages
 from dit_ds.checkpointing.reader import Reader
+from dit_ds.training.status import status
 
 FULL_EPOCH = 12  # optimizer steps
 
@@ -253,23 +253,21 @@ def test_a_save_is_due_by_the_clock_too(config, tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000006"]
 
 
-def test_a_stalled_rank_is_named(config, tmp_path):
+def test_a_stalled_rank_is_named_and_ends_the_run(config, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--config", config, "--run_dir", run, "--log.stall_seconds", "2", "--train.epochs", "40"]
     ranks = start_ranks(2, *arguments)
     try:
         wait_for_step(run, 2, ranks)
         ranks[1].send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 60
-        while "rank 1 on" not in (run / "log.txt").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert ranks[0].wait(60) == 76
     finally:
         for p in ranks:
             p.kill()
             p.communicate()
     line = next(x for x in (run / "log.txt").read_text().splitlines() if "rank 1 on" in x)
     assert "its process does not answer" in line and "the others wait for it" in line
+    assert status(run)["state"] == "stalled" and "rank 1 on" in status(run)["starts"][-1]["ended"]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_where_it_must(config, tmp_path):

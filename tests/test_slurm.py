@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ import pytest
 import yaml
 from conftest import metrics_of, tiny_config
 from slurm_cluster import NODES, Cluster, start_cluster
+
+from dit_ds.training.status import status
 
 pytestmark = pytest.mark.slurm
 STEPS = 48  # of two ranks: long enough to be hit in the middle
@@ -270,11 +274,41 @@ def test_the_ranks_that_are_ended_do_not_hide_the_error_of_the_first(pretend, st
 
 def test_one_killed_rank_ends_the_others_and_the_job_comes_back(pretend):
     site = pretend(
-        '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\nif [ "$SLURM_PROCID" = 1 ]; then kill -9 $$; fi\nsleep 0.1; exit 1'
+        '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\nif [ "$SLURM_PROCID" = 1 ]; then kill -9 $$; fi\nsleep 0.1; exit 1',
+        RESTARTS="0",
     )
     job = site.train()
     assert site.completed(job, timeout=60)["Restarts"] == "1"
     assert re.search(r"ended with status 1(37|43): requeued", site.read(job))
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 76"])
+def test_a_rank_that_dies_or_hangs_starts_again_in_the_same_job(pretend, tmp_path, end):
+    """Rank 1 ends so twice, each time with another port; the third time it is done."""
+    count = f"{tmp_path}/ports"
+    done = f'[ "$(cat {count} 2>/dev/null | wc -l)" -ge 3 ]'
+    site = pretend(
+        f'if [ "$SLURM_PROCID" = 0 ]; then until {done}; do sleep 0.1; done; exit 0; fi\n'
+        f"echo $MASTER_PORT >>{count}\n{done} || {end}\nexit 0",
+        RESTARTS="2",
+    )
+    job = site.train()
+    assert site.completed(job, timeout=60)["Restarts"] == "0"
+    assert len(set(Path(count).read_text().split())) == 3
+    assert "started again in this job (2 of 2)" in site.read(job)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_training_again_in_the_same_job_and_computes_the_same(undisturbed, site):
+    job = site.train("--checkpoint.every_steps", "5")
+    site.reach(job, 12)
+    ranks = site.cluster.run("pgrep", "-f", f"dit_ds.cli train .*{site.config}").split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert site.completed(job)["Restarts"] == "0"
+    assert "started again in this job (1 of 3)" in site.read(job)
+    starts = status(site.run_dir)["starts"]
+    assert len(starts) == 2 and starts[1]["time"] - starts[0]["time"] < 120
+    assert digits(site.run_dir) == digits(undisturbed[0].run_dir)
 
 
 def test_the_batch_shell_outlives_a_signal_to_everything(pretend):

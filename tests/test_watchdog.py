@@ -113,6 +113,20 @@ def check(clocks: Clocks, stalled: int, silent: bool, adjusted: list[tuple[int, 
     assert SECONDS <= waited <= 30 and SECONDS <= lasted <= 40, line
 
 
+@pytest.mark.parametrize("phase", ["forward and backward", "saving"])
+def test_a_run_that_hangs_is_ended_but_not_while_it_saves(monkeypatch, phase):
+    exits: list[int] = []
+    monkeypatch.setattr(watchdog.os, "_exit", exits.append)
+    run = Run(Clocks([0.0] * 2, [0.0] * 2))
+    run.go(100, {0, 1}, {0, 1}, step=3)
+    for rank, dog in enumerate(run.dogs):
+        run.of(rank, lambda dog=dog: dog.at(3, phase))
+    run.go(2 * SECONDS - 5, set(), {0, 1}, step=3)
+    assert exits == []
+    run.go(2 * SECONDS, set(), {0, 1}, step=3)
+    assert exits[:1] == ([] if phase == "saving" else [watchdog.STALLED])
+
+
 def test_a_rank_that_never_came_is_named(caplog):
     run = Run(Clocks([0.0] * 3, [0.0] * 3))
     with caplog.at_level(logging.WARNING, logger="dit_ds"):

@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: its arguments; by default the process's.
     Returns:
-        The exit status: 0 done, 1 it ran and failed, 2 the request was wrong, 75 interrupted, to be resumed.
+        The exit status: 0 done, 1 it ran and failed, 2 the request was wrong, 75 interrupted, to be resumed. (76: see
+        `training.watchdog`.)
     """
     try:
         parser = make_parser()

@@ -95,11 +95,11 @@ class RunLog:
         self._event("start", step=step, total_steps=total_steps, world_size=self.world.world_size,
                     host=who.host, job=who.job)  # fmt: skip
 
-    def ended(self, how: str, step: int, why: BaseException | None = None) -> None:
+    def ended(self, how: str, step: int, why: BaseException | str | None = None) -> None:
         """A line of events.jsonl: the training ends.
 
         Args:
-            how: done, stopped, interrupted, refused or failed.
+            how: done, stopped, interrupted, refused, failed or stalled.
         """
         words = " ".join((str(why) or type(why).__name__).split()) if why is not None else None
         self._event("end", step=step, how=how, why=words)

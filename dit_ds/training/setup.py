@@ -153,7 +153,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
         state=state, batchnorm=batchnorm, batches=batches, loader=loader, total_steps=total_steps,
         flops=_flops_per_sample(config, world, dtype), log=log, saver=saver, resume_keys=resume_keys,
         frozen_digest=frozen_digest, progress=progress, progress_bar=_progress_bar(world, progress.step, total_steps),
-        watchdog=Watchdog(world, config.log.stall_seconds), requests=Requests(config.run_dir),
+        watchdog=Watchdog(world, config.log.stall_seconds, lambda why: log.ended("stalled", progress.step, why)), requests=Requests(config.run_dir),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     """What `dit-ds status --json` prints.
 
     Returns:
-        `run`; `state`: queued, running, done, stopped, interrupted, failed, refused, killed or none; `step`,
+        `run`; `state`: queued, running, done, stopped, interrupted, failed, refused, stalled, killed or none; `step`,
         `total_steps`, `epoch`, `loss`, `samples_per_second`; `seconds_left` of training, predicted from the last rate,
         and `finish`, the local time at which it then ends, both None unless it runs; `evaluation`, the last one;
         `best_step`; `checkpoint`: the newest one's `step` and its age in `seconds`; `starts`, each with `time`, `step`,
@@ -143,7 +143,7 @@ def _state(folder: Path, last: dict[str, Any], job: str | None) -> str:
             alive = time.time() - (folder / NAME).stat().st_mtime < _SILENT
     except (OSError, ValueError, TypeError):
         return last.get("how") or "none"
-    return "running" if alive else "killed"
+    return "running" if alive else last.get("how") or "killed"
 
 
 def _slurm(job: str) -> str | None:

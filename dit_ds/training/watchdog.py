@@ -1,18 +1,22 @@
-"""Names, in the log, the rank that the others wait for."""
+"""Names, in the log, the rank that the others wait for, and ends a run that hangs."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 from dit_ds.distributed import World, connect_store
 
+STALLED = 76  # exit status: slurm/train.sbatch starts the run again
+_MAY_LAST = ("saving",)  # phases whose time is a disk's: they are waited for
 _log = logging.getLogger("dit_ds")
 
 
@@ -35,19 +39,22 @@ class Sighting(NamedTuple):
 
 
 class Watchdog:
-    """Logs a warning that names the stalled rank, when the loop has made no progress for some time.
+    """Logs a warning that names the stalled rank, when the loop has made no progress for some time; then ends the run.
 
     A thread of each rank posts heartbeats to a store on rank 0: how many phases of the loop it has begun, and the
     current one. Rank 0's thread reads them, and notes when it saw each change. The stalled rank is one whose heartbeats
     stopped (its process is stopped, its node is down), else the one that has begun the fewest phases. When rank 0 does
-    not answer, rank 1 warns.
+    not answer, rank 1 does the same. A rank that hangs can't be asked to end: the process that notices ends itself, with
+    `STALLED`, and the launcher ends the others.
 
     Args:
-        seconds: without progress before a warning, and between warnings.
+        seconds: without progress before a warning, and between warnings; after twice as many the run is ended.
+        ending: called with the reason before that.
     """
 
-    def __init__(self, world: World, seconds: float):
-        self.world, self.seconds = world, seconds
+    def __init__(self, world: World, seconds: float, ending: Callable[[str], None] = lambda why: None):
+        self.world, self.seconds, self.ending = world, seconds, ending
+        self._answered = time.monotonic()  # when rank 0 last did
         self._phases, self._step, self._phase, self._since = 0, 0, "starting", time.monotonic()
         self._beats, self._warned = 0, time.monotonic()
         self._sightings: dict[int, Sighting] = {}  # by rank
@@ -69,9 +76,11 @@ class Watchdog:
         while not self._closed.wait(min(5.0, self.seconds / 4)):
             try:
                 self._beat()
+                self._answered = time.monotonic()
             except dist.DistStoreError:  # no answer in time
                 if self.world.rank == 1:
-                    _log.warning("warning: rank 0's process does not answer; the others wait for it")
+                    why = "rank 0's process does not answer; the others wait for it"
+                    self._say(why, time.monotonic() - self._answered)
             except (RuntimeError, ValueError):  # rank 0 has ended, and the store with it
                 return
 
@@ -104,6 +113,15 @@ class Watchdog:
                 if rank not in self._sightings or heartbeat.beat != self._sightings[rank].heartbeat.beat:
                     self._sightings[rank] = Sighting(heartbeat, now)
 
+    def _say(self, why: str, seconds: float) -> None:
+        """Warn; after twice `seconds` end this process, and with it the run."""
+        if seconds < 2 * self.seconds or self._phase in _MAY_LAST:
+            _log.warning(f"warning: {why}")
+            return
+        _log.error(f"dit-ds: error: {why}: ended, go on with --resume (log.stall_seconds {self.seconds:g})")
+        self.ending(why)
+        os._exit(STALLED)  # the loop is in a collective, which nothing else leaves
+
     def _warn(self) -> None:
         ranks, now, seen = range(self.world.world_size), time.monotonic(), self._sightings
         silent = [r for r in ranks if r not in seen or now - seen[r].at > self.seconds / 2]
@@ -112,7 +130,8 @@ class Watchdog:
         stalled, at = seen.get(rank, never)
         how = "its process does not answer" if silent else f"it is {stalled.phase}"
         waiting = "; the others wait for it" if self.world.world_size > 1 else ""
-        _log.warning(
-            f"warning: nothing done for {now - self._since:.0f} s: rank {rank} on {stalled.host} stalled at step "
-            f"{stalled.step} for {stalled.seconds + now - at:.0f} s, {how}{waiting}"
+        self._say(
+            f"nothing done for {now - self._since:.0f} s: rank {rank} on {stalled.host} stalled at step "
+            f"{stalled.step} for {stalled.seconds + now - at:.0f} s, {how}{waiting}",
+            now - self._since,
         )
