@@ -20,7 +20,8 @@ from dit_ds.errors import UserError
 from dit_ds.evaluation.postprocess import original_probabilities
 from dit_ds.models.lavt import LAVT
 from dit_ds.models.rela import ReLA
-from dit_ds.models.swin import SIZES, TextSwin
+from dit_ds.models.swin import TextSwin
+from dit_ds.models.swin_sizes import SIZES
 from dit_ds.models.text_encoder import TextEncoder
 from dit_ds.training.schedule import learning_rate
 

@@ -1,4 +1,4 @@
-"""Commands about files of weights: export."""
+"""Commands about files of weights: export and import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dit_ds.cli.output import command, report
 
 
 def add(commands: Any) -> None:
-    """Add `export` to the parser's commands."""
+    """Add `export` and `import` to the parser's commands."""
+    _add_import(commands)
     p = command(commands, "export", _export, "write a checkpoint's model as one safetensors file")
     p.add_argument("checkpoint", help="a run's folder or one of its checkpoints/step_*")
     p.add_argument("--out", required=True, help="file to write, as model.safetensors")
@@ -22,4 +23,32 @@ def _export(args: argparse.Namespace) -> int:
     from dit_ds.checkpointing.export import export
 
     report(args, export(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]))
+    return 0
+
+
+def _add_import(commands: Any) -> None:
+    p = command(
+        commands, "import", _import, "write another program's checkpoint as ours, with the configuration for it"
+    )
+    p.add_argument(
+        "file",
+        metavar="FILE",
+        help="a .pth, .bin, .pkl or .safetensors, the index of a sharded one, or a folder of transformers; "
+        "it is read as data, and nothing in it is run",
+    )
+    p.add_argument("--from", dest="source", choices=["auto", "dit", "lavt", "rela", "sam", "transformers"],
+                   default="auto", help="whose it is: the paper's released code, LAVT, ReLA, SAM in its own names or in "
+                   "transformers' (default auto: by its names)")  # fmt: skip
+    p.add_argument("--out", required=True, metavar="X.safetensors", help="file to write; X.yaml goes beside it")
+    p.add_argument("--scheme", choices=["end_to_end", "layer_wise"],
+                   help="of DIT's E-DIT and L-DIT, whose tensors have the same names")  # fmt: skip
+    p.add_argument("--text", metavar="NAME", help="the text encoder that it was trained with, as text.name (default "
+                   "bert-base-uncased)")  # fmt: skip
+
+
+def _import(args: argparse.Namespace) -> int:
+    from dit_ds.checkpointing import import_weights
+
+    result = import_weights.import_weights(args.file, args.out, args.source, scheme=args.scheme, text=args.text)
+    report(args, result, lambda: import_weights.lines(result))
     return 0

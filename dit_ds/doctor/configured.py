@@ -69,13 +69,16 @@ def _read_rate(path: Path) -> float:
 
 def sam_checkpoint(c: Context) -> Iterator[Check]:
     """The file to start from, by names and shapes: the tensors themselves are not read."""
+    from dit_ds.models import authors
     from dit_ds.models.checkpoint_file import read_tensors
     from dit_ds.models.sam_checkpoint import check_sam_checkpoint
 
-    path = c.run_config.model.checkpoint
+    path, m = c.run_config.model.checkpoint, c.run_config.model
     if path is None:
         yield Check("sam checkpoint", "ok", "none configured: random weights")
-    elif c.run_config.model.name == "dit_sam":
+    elif Path(path).is_file() and (said := authors.check(path, _model_shapes(c.run_config), m.scheme)):
+        yield Check("sam checkpoint", "ok", f"{path}, {said}")
+    elif m.name == "dit_sam":
         yield Check("sam checkpoint", "ok", f"{path}, {check_sam_checkpoint(path, _model_shapes(c.run_config))}")
     else:
         yield Check("sam checkpoint", "ok", f"{path}, {len(read_tensors(path, values=False))} tensors")

@@ -1,12 +1,14 @@
 """Tensors of the files that weights come in: safetensors, PyTorch's, sharded ones, folders of `transformers`.
 
-A file is data. Of a pickle, PyTorch's own tensors and dictionaries are read; an object of any other class, as an
-`argparse.Namespace` beside the weights, becomes an inert stand-in, whose class is neither imported nor run.
+A file is data. Of a pickle, PyTorch's own tensors, numpy's arrays of numbers and dictionaries are read; an object of any
+other class, as an `argparse.Namespace` beside the weights, becomes an inert stand-in, whose class is neither imported nor
+run.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -31,7 +34,7 @@ def read_tensors(path: str | Path, values: bool = True) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name; those of dictionaries in dictionaries by their keys, joined by dots.
 
     Args:
-        path: a .safetensors file, one of `torch.save`, the index.json of a sharded one, or a folder that `transformers`
+        path: a .safetensors file, one of `torch.save`, a pickle of numpy arrays, the index.json of a sharded one, or a folder that `transformers`
             saved.
         values: False reads names, shapes and dtypes where the format allows it; the tensors are then on `meta`.
     Raises:
@@ -131,6 +134,8 @@ def _dtype(name: str) -> torch.dtype:
 
 def _read_pickle(path: Path, values: bool) -> Any:
     zipped = zipfile.is_zipfile(path)  # else the format before PyTorch 1.6, which can't be read in part
+    if not zipped and path.is_file() and isinstance(content := _plain_pickle(path), dict):
+        return content
     options: dict[str, Any] = (
         {"map_location": "cpu"} if values or not zipped else {"map_location": "meta", "mmap": True}
     )
@@ -140,6 +145,58 @@ def _read_pickle(path: Path, values: bool) -> Any:
             return torch.load(path, weights_only=True, **options)
         except pickle.UnpicklingError:  # a class that PyTorch does not read; the file is opened anew
             return torch.load(path, weights_only=False, pickle_module=_InertPickle, **options)
+
+
+def _plain_pickle(path: Path) -> Any:
+    """What a pickle holds that `torch.save` did not write; of one that it wrote before PyTorch 1.6 a number."""
+    with open(path, "rb") as f:
+        try:
+            return _InertUnpickler(f).load()
+        except Exception:  # not a pickle; it is read as PyTorch's own, whose reader says what is wrong
+            return None
+
+
+class _NumpyDtype:
+    """Stands for a dtype of numpy's in a pickle."""
+
+    def __init__(self, code: Any = "", *_: Any):
+        self.code, self.order = str(code), "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def tensor(self, shape: Any, data: bytes, fortran: bool) -> Tensor:
+        """The numbers in `data`."""
+        if not re.fullmatch(r"[fiu][1248]|b1", self.code):
+            raise ValueError(f"an array of {self.code[:20]!r}")
+        array = np.frombuffer(data, np.dtype(self.order + self.code)).reshape(shape, order="F" if fortran else "C")
+        # torch has no arrays in the other order of bytes, none that can't be written, and few unsigned types
+        return torch.from_numpy(array.astype({"u2": "i4", "u4": "i8", "u8": "i8"}.get(self.code, self.code)))
+
+
+class _NumpyArray:
+    """Stands for an array of numpy's in a pickle; `tensor` is its content."""
+
+    tensor: Tensor | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.tensor = dtype.tensor(shape, data, fortran)
+
+
+def _numpy_parts() -> dict[str, Callable[..., Any]]:
+    """As `_tensor_parts`, of numpy's arrays."""
+
+    def from_buffer(data: bytes, dtype: _NumpyDtype, shape: Any, order: str) -> Tensor:
+        return dtype.tensor(shape, data, order == "F")
+
+    parts: dict[str, Callable[..., Any]] = {"numpy.dtype": lambda *args: _NumpyDtype(*args)}
+    parts["_codecs.encode"] = lambda text, _: str(text).encode("latin1")  # bytes, in protocols before 3
+    parts["__builtin__.bytes"] = lambda *_: b""
+    for core in ("numpy.core", "numpy._core"):
+        parts[f"{core}.multiarray._reconstruct"] = lambda *_: _NumpyArray()
+        parts[f"{core}.numeric._frombuffer"] = from_buffer
+    return parts
 
 
 class _Inert(dict):
@@ -178,7 +235,7 @@ class _InertUnpickler(pickle.Unpickler):
         """One of PyTorch's own parts of tensors, or a new class of stand-ins."""
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        return _tensor_parts().get(f"{module}.{name}") or type(f"{module}.{name}", (_Inert,), {})
+        return (_tensor_parts() | _numpy_parts()).get(f"{module}.{name}") or type(f"{module}.{name}", (_Inert,), {})
 
 
 class _InertPickle:
@@ -205,6 +262,7 @@ def _flat(content: dict[Any, Any]) -> dict[str, Tensor]:
             seen.add(id(of))
             for key, value in of.items():
                 name = f"{prefix}{key}"
+                value = value.tensor if isinstance(value, _NumpyArray) else value
                 if isinstance(value, Tensor):
                     found.setdefault(name, value)
                 elif isinstance(value, dict):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dit_ds.models import authors
 from dit_ds.models.image_encoder import ImageEncoder
 from dit_ds.models.instruction import Options, make_instruction, make_static_tokens
 from dit_ds.models.losses import segmentation_loss
@@ -69,7 +70,7 @@ class DITSAM(Segmenter):
     ):
         super().__init__()
         s = SIZES[size]
-        self.image_size, self.mask_padding = image_size, mask_padding
+        self.image_size, self.mask_padding, self.scheme = image_size, mask_padding, scheme
         self.dice_weight, self.align_corners = dice_weight, align_corners
         self.text_encoder = text_encoder
         self.image_encoder = ImageEncoder(
@@ -185,5 +186,5 @@ class DITSAM(Segmenter):
         self.image_encoder.compile_blocks()
 
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
-        """See `load_sam_checkpoint`."""
-        return load_sam_checkpoint(self, path)
+        """See `load_sam_checkpoint`; a checkpoint of DIT's released code, of this network, is loaded whole."""
+        return authors.load(self, path, self.scheme) or load_sam_checkpoint(self, path)

@@ -7,18 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_ds.models.losses import two_class_loss
-from dit_ds.models.swin import SIZES, SwinSegmenter, TextSwin
+from dit_ds.models.swin import SwinSegmenter, TextSwin
+from dit_ds.models.swin_sizes import SIZES
 from dit_ds.models.text_encoder import TextEncoder
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Computes its statistics in fp32 whatever the type of the input; the running ones must be fp32, see `engine`."""
+    """Computes its statistics in fp32 where the input is of a shorter type; the running ones must be fp32, see `engine`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        weight, bias = self.weight.float(), self.bias.float()
+        kind = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias = self.weight.to(kind), self.bias.to(kind)
         statistics = (self.running_mean, self.running_var)
         momentum = 0.0 if self.momentum is None else self.momentum  # PyTorch's `BatchNorm2d` gives 0.1
         return F.batch_norm(x, *statistics, weight, bias, self.training, momentum, self.eps)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dit_ds.models.losses import two_class_loss
 from dit_ds.models.segmenter import Prediction
-from dit_ds.models.swin import SIZES, Size, SwinSegmenter, TextSwin
+from dit_ds.models.swin import SwinSegmenter, TextSwin
+from dit_ds.models.swin_sizes import SIZES, Size
 from dit_ds.models.text_encoder import TextEncoder
 
 _SIDE = 10  # regions a side

@@ -120,6 +120,15 @@ def describe(report: Mapping[str, list[str]]) -> list[str]:
     return lines
 
 
+def sam_size(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[int, int]:
+    """Width and depth of the image encoder in a SAM's file, of whatever names and wrappers; 0 where it does not say.
+
+    Raises:
+        UserError: as of `load_sam_checkpoint`, for names that stand twice.
+    """
+    return _size(_of_one_part(_translate(_unwrap(tensors, path)[0])))
+
+
 def _fitting(path: str | Path, target: Mapping[str, Tensor], values: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The file's tensors with segment-anything's names and shapes that the target takes; how they were found.
 

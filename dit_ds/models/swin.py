@@ -7,7 +7,6 @@ between a stage's layers and its patch merging. Source: Yang et al., LAVT, CVPR 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_ds.errors import UserError
+from dit_ds.models import authors
 from dit_ds.models.checkpoint_file import load_by_name
 from dit_ds.models.segmenter import Segmenter
-
-
-@dataclass(frozen=True)
-class Size:
-    """Widths and depths; stage i is embed_dim * 2^i wide and has a token for every (4 * 2^i)^2 pixels.
-
-    Attributes:
-        lavt_dim: width of LAVT's decoder.
-        rela_dim, rela_heads, rela_ffn, rela_pixel_ffn, rela_pixel_layers, rela_layers: of ReLA's decoders.
-    """
-
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    window_size: int
-    drop_path: float
-    lavt_dim: int
-    rela_dim: int
-    rela_heads: int
-    rela_ffn: int
-    rela_pixel_ffn: int
-    rela_pixel_layers: int
-    rela_layers: int
-
-    @property
-    def dims(self) -> list[int]:
-        """Widths of the four stages."""
-        return [self.embed_dim * 2**i for i in range(4)]
-
-
-SIZES = {
-    "swin_t_tiny": Size(
-        32,
-        (1, 1, 2, 1),
-        (1, 2, 2, 4),
-        window_size=2,
-        drop_path=0.1,
-        lavt_dim=32,
-        rela_dim=32,
-        rela_heads=4,
-        rela_ffn=64,
-        rela_pixel_ffn=64,
-        rela_pixel_layers=1,
-        rela_layers=3,
-    ),  # for CPUs and tests
-    "swin_b": Size(
-        128,
-        (2, 2, 18, 2),
-        (4, 8, 16, 32),
-        window_size=12,
-        drop_path=0.3,
-        lavt_dim=512,
-        rela_dim=256,
-        rela_heads=8,
-        rela_ffn=2048,
-        rela_pixel_ffn=1024,
-        rela_pixel_layers=6,
-        rela_layers=9,
-    ),
-}
+from dit_ds.models.swin_sizes import SIZES
 
 
 class PWAM(nn.Module):
@@ -245,9 +186,10 @@ class SwinSegmenter(Segmenter):
         self.backbone.compile_blocks()
 
     def load_pretrained(self, path: str | Path) -> dict[str, list[str]]:
-        """See `TextSwin.load_pretrained`; of what `dit-ds export` wrote, all parameters by name."""
-        if str(path).endswith(".safetensors"):
-            return load_by_name(self, path)
+        """See `TextSwin.load_pretrained`; of the authors' checkpoint of this network, and of what `dit-ds export` wrote, all
+        parameters."""
+        if Path(path).is_file():
+            return authors.load(self, path, None) or load_by_name(self, path)
         return self.backbone.load_pretrained(path)
 
 
