@@ -54,7 +54,7 @@ def _add_submissions(commands: Any) -> None:
                 "--section.key value overrides every run's configuration")  # fmt: skip
     p.add_argument("file", metavar="FILE", help="a line of overrides a run, as --train.lr 1e-4 --train.batch_size 16")
     p.add_argument("--config", required=True, help="the YAML file that they override")
-    p.add_argument("--splits", type=names, default=[], metavar="SPLIT,SPLIT",
+    p.add_argument("--splits", type=names, metavar="SPLIT,SPLIT",
                    help="splits to evaluate after the training, which evaluates data.val_split itself")  # fmt: skip
     _submission_options(p, "runs/sweep")
 
@@ -90,7 +90,7 @@ def _submit(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from dit_ds.paper.sweep import submit_sweep
 
-    result = submit_sweep(args.file, args.config, _request(args), overrides=args.overrides, splits=args.splits)
+    result = submit_sweep(args.file, args.config, _request(args), overrides=args.overrides, splits=args.splits or [])
     return _submitted(args, result)
 
 

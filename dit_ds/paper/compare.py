@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Iterable, Sequence
@@ -111,7 +112,7 @@ def by_keys(runs: list[str], manifest: str | None = None, skip_missing: bool = F
     alike = all(s.expressions == scored[0].expressions for s in scored)
     lines = []
     for run in dict.fromkeys(map(Path, runs)):
-        values = [_text(configs[run][key]) for key in keys] if run in configs else ["-"] * len(keys)
+        values = [_value(configs[run][key]) for key in keys] if run in configs else ["-"] * len(keys)
         if run in missing:
             lines.append(Line("run", [f"> {run}", *values], {}, notes=[str(missing[run])]))
         for s in (s for s in scored if s.run == str(run)):
@@ -121,6 +122,10 @@ def by_keys(runs: list[str], manifest: str | None = None, skip_missing: bool = F
     note = "" if alike else "not ranked: not of the same expressions"
     columns = _columns(scored)
     return {"tables": [_as_dict(lines, number=None, title="Runs", labels=("Run", *keys), columns=columns, note=note)]}
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read(
