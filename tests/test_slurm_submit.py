@@ -59,6 +59,24 @@ def test_a_task_that_is_interrupted_comes_back_alone(cluster, shards, tmp_path):
     assert started[2] == ["-m dit_ds.cli train --resume --config 75 --all $HOME"]  # all that follows is the last one's
 
 
+def test_the_lines_of_a_dry_run_do_what_they_say(cluster, shards, tmp_path):
+    """Pasted into a shell: each evaluation follows its training, the comparison all; ranks only note that they ran."""
+    rank, ran = tmp_path / "rank", tmp_path / "ran"
+    rank.write_text(
+        f'#!/bin/bash\nsleep 0.3\necho "$3 $SLURM_ARRAY_TASK_ID" >>{ran}\n'
+        '[[ "$3 $SLURM_ARRAY_TASK_ID" != "train 1" ]]'  # the second row fails
+    )
+    rank.chmod(0o755)
+    site = Site(cluster, tmp_path, shards, PYTHON=rank)
+    command = [sys.executable, "-m", "dit_ds.cli", "experiments", "submit", "--table", "9", "--dry-run"]
+    lines = cluster.run(*command, "--runs", f"{tmp_path}/it's here", "--data-root", str(shards))
+    cluster.run("bash", "-c", f'source "$CLUSTER_ENV"\n{lines}', env={"CLUSTER_ENV": str(site.settings)})
+    wait_for_all(site)
+    order = ran.read_text().splitlines()
+    assert sorted(order) == ["compare ", "eval 0", "eval 0", "eval 0", "train 0", "train 1"], order
+    assert order.index("train 0") < order.index("eval 0") and order[-1] == "compare "
+
+
 @pytest.mark.slow  # a minute or two
 def test_a_sweep_of_four_runs_over_two_nodes_ends_with_one_table(site, tmp_path):
     lines = tmp_path / "over rides.txt"

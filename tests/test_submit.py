@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dit_ds.cli.entry import main
+from dit_ds.config.load import load_config
 from dit_ds.paper.submit import SHARD_SETS
 
 # what takes the place of SLURM: sbatch gives numbers from 100 on and notes its words, squeue lists what the test wrote
@@ -137,7 +138,9 @@ def test_what_is_submitted_waits_for_what_it_needs(slurm, run, inputs, tmp_path)
         or sorted(map(str, options)) == []
     )
     assert [j["number"] for j in result["jobs"]] == [str(n) for n in range(100, 100 + len(options))]
-    assert all("--train.compile" in w for w in calls(slurm)[:1])
+    assert "--train.compile" in calls(slurm)[0]
+    sam = tmp_path / "runs/table6_sam/config.yaml"
+    assert str(sam) in calls(slurm)[4] and load_config(sam).model.checkpoint == inputs[3]
 
 
 def test_submitted_again_it_goes_on_where_it_was(slurm, run, inputs, tmp_path):
@@ -241,14 +244,25 @@ def test_a_cluster_that_refuses_is_one_line(slurm, refusal, inputs, tmp_path):
 
 def test_another_run_in_the_folder_is_not_taken_for_this_one(slurm, run, refusal, inputs, tmp_path):
     args = ("submit", "--table", 9, "--runs", tmp_path / "runs", *inputs)
-    from dit_ds.config.load import load_config
-
     load_config("configs/paper/table9_cascade.yaml", ["--train.lr", "3e-4"]).save(
         tmp_path / "runs/table9_cascade/config.yaml"
     )
     line = refusal("experiments", *args)
     assert "table9_cascade is a run with another train.lr: choose another --runs" in line and not calls(slurm)
     run(*args, "--train.lr", "3e-4")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"progress": 3}', '{"train table9_cascade": "100; rm"}'])
+def test_damaged_files_are_named(text, slurm, refusal, inputs, tmp_path):
+    runs = tmp_path / "runs"
+    finish(runs / "table9_cascade")
+    wrong = runs / "table9_cascade/checkpoints/step_00000007/meta.json", runs / "submitted.json"
+    for path in wrong:
+        before = path.read_text() if path.exists() else "{}"
+        path.write_text(text)
+        line = refusal("experiments", "submit", "--table", "9", "--runs", runs, *inputs)
+        assert str(path) in line and not calls(slurm)
+        path.write_text(before)
 
 
 def test_the_sets_are_those_of_the_script():

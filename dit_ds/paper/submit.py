@@ -338,19 +338,33 @@ def _finished(run: Run) -> bool:
     steps = sorted(run.folder.glob("checkpoints/step_*/manifest.json"))
     if not steps or not run.trained:
         return not run.trained
-    progress = read_json(steps[-1].with_name("meta.json"), "checkpoint's meta.json").get("progress", {})
-    most = run.config.train.max_steps
-    return progress.get("epoch", 0) >= run.config.train.epochs or (most is not None and progress.get("step", 0) >= most)
+    meta, most = steps[-1].with_name("meta.json"), run.config.train.max_steps
+    over = most is not None and _count(meta, "progress", "step") >= most
+    return over or _count(meta, "progress", "epoch") >= run.config.train.epochs
 
 
 def _evaluated(run: Run, e: Evaluation) -> bool:
     """Whether the checkpoint that `dit-ds eval` takes, the best or else the newest, was evaluated."""
     step = 0
     if run.trained:
-        newest = max(int(p.parent.name[5:]) for p in run.folder.glob("checkpoints/step_*/manifest.json"))
         best = run.folder / "best.json"
-        step = int(read_json(best, "best score")["step"]) if best.exists() else newest
+        newest = max(int(p.parent.name[5:]) for p in run.folder.glob("checkpoints/step_*/manifest.json"))
+        step = _count(best, "step") if best.exists() else newest
     return (run.folder / "evaluations" / f"{e.split}-{e.prompt}-step_{step:08d}.json").exists()
+
+
+def _count(path: Path, *keys: str) -> int:
+    """A number in a file of JSON objects.
+
+    Raises:
+        UserError: it is not there.
+    """
+    value = read_json(path, "state of the run")
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, int):
+        raise UserError(f"{path} has no {'.'.join(keys)}: it is damaged, remove it")
+    return value
 
 
 def _untrained(run: Run) -> Path:
@@ -361,7 +375,7 @@ def _untrained(run: Run) -> Path:
 
 def _write_untrained(runs: list[Run]) -> None:
     for run in runs:
-        if not run.trained and not (path := _untrained(run)).exists():
+        if not run.trained and (path := _untrained(run)).parent == run.folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             run.config.save(path)
 
