@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dit_ds.config.load import load_config
-from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
-from dit_ds.files import read_json
 from dit_ds.paper import experiments, jobs
 from dit_ds.paper.jobs import Job, Record, Task
+from dit_ds.paper.planned_run import Evaluation, Run
 
 # what slurm/shard.sbatch shards, by its array's numbers
 SHARD_SETS = ("refcoco/unc", "refcoco/google", "refcoco+/unc", "refcocog/umd", "refcocog/google", "grefcoco/unc")
 _log = logging.getLogger("dit_ds")
-
-
-class Evaluation(NamedTuple):
-    """A split, and the kind of prompt."""
-
-    split: str
-    prompt: str
-
-
-@dataclass
-class Run:
-    """A run to train, to evaluate, or both.
-
-    Attributes:
-        folder: its `run_dir`.
-        config: as it will train, with that folder.
-        arguments: of `dit-ds train`.
-        evaluations: what to evaluate after the training.
-        trained: False for a model that is evaluated as it was released.
-    """
-
-    folder: Path
-    config: RunConfig
-    arguments: tuple[str, ...]
-    evaluations: list[Evaluation] = field(default_factory=list)
-    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +121,7 @@ def submit_runs(name: str, runs: list[Run], reports: list[Report], request: Requ
     if str(request.runs).startswith("-"):
         raise UserError(f"--runs {request.runs} reads as an option: choose another name")
     for run in runs:
-        _require_same_run(run)
+        run.require_same()
     record = Record(request.runs)
     try:
         record.drop_ended()
@@ -206,7 +179,7 @@ class _Plan:
 
     def _shards(self, runs: list[Run]) -> list[tuple[str, Job | str]]:
         """Jobs for the sets that are missing; what is to wait for them waits so."""
-        missing = dict.fromkeys((root, name) for run in runs for root, name in _missing_sets(run))
+        missing = dict.fromkeys((root, name) for run in runs for root, name in run.missing_sets())
         waits: list[tuple[str, Job | str]] = []
         for root in dict.fromkeys(root for root, _ in missing):
             tasks = {}
@@ -235,7 +208,7 @@ class _Plan:
             key = f"train {run.folder.name}"
             if not run.trained:
                 continue
-            if self._left(key, _finished(run)):
+            if self._left(key, run.finished()):
                 job.tasks[number := len(job.tasks)] = Task(key, run.arguments)
                 where[run.folder.name] = job, number
             elif key in self.in_queue:
@@ -258,11 +231,11 @@ class _Plan:
             trains_in, number = training.get(run.folder.name, (None, None))
             for e in run.evaluations:
                 key = f"evaluate {run.folder.name} {e.split} {e.prompt}"
-                if self._left(key, trains_in is None and _evaluated(run, e)):
+                if self._left(key, trains_in is None and run.evaluated(e)):
                     if (e, trains_in) not in arrays:
                         arrays[e, trains_in] = self._evaluation_job(e, trains_in, shards)
                     tasks = arrays[e, trains_in].tasks
-                    tasks[len(tasks) if number is None else number] = Task(key, _eval(run, e))
+                    tasks[len(tasks) if number is None else number] = Task(key, run.eval_arguments(e))
                 elif key in self.in_queue:
                     waits.append(("afterany", self.in_queue[key]))
         self.jobs += arrays.values()
@@ -290,92 +263,15 @@ class _Plan:
             if self.to_shard and not Path(path).is_dir():
                 yield (f"no shards in {', '.join(self.to_shard)}, and no {path} to make them from: name it with {what}, "
                        "or run 'dit-ds data shard'")  # fmt: skip
-        start = [run.config.model.checkpoint for run in runs if not (run.trained and _finished(run))]
+        start = [run.config.model.checkpoint for run in runs if not (run.trained and run.finished())]
         for weights in dict.fromkeys(start):
             if weights is not None and not Path(weights).exists():
                 yield f"model.checkpoint {weights} is not there: download it, or name another with --model.checkpoint"
 
 
-def _missing_sets(run: Run) -> Iterator[tuple[str, str]]:
-    """Root and name of the sets of shards that a run reads, and that are not there."""
-    data = run.config.data
-    names = dict.fromkeys(data.train_sets if run.trained else ())
-    if run.evaluations or run.config.eval.every_epochs:
-        names[data.val_set] = None
-    for name in names:
-        if not data.streamed and not Path(data.root, name, "manifest.json").exists():
-            yield data.root, name
-
-
-def _eval(run: Run, e: Evaluation) -> tuple[str, ...]:
-    """The arguments of `dit-ds eval`."""
-    prompt = () if e.prompt == run.config.data.default_prompt else ("--prompt", e.prompt)
-    if not run.trained:
-        return (str(_untrained(run)), "--split", e.split, *prompt)
-    # training may have read its shards from a node's own disk; without evaluation it notes no set to compare with
-    root = ("--data-root", run.config.data.root) if run.config.eval.every_epochs else ()
-    return (str(run.folder), "--split", e.split, *prompt, *root)
-
-
-# --- what is there already ----------------------------------------------------------------------------------------
-
-
-def _require_same_run(run: Run) -> None:
-    """See that a run's folder, if it is there, is of the same configuration.
-
-    Raises:
-        UserError: names a key in which they differ.
-    """
-    path = run.folder / "config.yaml"
-    if path.exists() and (changed := experiments.differences(run.config, load_config(path))):
-        raise UserError(
-            f"{run.folder} is a run with another {', '.join(changed[:3])}: choose another --runs, or remove that folder"
-        )
-
-
-def _finished(run: Run) -> bool:
-    """Whether a run's training has come to its end; nothing is to be trained of a model that is not."""
-    steps = sorted(run.folder.glob("checkpoints/step_*/manifest.json"))
-    if not steps or not run.trained:
-        return not run.trained
-    meta, most = steps[-1].with_name("meta.json"), run.config.train.max_steps
-    over = most is not None and _count(meta, "progress", "step") >= most
-    return over or _count(meta, "progress", "epoch") >= run.config.train.epochs
-
-
-def _evaluated(run: Run, e: Evaluation) -> bool:
-    """Whether the checkpoint that `dit-ds eval` takes, the best or else the newest, was evaluated."""
-    step = 0
-    if run.trained:
-        best = run.folder / "best.json"
-        newest = max(int(p.parent.name[5:]) for p in run.folder.glob("checkpoints/step_*/manifest.json"))
-        step = _count(best, "step") if best.exists() else newest
-    return (run.folder / "evaluations" / f"{e.split}-{e.prompt}-step_{step:08d}.json").exists()
-
-
-def _count(path: Path, *keys: str) -> int:
-    """A number in a file of JSON objects.
-
-    Raises:
-        UserError: it is not there.
-    """
-    value = read_json(path, "state of the run")
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, int):
-        raise UserError(f"{path} has no {'.'.join(keys)}: it is damaged, remove it")
-    return value
-
-
-def _untrained(run: Run) -> Path:
-    """The YAML to evaluate a model that is not trained by: the paper's own, or one in the run's folder."""
-    path = Path(run.arguments[1])  # after --config
-    return path if load_config(path) == run.config else run.folder / "config.yaml"
-
-
 def _write_untrained(runs: list[Run]) -> None:
     for run in runs:
-        if not run.trained and (path := _untrained(run)).parent == run.folder:
+        if not run.trained and (path := run.untrained_yaml()).parent == run.folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             run.config.save(path)
 

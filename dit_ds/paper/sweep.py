@@ -13,7 +13,8 @@ from typing import Any
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
-from dit_ds.paper.submit import Evaluation, Report, Request, Run, submit_runs
+from dit_ds.paper.planned_run import Evaluation, Run
+from dit_ds.paper.submit import Report, Request, submit_runs
 
 _LONGEST = 80  # letters of the values in a folder's name
 
