@@ -13,6 +13,19 @@ else
 fi
 set -uo pipefail # not before: modules' and venvs' scripts may not bear it; no -e: each step's status is looked at
 
+# In an array, each task has arguments of its own: of `--task=0 A B --task=1 C ...` number 1's are C ...
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [[ ${1:-} == --task=* ]]; then
+    of='' own=()
+    for word; do
+        if [[ $word == --task=* ]]; then of=${word#*=}; elif [ "$of" = "$SLURM_ARRAY_TASK_ID" ]; then own+=("$word"); fi
+    done
+    [ ${#own[@]} -gt 0 ] || { echo "no --task=$SLURM_ARRAY_TASK_ID, which --array asks for" >&2 && exit 2; }
+    set -- "${own[@]}" # also of the script that reads this file
+fi
+# what scontrol knows this job by: an array's number may mean all of its tasks
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+this_job=${this_job:-$SLURM_JOB_ID}
+
 # The steps are signalled before the time limit, and sometimes this shell too: it must outlive them to requeue the job.
 trap : USR2 TERM
 
@@ -184,13 +197,13 @@ finish() {
         exit "$1"
     fi
     # scancel meant to end the job, and after a node's failure SLURM requeues it itself; at the time limit it does not
-    state=$(scontrol show job "$SLURM_JOB_ID")
+    state=$(scontrol show job "$this_job")
     if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
         say "ended with status $1 as SLURM was ending the job (scancel, or a failed node): not requeued from here"
         exit "$1"
     fi
     say "ended with status $1: requeued ($((restarts + 1)) of $MAX_REQUEUES)"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$this_job"
     exit "$1" # reached if SLURM lets this shell live that long; a job that is being requeued has no status
 }
 

@@ -1,4 +1,5 @@
-"""A real SLURM cluster on this machine, for a test session: munged, slurmctld and two slurmd on ports of their own."""
+"""A real SLURM cluster on this machine, for a test session: munged, slurmctld and two slurmd on ports of their own; and a
+test's site on it."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ROOT, metrics_of, tiny_config
 
-ROOT = Path(__file__).parent.parent
+STEPS = 48  # of a site's training on two ranks: long enough to be hit in the middle
 # as names these resolve on every Linux machine, unlike n1 and n2: ranks find the first node as they would elsewhere
 NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
@@ -161,6 +165,66 @@ class Cluster:
     def wait_for(self, condition, what: str, log: Path, timeout: float = 60) -> None:
         """Wait until something is so in a running job; a hang fails the test with the job's log."""
         _wait_until(condition, timeout, what, log)
+
+
+class Site:
+    """A test's own settings, configuration and logs; what it submits has two nodes."""
+
+    def __init__(self, cluster: Cluster, folder: Path, data_root: Path, **settings: str):
+        self.cluster, self.folder = cluster, folder
+        self.run_dir, self.logs = folder / "run", folder / "logs"
+        self.config, self.settings = folder / "tiny.yaml", folder / "site.env"
+        config = tiny_config(data_root, self.run_dir)
+        never = 1000  # what is saved and evaluated is said by each test, or is the end
+        config["train"] |= {"epochs": 100, "max_steps": STEPS}
+        config |= {"eval": {"every_epochs": never}, "checkpoint": {"every_epochs": never}}
+        self.config.write_text(yaml.safe_dump(config))
+        lines = ["source slurm/cluster.env", f"LOG_DIR={self.logs}", 'export SBATCH_OUTPUT="$LOG_DIR/%j.log"']
+        values = {"PYTHON": sys.executable, "DOCTOR": 0} | settings
+        self.logs.mkdir()
+        self.settings.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in values.items())]) + "\n")
+
+    def submit(self, script: str, *args: str | Path, nodes: int = 2, **env: str) -> str:
+        options = [] if script == "shard" else [f"--nodes={nodes}"]
+        return self.cluster.submit(self.settings, *options, f"slurm/{script}.sbatch", *args, env=env)
+
+    def train(self, *args: str) -> str:
+        return self.submit("train", "--config", self.config, *args)
+
+    def train_until_ready(self) -> str:
+        """A job of which a rank has touched $READY."""
+        ready = self.folder / "ready"
+        with open(self.settings, "a") as f:
+            f.write(f"export READY={ready}\n")
+        job = self.train()
+        self.cluster.wait_for(ready.exists, "rank", self.log(job))
+        return job
+
+    def log(self, job: str) -> Path:
+        return self.logs / f"{job}.log"
+
+    def read(self, job: str, script: str = "train") -> str:
+        """The job's log."""
+        return (self.logs / f"{script}-{job}.log").read_text()  # a link to it
+
+    def rank_log(self, job: str, rank: int, script: str = "train", name: str = "train") -> str:
+        return (self.logs / f"{script}-{job}/{name}.rank{rank}.log").read_text()
+
+    def finished(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
+        return self.cluster.finished(job, self.log(job), timeout)
+
+    def completed(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
+        info = self.finished(job, script, timeout)
+        assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), self.read(job, script)[-3000:]
+        return info
+
+    def reach(self, job: str, step: int) -> None:
+        """Wait until the training has taken so many steps."""
+
+        def there() -> bool:
+            return (self.run_dir / "metrics.jsonl").exists() and len(metrics_of(self.run_dir)) >= step
+
+        self.cluster.wait_for(there, f"step {step}", self.log(job))
 
 
 def start_cluster(folder: Path) -> Iterator[Cluster]:

@@ -13,7 +13,7 @@ from conftest import ROOT, dit_ds, metrics_of
 from dit_ds.cli.entry import main
 from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
-from dit_ds.paper.compare import compare
+from dit_ds.paper.compare import by_keys, compare
 from dit_ds.paper.tables import EXPRESSIONS
 
 FULL = {"val": 10834, "testA": 5657, "testB": 5095}
@@ -249,6 +249,42 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, says):
     assert main(["compare", *(folders.get(a, a) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_table_of_runs_by_the_keys_in_which_they_differ(tmp_path, capsys):
+    """Also of data that no table of the paper is about, and of runs that failed."""
+    small = {"val": 48}
+    runs = [
+        make_run(tmp_path / "a", "table1_default", oiou=0.5, splits=small),
+        make_run(tmp_path / "b", "table1_default", "--train.lr", "3e-4", "--data.root", "x", oiou=0.6, splits=small),
+        make_run(tmp_path / "c", "table1_default", "--data.scales", "[48, 64]", splits={}),
+        str(tmp_path / "gone"),
+    ]
+    assert main(["compare", *runs[:2], "--keys", "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert table["labels"] == ["Run", "train.lr"] and table["notes"] == []
+    assert [r["label"][1] for r in table["rows"]] == ["0.0001", "0.0003"]
+    assert [at(table, r, "val", "oiou", "marks") for r in table["rows"]] == ["second", "best"]
+    assert main(["compare", *runs, "--keys"]) == 2
+    assert "gone is no run" in capsys.readouterr().err
+    assert main(["compare", *runs, "--keys", "--skip-missing", "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert [r["label"][1:] for r in table["rows"]] == [
+        ["[]", "0.0001"],
+        ["[]", "0.0003"],
+        ["[48, 64]", "0.0001"],
+        ["-", "-"],
+    ]
+    assert len(table["notes"]) == 2 and [r["notes"] for r in table["rows"]] == [[], [], [1], [2]]
+    add(tmp_path / "c", evaluation("val", 24, 0.9))
+    assert not any(any(r["marks"]) for r in by_keys(runs[:3])["tables"][0]["rows"])  # not the same expressions
+
+
+def test_a_table_tells_which_runs_are_missing(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a", "table1_default"), str(tmp_path / "gone")]
+    assert main(["compare", *runs, "--table", "1", "--skip-missing", "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert len(mine(table)) == 1 and "gone is no run" in table["notes"][-1]
 
 
 def test_a_run_of_ours_is_read(config_file, tmp_path):

@@ -20,8 +20,8 @@ _TEXTS = {None, str, names}  # types of arguments that are no numbers
 def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list]]:
     """Each command and its arguments."""
     groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    if not groups:
-        yield words, parser._actions
+    if not groups or parser.get_default("run"):  # some groups are commands themselves
+        yield words, [a for a in parser._actions if a not in groups]
     for group in groups:
         for name, below in group.choices.items():
             yield from commands(below, (*words, name))
@@ -64,8 +64,8 @@ def read(option: tuple[str, ...], text: str) -> object:
     for action in COMMANDS[tuple(words)]:
         if action.required and not action.option_strings:
             rest.append("x")
-        elif action.required:
-            rest += [action.option_strings[0], "x"]
+        elif action.required and name not in action.option_strings:
+            rest += [action.option_strings[0], "1" if hasattr(action.type, "number") else "x"]
     if tuple(words) == ("data", "shard"):
         rest += ["--coco", "x"]
     arguments, _ = make_parser().parse_known_args([*words, *rest, f"{name}={text}"])

@@ -13,78 +13,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import metrics_of, tiny_config
-from slurm_cluster import NODES, Cluster, start_cluster
+from conftest import metrics_of
+from slurm_cluster import NODES, STEPS, Cluster, Site, start_cluster
 
 from dit_ds.training.status import status
 
 pytestmark = pytest.mark.slurm
-STEPS = 48  # of two ranks: long enough to be hit in the middle
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     yield from start_cluster(tmp_path_factory.mktemp("slurm"))
-
-
-class Site:
-    """A test's own settings, configuration and logs; what it submits has two nodes."""
-
-    def __init__(self, cluster: Cluster, folder: Path, data_root: Path, **settings: str):
-        self.cluster, self.folder = cluster, folder
-        self.run_dir, self.logs = folder / "run", folder / "logs"
-        self.config, self.settings = folder / "tiny.yaml", folder / "site.env"
-        config = tiny_config(data_root, self.run_dir)
-        never = 1000  # what is saved and evaluated is said by each test, or is the end
-        config["train"] |= {"epochs": 100, "max_steps": STEPS}
-        config |= {"eval": {"every_epochs": never}, "checkpoint": {"every_epochs": never}}
-        self.config.write_text(yaml.safe_dump(config))
-        lines = ["source slurm/cluster.env", f"LOG_DIR={self.logs}", 'export SBATCH_OUTPUT="$LOG_DIR/%j.log"']
-        values = {"PYTHON": sys.executable, "DOCTOR": 0} | settings
-        self.logs.mkdir()
-        self.settings.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in values.items())]) + "\n")
-
-    def submit(self, script: str, *args: str | Path, nodes: int = 2, **env: str) -> str:
-        options = [] if script == "shard" else [f"--nodes={nodes}"]
-        return self.cluster.submit(self.settings, *options, f"slurm/{script}.sbatch", *args, env=env)
-
-    def train(self, *args: str) -> str:
-        return self.submit("train", "--config", self.config, *args)
-
-    def train_until_ready(self) -> str:
-        """A job of which a rank has touched $READY."""
-        ready = self.folder / "ready"
-        with open(self.settings, "a") as f:
-            f.write(f"export READY={ready}\n")
-        job = self.train()
-        self.cluster.wait_for(ready.exists, "rank", self.log(job))
-        return job
-
-    def log(self, job: str) -> Path:
-        return self.logs / f"{job}.log"
-
-    def read(self, job: str, script: str = "train") -> str:
-        """The job's log."""
-        return (self.logs / f"{script}-{job}.log").read_text()  # a link to it
-
-    def rank_log(self, job: str, rank: int, script: str = "train", name: str = "train") -> str:
-        return (self.logs / f"{script}-{job}/{name}.rank{rank}.log").read_text()
-
-    def finished(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
-        return self.cluster.finished(job, self.log(job), timeout)
-
-    def completed(self, job: str, script: str = "train", timeout: float = 120) -> dict[str, str]:
-        info = self.finished(job, script, timeout)
-        assert (info["JobState"], info["ExitCode"]) == ("COMPLETED", "0:0"), self.read(job, script)[-3000:]
-        return info
-
-    def reach(self, job: str, step: int) -> None:
-        """Wait until the training has taken so many steps."""
-
-        def there() -> bool:
-            return (self.run_dir / "metrics.jsonl").exists() and len(metrics_of(self.run_dir)) >= step
-
-        self.cluster.wait_for(there, f"step {step}", self.log(job))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -67,6 +68,30 @@ def test_counts_add_up(groups, tmp_path):
         return  # SLURM writes gpu: before all of them or none
     text = ",".join(f"{name}{n}{where}" for name, n, where in groups)
     assert sourced(tmp_path, f"gpu_count '{text}'").stdout.splitlines()[-1] == str(sum(n for _, n, _ in groups))
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "11"}
+
+
+@pytest.mark.parametrize(
+    ("given", "job", "own"),
+    [
+        (["--task=1", "a", "--task=11", "two words", "*", "$HOME", "--x=--task=1", "--task=12", "b"], ARRAY,
+         ["two words", "*", "$HOME", "--x=--task=1"]),
+        (["--refer-root", "r"], ARRAY, ["--refer-root", "r"]),  # an array whose tasks have the same arguments
+        (["--config", "c"], {}, ["--config", "c"]),
+        (["--task=1", "a"], ARRAY, None),
+        ([], ARRAY, []),
+    ],
+)  # fmt: skip
+def test_a_task_of_an_array_takes_its_own_arguments(tmp_path, given, job, own):
+    done = sourced(
+        tmp_path, f'set -- {shlex.join(given)}\nsource slurm/common.sh\nprintf \'[%s]\' "$this_job" "$@"', **job
+    )
+    if own is None:
+        assert done.returncode == 2 and "no --task=11, which --array asks for" in done.stderr
+    else:
+        assert done.stdout.splitlines()[-1] == "".join(f"[{w}]" for w in ["7_11" if job else "7", *own])
 
 
 def test_windows_line_ends_of_a_site_are_passed_over(tmp_path):

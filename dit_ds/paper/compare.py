@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,13 +11,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
 from dit_ds.paper import experiments
 from dit_ds.paper.experiments import FOLDER, Experiment
-from dit_ds.paper.scored_runs import NotEvaluated, ScoredRun, read_run
+from dit_ds.paper.scored_runs import NoRun, NotEvaluated, ScoredRun, read_run
 from dit_ds.paper.tables import TABLES, Column, Table
 
 _log = logging.getLogger("dit_ds")
+_PATHS = ("run_dir", "data.root")  # keys that say where a run lies, not what it is
 
 
 @dataclass
@@ -47,7 +50,12 @@ class Line:
 
 
 def compare(
-    runs: list[str], number: int | None = None, folder: str | Path = FOLDER, manifest: str | None = None
+    runs: list[str],
+    number: int | None = None,
+    folder: str | Path = FOLDER,
+    *,
+    manifest: str | None = None,
+    skip_missing: bool = False,
 ) -> dict[str, Any]:
     """`dit-ds compare`: the tables that have a row with the settings of a run, or the one of a given number.
 
@@ -59,6 +67,7 @@ def compare(
         number: of the paper's table.
         folder: of the paper's configurations.
         manifest: see `read_run`.
+        skip_missing: of runs that are not there, and of those without a result, the tables' notes say so.
     Returns:
         `tables`, each with `table` (None for runs alone), `title`, `labels`, `columns`, `rows`, `notes`. A row's
         `values`, `deltas`, `spread` and `marks` (best, second) are in the columns' order, None where there is no value;
@@ -69,33 +78,79 @@ def compare(
     if number == 8:
         raise UserError("Table 8 is about memory, not about figures of runs: see dit-ds memory table8")
     rows = [e for e in experiments.experiments(number, folder) if e.table.number != 8]
-    scored = _read(runs, manifest)
+    scored, missing = _read(runs, manifest, skip_missing)
     fits = {id(s): [e for e in rows if e.settings == s.settings] for s in scored}
     numbers = [number] if number else sorted({e.table.number for fitting in fits.values() for e in fitting})
     tables = [_with_paper(TABLES[n], scored, fits, rows if number else []) for n in numbers]
     if not number and not all(fits.values()):
         tables.append(_runs_only(scored, fits, rows))
+    for table in tables if skip_missing else ():
+        table["notes"] += [f"left out: {error}" for error in missing.values()]
     return {"tables": tables}
 
 
-def _read(runs: list[str], manifest: str | None) -> list[ScoredRun]:
-    """The runs that were evaluated, with a warning for each of the others.
+def by_keys(runs: list[str], manifest: str | None = None, skip_missing: bool = False) -> dict[str, Any]:
+    """`dit-ds compare --keys`: one table of all runs, with the configuration's keys in which they differ.
+
+    A run without a result has a row, too. Runs are ranked among each other if the same expressions were evaluated.
+
+    Args:
+        runs, manifest, skip_missing: as of `compare`.
+    Returns:
+        What `compare` does.
+    Raises:
+        UserError: as of `compare`.
+    """
+    scored, missing = _read(runs, manifest, skip_missing)
+    configs = {
+        run: experiments.flat_config(load_config(run / "config.yaml"))
+        for run in dict.fromkeys(map(Path, runs))
+        if (run / "config.yaml").exists()
+    }
+    known = list(configs.values())
+    keys = [key for key in known[0] if key not in _PATHS and any(c[key] != known[0][key] for c in known)]
+    alike = all(s.expressions == scored[0].expressions for s in scored)
+    lines = []
+    for run in dict.fromkeys(map(Path, runs)):
+        values = [_value(configs[run][key]) for key in keys] if run in configs else ["-"] * len(keys)
+        if run in missing:
+            lines.append(Line("run", [f"> {run}", *values], {}, notes=[str(missing[run])]))
+        for s in (s for s in scored if s.run == str(run)):
+            name = s.run + ("" if s.prompt == "text" else f" ({s.prompt})")
+            notes = [f"{s.run}: {note}" for note in s.notes]
+            lines.append(Line("run", [f"> {name}", *values], s.scores, [s], comparable=alike, notes=notes))
+    note = "" if alike else "not ranked: not of the same expressions"
+    columns = _columns(scored)
+    return {"tables": [_as_dict(lines, number=None, title="Runs", labels=("Run", *keys), columns=columns, note=note)]}
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _read(
+    runs: list[str], manifest: str | None, skip_missing: bool
+) -> tuple[list[ScoredRun], dict[Path, NotEvaluated | NoRun]]:
+    """The runs that were evaluated; and of the others, each with a warning, why not.
 
     Raises:
-        NotEvaluated: none was.
+        NotEvaluated, NoRun: none was.
+        NoRun: a folder is no run's, and these are not skipped.
     """
     scored: list[ScoredRun] = []
-    missing: list[NotEvaluated] = []
+    missing: dict[Path, NotEvaluated | NoRun] = {}
     for run in dict.fromkeys(map(Path, runs)):
         try:
             scored += read_run(run, manifest)
-        except NotEvaluated as e:
-            missing.append(e)
+        except (NotEvaluated, NoRun) as e:
+            if isinstance(e, NoRun) and not skip_missing:
+                raise
+            missing[run] = e
     if not scored:
-        raise missing[0]
-    for error in missing:
+        raise next(iter(missing.values()))
+    for error in missing.values():
         _log.warning(f"warning: left out: {error}")
-    return scored
+    return scored, missing
 
 
 def _with_paper(
@@ -125,11 +180,16 @@ def _with_paper(
 
 
 def _runs_only(scored: list[ScoredRun], fits: dict[int, list[Experiment]], rows: list[Experiment]) -> dict[str, Any]:
-    evaluated = dict.fromkeys(c for s in scored for c in s.scores)
-    columns = tuple(sorted(evaluated, key=lambda c: (c.dataset, c.split != "val", c.split)))
+    columns = _columns(scored)
     lines = [_line([(s, next(iter(fits[id(s)]), None))], columns, rows) for s in scored]
     note = "no table of the paper has a row for some"
     return _as_dict(lines, number=None, title="All runs", labels=("Run",), columns=columns, note=note)
+
+
+def _columns(scored: list[ScoredRun]) -> tuple[Column, ...]:
+    """All that were evaluated."""
+    evaluated = dict.fromkeys(c for s in scored for c in s.scores)
+    return tuple(sorted(evaluated, key=lambda c: (c.dataset, c.split != "val", c.split)))
 
 
 def _by_row(runs: list[tuple[ScoredRun, Experiment]]) -> Iterable[list[tuple[ScoredRun, Experiment]]]:
@@ -152,9 +212,9 @@ def _line(
     values = {c: v for s, _ in group for c, v in s.scores.items() if c in columns}
     name = " + ".join(s.run + ("" if s.prompt == "text" else f" ({s.prompt})") for s, _ in group)
     line = Line("run", [f"> {name}"], values, [s for s, _ in group])
-    line.comparable = all(s.comparable for s, _ in group)
+    line.comparable = not any(s.unlike_paper for s, _ in group)
     for s, experiment in group:
-        line.notes += [f"{s.run}: {note}" for note in s.notes]
+        line.notes += [f"{s.run}: {note}" for note in s.unlike_paper + s.notes]
         if experiment is None:
             line.notes.append(f"{s.run}: no row has its settings; {_nearest(s.settings, others)}")
         elif changed := experiments.differences(s.config, experiment.config):

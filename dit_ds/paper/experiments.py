@@ -136,7 +136,7 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
     Args:
         config, other: of runs with the same `settings_of`.
     """
-    mine, others = _flat(config.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+    mine, others = flat_config(config), flat_config(other)
     for values in (mine, others):
         values["model.checkpoint"] = bool(values["model.checkpoint"])
         values["text.name"] = text_encoder(values["text.name"])
@@ -145,6 +145,11 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
         for key, value in mine.items()
         if value != others[key] and key not in _IGNORED_KEYS and key.partition(".")[0] not in _IGNORED_KEYS
     ]
+
+
+def flat_config(config: RunConfig) -> dict[str, Any]:
+    """A configuration's values by dotted key."""
+    return _flat(config.model_dump(mode="json"))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

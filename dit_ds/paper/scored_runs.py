@@ -19,6 +19,10 @@ class NotEvaluated(UserError):
     """A run that has not been evaluated."""
 
 
+class NoRun(UserError):
+    """A folder that is no run's, or is not there."""
+
+
 @dataclass
 class ScoredRun:
     """A run's results with one kind of prompt.
@@ -29,8 +33,9 @@ class ScoredRun:
         settings: see `experiments.settings_of`.
         steps: the training step that was evaluated, by split.
         scores: in percent, with two digits as in the paper.
-        comparable: every split has as many expressions as the paper's.
-        notes: reservations about the figures, for people.
+        expressions: how many were evaluated, by split.
+        unlike_paper: why the figures can't be compared with the paper's: splits have another number of expressions.
+        notes: other reservations about the figures, for people.
     """
 
     run: str
@@ -39,7 +44,8 @@ class ScoredRun:
     settings: dict[str, Any]
     steps: dict[str, int]
     scores: dict[Column, float]
-    comparable: bool = True
+    expressions: dict[str, int] = field(default_factory=dict)
+    unlike_paper: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -54,11 +60,12 @@ def read_run(folder: str | Path, manifest: str | None = None) -> list[ScoredRun]
             evaluates on.
     Raises:
         NotEvaluated: there is no result yet.
-        UserError: no run folder, or a damaged file.
+        NoRun: no run folder.
+        UserError: a damaged file.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run: it has no config.yaml; name a folder that dit-ds train made")
+        raise NoRun(f"{folder} is no run: it has no config.yaml; name a folder that dit-ds train made")
     config = load_config(folder / "config.yaml")
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     others = 0  # results on other shards
@@ -112,13 +119,15 @@ def _scored(folder: Path, config: RunConfig, prompt: str, splits: dict[str, dict
         if e[metric] is not None
     }
     settings = settings_of(config, prompt, trained=max(steps.values()) > 0)
-    scored = ScoredRun(str(folder), config, prompt, settings=settings, steps=steps, scores=scores)
+    expressions = {split: e["n"] for split, e in splits.items()}
+    scored = ScoredRun(
+        str(folder), config, prompt, settings=settings, steps=steps, scores=scores, expressions=expressions
+    )
     for split, e in splits.items():
         full = EXPRESSIONS.get(dataset, {}).get(split)
         if e["n"] != full:
-            scored.comparable = False
             known = f"{full:,} of {dataset}" if full else f"none that the paper has ({dataset})"
-            scored.notes.append(
+            scored.unlike_paper.append(
                 f"not comparable: {split} has {e['n']:,} expressions instead of {known}; neither ranked nor subtracted"
             )
         if e["threshold"] != config.eval.threshold:
