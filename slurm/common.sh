@@ -160,7 +160,7 @@ nodes_answer() { # whether every node of the job still runs a task
     timeout 90 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 true
 }
 
-job_is_running() { [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; }
+job_is_running() { [[ $(scontrol show job "$this_job") == *JobState=RUNNING* ]]; }
 
 # starts_again STATUS: whether a step that ended so is started again in this job: a rank died of a signal or hung (76), and
 # all nodes are there. What was interrupted, or is being cancelled, is not.
