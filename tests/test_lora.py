@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-import dit_ds.torchvision_stub  # before segment_anything
 from dit_ds.checkpointing.weights import load_model
 from dit_ds.config.load import validate
 from dit_ds.config.lora import LoraConfig

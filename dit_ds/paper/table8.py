@@ -241,7 +241,11 @@ def _result(row: Row, estimate: MemoryEstimate, measured: dict[str, Any] | None)
     return {
         "method": row.method,
         "size": c.model.size,
-        "visual": f"LoRA {lora.rank}" if lora and lora.of_vit else "frozen" if c.model.freeze_image_encoder else "tuned",
+        "visual": f"LoRA {lora.rank}"
+        if lora and lora.of_vit
+        else "frozen"
+        if c.model.freeze_image_encoder
+        else "tuned",
         "text": f"LoRA {lora.rank}" if lora and lora.of_text else "frozen" if c.text.freeze else "tuned",
         "form": row.form,
         "reading": row.reading,
