@@ -363,6 +363,16 @@ def test_a_text_encoder_without_linear_attention_is_refused(tmp_path):
         build_model(config_of({"targets": ["text"]}, {"name": str(tmp_path), "random_init": True, "layers": None}))
 
 
+def test_clips_attention_is_updated(tiny_clip):
+    model = build_model(config_of({"rank": 4, "targets": ["text"]}, {"name": str(tiny_clip), "layers": 2}))
+    inputs = batch()
+    model(**inputs | {"tokens": inputs["tokens"] % 80}).square().mean().backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in model.named_parameters() if p.grad is not None}
+    of_text = [n for n in trained if n.startswith("text_encoder.")]
+    assert len(of_text) == 2 * 2 * 4 and all(".lora." in n for n in of_text)
+
+
 def test_lora_alone_trains_where_all_else_is_frozen():
     config = config_of({"rank": 4}, freeze_projections=True, freeze_mask_decoder=True, scheme="default")
     names = {n for n, p in build_model(config).named_parameters() if p.requires_grad}

@@ -63,7 +63,7 @@ class _Meta(_Exported):
     samples_seen: Count
     seed: Count
     manifest_sha: Sha256
-    frozen: Sha256  # type: ignore[assignment]  # which a checkpoint always has
+    frozen: Sha256  # which a checkpoint always has
     world_size: Count
     zero_stage: Count
     adam_step: Annotated[Finite, Field(ge=0)]

@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dit_ds.config.lora import LoraConfig
-from dit_ds.config.section import FP32, LONGEST, MOST, Section
+from dit_ds.config.section import FP32 as _FP32
+from dit_ds.config.section import LONGEST as _LONGEST
+from dit_ds.config.section import MOST as _MOST
+from dit_ds.config.section import Section
 from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
 
@@ -48,10 +51,10 @@ class DataConfig(Section):
         "samples, which streams can follow; auto: what the reader can",
     )
     max_bad_samples: int = Field(
-        0, ge=0, le=MOST, description="damaged samples that a run may skip, named in the log; 0: the first one ends it"
+        0, ge=0, le=_MOST, description="damaged samples that a run may skip, named in the log; 0: the first one ends it"
     )
     worker_timeout: float = Field(
-        300, gt=0, le=LONGEST, description="seconds without a batch after which loader workers count as stalled"
+        300, gt=0, le=_LONGEST, description="seconds without a batch after which loader workers count as stalled"
     )
     image_size: int = Field(
         512,
@@ -246,7 +249,7 @@ class TextConfig(Section):
     random_init: bool = Field(False, description="the encoder's architecture with fresh weights")
     freeze: bool = Field(False, description="don't train the text encoder")
     cache: int = Field(
-        0, ge=0, le=MOST, description="remember a frozen encoder's features of so many expressions (for CPUs)"
+        0, ge=0, le=_MOST, description="remember a frozen encoder's features of so many expressions (for CPUs)"
     )
 
 
@@ -257,35 +260,37 @@ class TrainConfig(Section):
     """Optimisation. The defaults are the paper's (section 4.2)."""
 
     batch_size: int = Field(
-        64, ge=1, le=MOST, description="global batch; what a rank takes at once is the DeepSpeed JSON's"
+        64, ge=1, le=_MOST, description="global batch; what a rank takes at once is the DeepSpeed JSON's"
     )
-    epochs: int = Field(40, ge=1, le=MOST, description="passes over the data")
+    epochs: int = Field(40, ge=1, le=_MOST, description="passes over the data")
     max_steps: int | None = Field(
-        None, ge=1, le=MOST, description="stop after so many optimizer steps; none for all epochs"
+        None, ge=1, le=_MOST, description="stop after so many optimizer steps; none for all epochs"
     )
-    lr: float = Field(1e-4, gt=0, le=FP32, description="learning rate of AdamW")
+    lr: float = Field(1e-4, gt=0, le=_FP32, description="learning rate of AdamW")
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, le=1, description="Adam's epsilon")
-    weight_decay: float = Field(0.0, ge=0, le=FP32, description="decoupled weight decay (AdamW); 0 is the paper's Adam")
+    weight_decay: float = Field(
+        0.0, ge=0, le=_FP32, description="decoupled weight decay (AdamW); 0 is the paper's Adam"
+    )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
     )
     on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
     )
-    warmup_epochs: float = Field(3.0, ge=0, le=MOST, description="the learning rate rises linearly for so many epochs")
+    warmup_epochs: float = Field(3.0, ge=0, le=_MOST, description="the learning rate rises linearly for so many epochs")
     weight_decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
-    min_lr: float = Field(0.0, ge=0, le=FP32, description="where the schedule cosine ends")
+    min_lr: float = Field(0.0, ge=0, le=_FP32, description="where the schedule cosine ends")
     schedule: Literal["step", "cosine", "poly"] = Field(
         "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
     )
     poly_power: float = Field(0.9, gt=0, le=100, description="of the schedule poly")
-    milestones: list[Annotated[float, Field(ge=0, le=MOST)]] = Field(
+    milestones: list[Annotated[float, Field(ge=0, le=_MOST)]] = Field(
         [30.0, 35.0], description="epochs at which the learning rate drops"
     )
     lr_decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
     gradient_clipping: float = Field(
-        0.0, ge=0, le=FP32, description="largest norm of the gradient; 0 leaves it as it is"
+        0.0, ge=0, le=_FP32, description="largest norm of the gradient; 0 leaves it as it is"
     )
     activation_checkpointing: str = Field(
         "none",
@@ -294,16 +299,16 @@ class TrainConfig(Section):
         "layers at a time), selective (each layer but its attention)",
     )
     compile: bool = Field(False, description="torch.compile the layers of the ViT")
-    dice_weight: float = Field(0.0, ge=0, le=FP32, description="weight of a Dice loss beside the paper's BCE")
+    dice_weight: float = Field(0.0, ge=0, le=_FP32, description="weight of a Dice loss beside the paper's BCE")
 
 
 class EvalConfig(Section):
     """Evaluation, in training and by `dit-ds eval`."""
 
     every_epochs: int = Field(
-        1, ge=0, le=MOST, description="evaluate after so many epochs, and after the last; 0: never"
+        1, ge=0, le=_MOST, description="evaluate after so many epochs, and after the last; 0: never"
     )
-    batch_size: int = Field(16, ge=1, le=MOST, description="expressions at once on a rank")
+    batch_size: int = Field(16, ge=1, le=_MOST, description="expressions at once on a rank")
     threshold: float = Field(
         0.35, gt=0, lt=1, description="a pixel is in if its probability exceeds this (paper section 4.2)"
     )
@@ -315,7 +320,7 @@ class EvalConfig(Section):
     no_target_pixels: int = Field(
         50,
         ge=0,
-        le=MOST,
+        le=_MOST,
         description="a predicted mask of fewer pixels says that there is no target; in sets with such expressions only "
         "(gRefCOCO); not of rela, whose no-target head says it",
     )
@@ -339,12 +344,12 @@ class DeepSpeedConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are saved, of what, and how many are kept."""
 
-    every_epochs: int = Field(1, ge=1, le=MOST, description="save after so many epochs, and after the last")
-    every_steps: int | None = Field(None, ge=1, le=MOST, description="save after so many steps, too")
+    every_epochs: int = Field(1, ge=1, le=_MOST, description="save after so many epochs, and after the last")
+    every_steps: int | None = Field(None, ge=1, le=_MOST, description="save after so many steps, too")
     every_minutes: float | None = Field(
-        None, gt=0, le=LONGEST, description="save so many minutes after the last save, too"
+        None, gt=0, le=_LONGEST, description="save so many minutes after the last save, too"
     )
-    keep: int = Field(2, ge=1, le=MOST, description="newest checkpoints to keep, besides the best")
+    keep: int = Field(2, ge=1, le=_MOST, description="newest checkpoints to keep, besides the best")
     asynchronous: bool = Field(
         True, description="write in the background, from a copy in host memory; false: training waits for the disk"
     )
@@ -363,13 +368,13 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """Metrics, logs and the watchdog's limit."""
 
-    every_steps: int = Field(10, ge=1, le=MOST, description="steps between lines of metrics.jsonl")
+    every_steps: int = Field(10, ge=1, le=_MOST, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write tensorboard/ in the run's folder")
     samples: bool = Field(False, description="write the sample numbers of every step to samples/rank_*.jsonl")
     stall_seconds: float = Field(
         300,
         gt=0,
-        le=LONGEST,
+        le=_LONGEST,
         description="name the rank for which all others wait after so many seconds without a micro-batch",
     )
 

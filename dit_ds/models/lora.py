@@ -48,7 +48,7 @@ class LoRA(nn.Module):
             low = linear_of_gelu(x, self.A)
         else:
             low = F.linear(F.dropout(F.gelu(x) if of_gelu else x, dropout), self.A)
-        return F.linear(low, self.B[first:]) * self.scale
+        return F.linear(low * self.scale, self.B[first:])
 
     def update(self) -> Tensor:
         """(out_features, in_features), what is added to W."""

@@ -113,13 +113,12 @@ def _more(folder: Path) -> Iterable[Row]:
             changes = {"model": {"size": size}, "train": {"activation_checkpointing": policy}}
             yield _row("L-DIT", _changed(tuned, changes), 32)
     yield _row("E-DIT", _changed(tuned, {"model": {"scheme": "end_to_end"}}), 32)
-    lora = {"rank": 16, "targets": ["qkv", "proj"]}
+    lora = {"lora": {"rank": 16, "targets": ["qkv", "proj"]}}
     for size in ("vit_b", "vit_l", "vit_h"):
+        updated = _changed(frozen, {"model": {"size": size} | lora})
         for policy in ("none", "block"):
-            changes = {"model": {"size": size, "lora": lora}, "train": {"activation_checkpointing": policy}}
-            yield _row("L-DIT", _changed(frozen, changes), 32)
-    of_both = lora | {"targets": ["qkv", "proj", "text"]}
-    yield _row("L-DIT", _changed(frozen, {"model": {"size": "vit_h", "lora": of_both}}), 32)
+            yield _row("L-DIT", _changed(updated, {"train": {"activation_checkpointing": policy}}), 32)
+    yield _row("L-DIT", _changed(updated, {"model": {"lora": {"targets": ["qkv", "proj", "text"]}}}), 32)
     for stage in range(4):
         changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
         for gpus in (1, 2, 4, 8, 16):
