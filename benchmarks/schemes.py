@@ -59,12 +59,12 @@ class Study:
         sams = ("image_encoder.", "prompt_encoder.", "mask_decoder.")  # the words' way in differs by the seed
         save_file({n: x for n, x in load_file(whole).items() if n.startswith(sams)}, self.sam)
 
-    def tune(self, scheme: str, frozen: bool, seed: int) -> dict:
-        """One training's figures on val."""
-        name = f"{scheme}-{'frozen' if frozen else 'tuned'}-{seed}"
+    def tune(self, scheme: str, frozen: bool, seed: int, *overrides: object, label: str = "") -> dict:
+        """One training's figures on val; with further overrides it has a label."""
+        name = f"{scheme}-{label or ('frozen' if frozen else 'tuned')}-{seed}"
         return self._train(
             name, "--model.scheme", scheme, "--model.freeze_image_encoder", str(frozen).lower(), "--seed", seed,
-            "--model.checkpoint", self.sam, "--train.max_steps", self.steps, "--train.lr", self.lr,
+            "--model.checkpoint", self.sam, "--train.max_steps", self.steps, "--train.lr", self.lr, *overrides,
         )  # fmt: skip
 
     def _train(self, name: str, *overrides: object) -> dict:

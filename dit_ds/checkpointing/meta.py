@@ -47,13 +47,14 @@ class _EngineCounters(_Checked):
 
 
 class _Exported(BaseModel):
-    """The header of an exported file."""
+    """The header of an exported file; with `frozen`, the digest of the weights that are not in it, of an adapter's."""
 
     model_config = ConfigDict(strict=True)
     step: Count
     epoch: Count
     config: dict[str, Any]
     val_manifest_sha: Sha256 | None = None
+    frozen: Sha256 | None = None
 
 
 class _Meta(_Exported):
@@ -62,7 +63,7 @@ class _Meta(_Exported):
     samples_seen: Count
     seed: Count
     manifest_sha: Sha256
-    frozen: Sha256
+    frozen: Sha256  # which a checkpoint always has
     world_size: Count
     zero_stage: Count
     adam_step: Annotated[Finite, Field(ge=0)]

@@ -84,13 +84,14 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
     """Load a checkpoint's weights into a model of the same configuration, whatever its image size.
 
     Args:
-        path: a checkpoint's folder, or an exported file.
+        path: a checkpoint's folder, or an exported file; of an adapter, `model` has its base's weights.
         kind: which values of the trained parameters: `master`, or `ema` for their moving average.
     Raises:
         UserError: the checkpoint is of another model or damaged, or it was saved without its frozen weights and those of
             `model` differ.
     """
-    left_out = path.is_dir() and not (path / checkpoint.FROZEN).exists()
+    meta = read_meta(path)
+    left_out = not is_whole(path, meta)
     with damage_is_user_error(path):
         if path.is_file():
             state = load_file(path)
@@ -113,17 +114,22 @@ def load_weights(model: nn.Module, path: Path, kind: str = MASTER) -> None:
             raise UserError(
                 f"checkpoint {path} is of another model: {name} is {have}, here {want}: use its own model.* keys"
             )
-    meta = read_meta(path)
     model.load_state_dict(state)
-    if not path.is_dir() or frozen_digest(model) == meta["frozen"]:
+    if not (path.is_dir() or left_out) or frozen_digest(model) == meta["frozen"]:
         return
     if left_out:
         text, sam = meta["config"]["text"]["name"], meta["config"]["model"]["checkpoint"]
+        remedy = "set both to the former files" if path.is_dir() else "give the former file with dit-ds export --base"
         raise UserError(
             f"{path} has no whole file of its frozen weights, and those of text.name {text} and model.checkpoint {sam} "
-            "are not the ones it was trained with: set both to the former files"
+            f"are not the ones it was trained with: {remedy}"
         )
     raise _frozen_damage(path / checkpoint.FROZEN, "its digest differs")
+
+
+def is_whole(path: Path, meta: dict[str, Any]) -> bool:
+    """Whether the frozen weights are with the trained ones: not of an adapter, nor where they were left out."""
+    return meta.get("frozen") is None if path.is_file() else (path / checkpoint.FROZEN).exists()
 
 
 def _load_frozen(path: Path) -> dict[str, Tensor]:
@@ -172,7 +178,7 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> Loa
     meta = read_meta(path)
     here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
     config = validate(merge(merge(meta["config"], here), overrides or {}), source=path)
-    complete = path.is_file() or (path / checkpoint.FROZEN).exists()
+    complete = is_whole(path, meta)
     model = build_model(config, text_weights=not complete)
     if not complete and config.model.checkpoint:
         model.load_pretrained(config.model.checkpoint)

@@ -163,12 +163,18 @@ def _annotation(key: str) -> Any:
     """The type of a key's value; `Any` within a key that holds anything, None where there is no such key."""
     kind: Any = RunConfig
     for name in key.split("."):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            info = kind.model_fields.get(name)
+        if section := _section(kind):
+            info = section.model_fields.get(name)
             kind = info.annotation if info else None
         else:
             kind = Any if _holds_anything(kind) else None
     return kind
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """The section that a value of that type is, or may be where it is not none."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
 def _holds_anything(kind: Any) -> bool:
@@ -177,7 +183,7 @@ def _holds_anything(kind: Any) -> bool:
 
 def _is_structured(kind: Any) -> bool:
     """Whether values of that type are sections, lists or dicts, or can be."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel) or _holds_anything(kind):
+    if _section(kind) or _holds_anything(kind):
         return True
     return get_origin(kind) in (list, dict, tuple) or any(
         _is_structured(k) for k in get_args(kind) if get_origin(kind) is not Literal
@@ -190,8 +196,8 @@ def _any_by_form(values: dict[str, Any], section: type[BaseModel] = RunConfig) -
     for name, value in values.items():
         info = section.model_fields.get(str(name))
         kind = info.annotation if info else None
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
-            value = _any_by_form(value, kind)
+        if (inner := _section(kind)) and isinstance(value, dict):
+            value = _any_by_form(value, inner)
         elif _holds_anything(kind):
             value = all_by_form(value)
         found[str(name)] = value
@@ -202,6 +208,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
+        if inner is None:  # an optional section, which a file has as null
+            inner = values[section] = {}
         if not isinstance(inner, dict):
             raise UserError(f"unknown key '{key}': '{section}' has no keys of its own")
         values = inner
@@ -210,19 +218,18 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _is_section(key: str) -> bool:
-    kind = _annotation(key)
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+    return _section(_annotation(key)) is not None
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """(dotted name, default, type, description) of every field."""
     for name, info in section.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from fields(kind, f"{prefix}{name}.")
-        else:
-            default = info.get_default(call_default_factory=True)
-            yield f"{prefix}{name}", default, _label(kind), info.description or ""
+        inner, default = _section(kind), info.get_default(call_default_factory=True)
+        if inner is None or default is None:
+            yield f"{prefix}{name}", default, "section | None" if inner else _label(kind), info.description or ""
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.")
 
 
 def _label(kind: Any) -> str:

@@ -5,24 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from dit_ds.config.lora import LoraConfig
+from dit_ds.config.section import FP32 as _FP32
+from dit_ds.config.section import LONGEST as _LONGEST
+from dit_ds.config.section import MOST as _MOST
+from dit_ds.config.section import Section
 from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
 
-# Every number has a range. Where nothing else bounds it from above, these do: what C code can count, wait for and hold
-_MOST = 2**31 - 1
-_LONGEST = 10_000_000  # seconds, or minutes
-_FP32 = 3e38
-
 ACTIVATION_CHECKPOINTING = "none|block|selective|every_[1-9][0-9]*"  # see `ImageEncoder.checkpoint_activations`
-
-
-class Section(BaseModel):
-    """A section of the configuration; keys that are not declared are refused."""
-
-    # an empty text is mostly a variable of a script that was not set
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
 
 
 class DataConfig(Section):
@@ -222,6 +215,15 @@ class ModelConfig(Section):
     word_dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout of the text that enters the ViT; 0.1 in the paper's released code"
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train low-rank updates of linear layers (LoRA); the encoder's own weights are then frozen. none: no LoRA",
+    )
+
+    @property
+    def image_encoder_frozen(self) -> bool:
+        """Whether SAM's ViT keeps its own weights: with `freeze_image_encoder`, or under LoRA."""
+        return self.freeze_image_encoder or (self.lora is not None and bool(self.lora.of_vit))
 
     @property
     def aligns_corners(self) -> bool:

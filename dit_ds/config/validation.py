@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dit_ds.config.lora import LoraConfig
 from dit_ds.config.schema import DataConfig, EvalConfig, ModelConfig, RunConfig
 from dit_ds.errors import UserError
 from dit_ds.files import is_url
@@ -10,7 +11,7 @@ _DIT_SAM_ONLY = {
     "data": ("prompts",),
     "model": (
         "scheme", "scheme_form", "word_init", "adapters", "static_tokens", "static_form", "decoder_layers", "freeze_image_encoder",
-        "freeze_mask_decoder", "freeze_projections", "mask_padding", "align_corners", "window_size", "word_dropout",
+        "freeze_mask_decoder", "freeze_projections", "mask_padding", "align_corners", "window_size", "word_dropout", "lora",
     ),
     "train": ("dice_weight",),
 }  # fmt: skip
@@ -83,8 +84,10 @@ def _check_scheme(config: RunConfig) -> None:
         raise UserError(f"model.adapters are of model.scheme end_to_end, not of {m.scheme}: leave them out")
     if m.scheme_form == "released":
         _check_released(m)
-    if m.freeze_projections and not m.freeze_image_encoder:
+    if m.freeze_projections and not m.image_encoder_frozen:
         raise UserError("model.freeze_projections goes with model.freeze_image_encoder: set both, or neither")
+    if m.lora is not None:  # which always trains
+        return _check_lora(config, m.lora)
     has_text = "text" in config.data.prompts
     text_enters = has_text and m.scheme != "default" and not m.freeze_projections
     text_trains = has_text and not config.text.freeze
@@ -92,6 +95,17 @@ def _check_scheme(config: RunConfig) -> None:
         raise UserError(
             "nothing is left to train: set one of model.freeze_image_encoder, model.freeze_mask_decoder and "
             "text.freeze to false, or model.scheme to layer_wise"
+        )
+
+
+def _check_lora(config: RunConfig, lora: LoraConfig) -> None:
+    if len(set(lora.targets)) < len(lora.targets):
+        raise UserError(f"model.lora.targets {lora.targets} names one twice: leave it out")
+    if lora.of_text and "text" not in config.data.prompts:
+        raise UserError("model.lora.targets text needs words to train on: add text to data.prompts, or leave it out")
+    if lora.of_text and config.text.cache:
+        raise UserError(
+            "text.cache remembers features that don't change, and model.lora.targets text trains them: set text.cache 0"
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from dit_ds.config.schema import RunConfig
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.lavt import LAVT
+from dit_ds.models.lora import add_lora
 from dit_ds.models.rela import ReLA
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import TextEncoder, text_config
@@ -18,27 +19,28 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
     Args:
         text_weights: False skips reading pretrained text weights that a checkpoint is about to replace.
     """
-    m, t = config.model, config.text
+    m, t, lora = config.model, config.text, config.model.lora
     torch.manual_seed(config.seed)
     text_config(t.name, t.layers, config.data.tokens)
+    frozen = t.freeze and not (lora is not None and lora.of_text)
     text = TextEncoder(
-        t.name, t.layers, t.random_init or not text_weights, frozen=t.freeze, cache=t.cache, zero_padding=m.mask_padding
+        t.name, t.layers, t.random_init or not text_weights, frozen=frozen, cache=t.cache, zero_padding=m.mask_padding
     )
     if m.name != "dit_sam":
         windows = "eager" if m.attention == "eager" else "sdpa"
         return {"lavt": LAVT, "rela": ReLA}[m.name](text, m.size, config.data.image_size, windows)
-    return DITSAM(
+    model = DITSAM(
         text,
         m.size,
         config.data.image_size,
         m.scheme,
         zero_words=m.word_init == "zero" or (m.word_init == "auto" and m.checkpoint is not None),
         released=m.scheme_form == "released",
-        adapters=m.adapters == "always" or (m.adapters == "frozen" and m.freeze_image_encoder),
+        adapters=m.adapters == "always" or (m.adapters == "frozen" and m.image_encoder_frozen),
         static_tokens=m.static_tokens,
         add_static=m.static_form == "add",
         decoder_layers=m.decoder_layers,
-        freeze_image_encoder=m.freeze_image_encoder,
+        freeze_image_encoder=m.image_encoder_frozen,
         freeze_projections=m.freeze_projections,
         freeze_mask_decoder=m.freeze_mask_decoder,
         mask_padding=m.mask_padding,
@@ -49,3 +51,6 @@ def build_model(config: RunConfig, text_weights: bool = True) -> Segmenter:
         align_corners=m.align_corners,
         prompts=config.data.prompts,
     )
+    if lora is not None:
+        add_lora(model, lora)
+    return model

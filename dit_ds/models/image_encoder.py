@@ -46,19 +46,27 @@ def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
 class QKV(nn.Module):
     """SAM's `qkv` projection, a linear layer D to 3D, of the text, too: both with one gathering of the weights by ZeRO-3.
 
-    Text whose outputs are not needed has keys and values only.
+    Text whose outputs are not needed has keys and values only. `lora`, where there is one, see `lora.LoRA`, updates all.
     """
+
+    lora: nn.Module | None
 
     def __init__(self, dim: int):
         super().__init__()
         linear = nn.Linear(dim, 3 * dim)
         self.weight, self.bias = linear.weight, linear.bias
+        self.lora = None
 
     def forward(self, x: Tensor, text: Tensor | None = None, update_text: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) and (B, T, D) to (B, N, 3D) and (B, T, 2D), with `update_text` (B, T, 3D)."""
         d = 0 if update_text else x.shape[-1]
         text_qkv = None if text is None else F.linear(text, self.weight[d:], self.bias[d:])
-        return F.linear(x, self.weight, self.bias), text_qkv
+        qkv = F.linear(x, self.weight, self.bias)
+        if self.lora is not None:
+            qkv.add_(self.lora(x))
+            if text_qkv is not None:
+                text_qkv.add_(self.lora(text, first=d))
+        return qkv, text_qkv
 
 
 class JointAttention(Attention):
@@ -95,7 +103,7 @@ class _LinearOfGELU(torch.autograd.Function):
     """linear(gelu(x)) that saves x alone: gelu(x), as large as x, is cheap to recompute in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.linear(F.gelu(x), weight, bias)
 
@@ -111,21 +119,35 @@ class _LinearOfGELU(torch.autograd.Function):
         )
 
 
+def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear(gelu(x)), (.., in_features) to (.., out_features)."""
+    if torch.is_autocast_enabled(x.device.type):  # which does not reach inside an autograd.Function
+        return F.linear(F.gelu(x), weight, bias)
+    return _LinearOfGELU.apply(x, weight, bias)
+
+
 class LinearOfGELU(nn.Linear):
-    """The second linear layer of SAM's MLP together with the activation before it."""
+    """The second linear layer of SAM's MLP together with the activation before it. `lora` as of `QKV`."""
+
+    lora: nn.Module | None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> LinearOfGELU:
         """With the parameters of a plain linear layer."""
         new = cls(linear.in_features, linear.out_features, device="meta")
         new.weight, new.bias = linear.weight, linear.bias
+        new.lora = None
         return new
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., in_features) before the activation to (.., out_features)."""
-        if torch.is_autocast_enabled(x.device.type):  # which does not reach inside an autograd.Function
-            return super().forward(F.gelu(x))
-        return _LinearOfGELU.apply(x, self.weight, self.bias)
+        out = linear_of_gelu(x, self.weight, self.bias)
+        return out if self.lora is None else out + self.lora(x, of_gelu=True)
+
+    def of_activated(self, x: Tensor) -> Tensor:
+        """The same of x behind the activation, as an MLP is usually written."""
+        out = super().forward(x)
+        return out if self.lora is None else out.add_(self.lora(x))
 
 
 class JointBlock(Block):

@@ -56,5 +56,5 @@ def naive_block(
     tokens = image if text is None else torch.cat([text, image], dim=1)  # (B, T+N, D)
     tokens = tokens + naive_attention(block.attn, block.norm1(tokens), (h, w), text_mask)
     hidden = F.gelu(block.mlp.lin1(block.norm2(tokens)))
-    tokens = tokens + F.linear(hidden, block.mlp.lin2.weight, block.mlp.lin2.bias)
+    tokens = tokens + block.mlp.lin2.of_activated(hidden)
     return rearrange(tokens[:, t:], "b (h w) d -> b h w d", h=h, w=w), tokens[:, :t]

@@ -67,8 +67,14 @@ _OTHERS = tuple((re.compile(pattern), network) for pattern, network in (
     (r"(^|\.)image_encoder\.(stages|features|model|backbone)\.", "a SAM with another image encoder"),
     (r"(^|\.)visual_encoder\.", "a checkpoint of the paper's released code, or another method's"),
     (r"(^|\.)relative_position_bias_table$", "a Swin, as LAVT's and ReLA's"),
-    (r"(?i)(lora_[ab]|adapter)s?(\.|$|_)", "a SAM with adapters, which have to be merged into its weights first"),
+    (r"(?i)(lora[._][ab]|adapter)s?(\.|$|_)",
+     "a SAM with adapters, which have to be merged into its weights first (of a run with model.lora: dit-ds export --merge)"),
 ))  # fmt: skip
+
+
+def _is_added(name: str) -> bool:
+    """Whether a tensor of ours is one that SAM does not have."""
+    return name.startswith(_ADDED) or ".lora." in name
 
 
 def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
@@ -88,8 +94,8 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path) -> dict[str, list[st
     state, notes = _fitting(path, target, values=True)
     loaded = sorted(state.keys() & target.keys())
     model.load_state_dict({k: state[k] for k in loaded}, strict=False)
-    added = any(n.startswith(_ADDED) for n in loaded)
-    missing = [n for n in sorted(target.keys() - state.keys()) if added or not n.startswith(_ADDED)]
+    added = any(map(_is_added, loaded))
+    missing = [n for n in sorted(target.keys() - state.keys()) if added or not _is_added(n)]
     return {"loaded": loaded, "missing": missing, "unexpected": sorted(state.keys() - target.keys()), "notes": notes}
 
 
@@ -219,7 +225,7 @@ def _needed(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[s
     needed: dict[str, list[str]] = {part: [] for part in _PARTS}
     for name in target:
         part, layer = name.partition(".")[0], _DECODER_LAYER.match(name)
-        if part in _PARTS and not name.startswith(_ADDED) and not (layer and int(layer[1]) >= layers):
+        if part in _PARTS and not _is_added(name) and not (layer and int(layer[1]) >= layers):
             needed[part].append(name)
     return needed
 
@@ -235,9 +241,9 @@ def _refuse_others(
     path: str | Path, names: list[str], state: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> None:
     """Refuse a file without any of SAM's names, or with names of another network."""
-    found = {n for n in target if n in state and not n.startswith(_ADDED)}
+    found = {n for n in target if n in state and not _is_added(n)}
     for pattern, network in _OTHERS:
-        if of_it := [n for n in names if pattern.search(n) and not n.startswith(_ADDED)]:
+        if of_it := [n for n in names if pattern.search(n) and not n.startswith(_ADDED) and n not in target]:
             lacking = ", ".join(_lacking(state, target)) if found else ""
             lacks = f"; of SAM's tensors it lacks {lacking}" if lacking else ""
             raise UserError(f"{path} looks like {network} ({_some(of_it)}){lacks}: {_GIVE}")
@@ -273,6 +279,7 @@ def _require_shapes(path: str | Path, state: Mapping[str, Tensor], target: Mappi
     if differ:
         name, of_text = differ[0], differ[0].startswith(_ADDED)
         keys = "text.name, model.scheme and model.static_tokens" if of_text else "model.size"
+        keys = "model.lora.rank" if ".lora." in name else keys
         raise UserError(
             f"{path} is of another size: {len(differ)} tensors have another shape ({name} is "
             f"{tuple(state[name].shape)}, the model's {tuple(target[name].shape)}): set {keys} to match"
@@ -298,7 +305,7 @@ def _require_all(path: str | Path, state: Mapping[str, Tensor], target: Mapping[
         )  # fmt: skip
         raise UserError(f"{path} {alone}lacks {count} of SAM's {total} tensors, {', '.join(lacking)}: {remedy}")
     parts = tuple(f"{part}." for part in _PARTS)
-    foreign = [n for n in state if n.startswith(parts) and n not in target and not n.startswith(_ADDED)]
+    foreign = [n for n in state if n.startswith(parts) and n not in target and not _is_added(n)]
     foreign = [n for n in foreign if _DECODER_LAYER.sub("mask_decoder.transformer.layers.0.", n) not in target]
     if foreign:
         raise UserError(

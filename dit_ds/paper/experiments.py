@@ -103,6 +103,8 @@ def settings_of(config: RunConfig, prompt: str = "text", trained: bool = True) -
         settings["static_tokens"] = m.static_tokens > 0  # the paper doesn't say how many
     if not trained:
         return settings
+    if m.lora is not None:  # in no row of the paper
+        settings["lora"] = sorted(m.lora.targets)
     return settings | {
         "image_encoder_frozen": m.freeze_image_encoder,
         "mask_decoder_frozen": m.freeze_mask_decoder,

@@ -101,7 +101,7 @@ def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
 
 
 def _more(folder: Path) -> Iterable[Row]:
-    """Rows that the paper does not have: ours in other sizes, with other checkpointing policies and ZeRO stages."""
+    """Rows that the paper does not have: ours in other sizes, with other checkpointing policies, LoRA and ZeRO stages."""
     frozen, text_tuned, tuned = (
         _changed(load_config(folder / f"{row.config}.yaml"), _OURS) for row in TABLE_8 if row.method == "L-DIT"
     )
@@ -113,6 +113,12 @@ def _more(folder: Path) -> Iterable[Row]:
             changes = {"model": {"size": size}, "train": {"activation_checkpointing": policy}}
             yield _row("L-DIT", _changed(tuned, changes), 32)
     yield _row("E-DIT", _changed(tuned, {"model": {"scheme": "end_to_end"}}), 32)
+    lora = {"lora": {"rank": 16, "targets": ["qkv", "proj"]}}
+    for size in ("vit_b", "vit_l", "vit_h"):
+        updated = _changed(frozen, {"model": {"size": size} | lora})
+        for policy in ("none", "block"):
+            yield _row("L-DIT", _changed(updated, {"train": {"activation_checkpointing": policy}}), 32)
+    yield _row("L-DIT", _changed(updated, {"model": {"lora": {"targets": ["qkv", "proj", "text"]}}}), 32)
     for stage in range(4):
         changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
         for gpus in (1, 2, 4, 8, 16):
@@ -230,11 +236,16 @@ def _result(row: Row, estimate: MemoryEstimate, measured: dict[str, Any] | None)
     autocast = ds.raw.get("torch_autocast", {})
     precision = f"autocast {autocast['dtype']}" if autocast.get("enabled") else ds.precision
     figure = {"device": "device_used_gib", "allocated": "peak_gib"}[counts]
+    lora = c.model.lora
     return {
         "method": row.method,
         "size": c.model.size,
-        "visual": "frozen" if c.model.freeze_image_encoder else "tuned",
-        "text": "frozen" if c.text.freeze else "tuned",
+        "visual": f"LoRA {lora.rank}"
+        if lora and lora.of_vit
+        else "frozen"
+        if c.model.freeze_image_encoder
+        else "tuned",
+        "text": f"LoRA {lora.rank}" if lora and lora.of_text else "frozen" if c.text.freeze else "tuned",
         "form": row.form,
         "reading": row.reading,
         "precision": precision,

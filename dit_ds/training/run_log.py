@@ -120,6 +120,8 @@ class RunLog:
             part, *rest = name.split(".")
             if rest[0] in ("instruction", "static_tokens"):  # text features' way into the ViT
                 part += f".{rest[0]}"
+            elif "lora" in rest:
+                part += ".lora"
             of = counts.setdefault(part, [0, 0])
             of[0] += p.numel()
             of[1] += p.numel() * p.requires_grad

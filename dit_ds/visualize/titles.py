@@ -20,5 +20,6 @@ def title_of(config: RunConfig) -> str:
     m = config.model
     name = _METHODS.get(m.name) or _TITLES.get(m.scheme, m.scheme)
     name += f" + {m.static_tokens} static" if m.static_tokens else ""
+    name += " + LoRA" if m.lora is not None else ""
     frozen = [what for what, is_so in (("image", m.freeze_image_encoder), ("text", config.text.freeze)) if is_so]
     return f"{name} ({' and '.join(frozen)} frozen)" if frozen else name
