@@ -15,6 +15,7 @@ from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.deepspeed_schema import MONITORS
 from dit_ds.engine.import_deepspeed import import_deepspeed
+from dit_ds.engine.rates import rate_factors
 from dit_ds.engine.zero_layout import private
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
@@ -69,14 +70,27 @@ def no_decay(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, t: TrainConfig) -> list[dict[str, Any]]:
-    """The trainable parameters for AdamW, those without weight decay by themselves."""
+    """The trained parameters by their rate's factor (`lr_scale`) and weight decay: the highest rates first, and of one rate
+    those without decay last.
+
+    Raises:
+        UserError: as `rate_factors`.
+    """
     spared = set() if t.weight_decay_norms else no_decay(model)
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if n not in spared], "weight_decay": t.weight_decay},
-        {"params": [p for n, p in trained if n in spared], "weight_decay": 0.0},
+    factors = rate_factors(model, t)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((-factors[name], name in spared), []).append(p)
+    return [
+        {
+            "params": groups[key],
+            "lr": t.lr * -key[0],
+            "lr_scale": -key[0],
+            "weight_decay": 0.0 if key[1] else t.weight_decay,
+        }
+        for key in sorted(groups)
     ]
-    return [g for g in groups if g["params"]]
 
 
 def step(engine: Any) -> float:

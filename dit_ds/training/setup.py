@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
 from dit_ds.checkpointing.writer import Saver, restore
-from dit_ds.config.schema import RunConfig
+from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.data.build import build_train_dataset, build_val_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import Loader, make_loader
@@ -25,6 +25,7 @@ from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.deepspeed_schema import require_monitors
+from dit_ds.engine.rates import part_rates, rate_factors
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
 from dit_ds.models.attention import require
@@ -77,6 +78,7 @@ class Run:
     loader: Loader
     total_steps: int
     flops: FlopsPerSample
+    part_factors: dict[str, float]  # of the learning rate, see `part_rates`; empty where all parameters have one rate
     log: RunLog
     saver: Saver
     resume_keys: dict[str, Any]  # what must be the same when the run is resumed
@@ -114,13 +116,15 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     newest = checkpoint.newest_whole(config.run_dir, world)
     resume_keys = _resume_keys(config, datasets.train, dtype)
     model, progress, loaded = _load_model(config, newest, resume_keys)
+    factors = rate_factors(model, config.train)
+    part_factors = part_rates(factors) if set(factors.values()) != {1.0} else {}
     log = RunLog(config, world, None if newest is None else progress.step, progress.evaluated)
     log.log(f"PyTorch's threads: {threads}")
     if world.device.type == "cuda":
         log.log(f"{described(os.environ)}; dit-ds memory plan --alloc-conf says what others would reserve")
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
-    log.describe_parameters(model)
+    log.describe_parameters(model, {n: config.train.lr * x for n, x in factors.items()} if part_factors else None)
     for note in datasets.train.index.notes:
         log.log(note)
     frozen_digest = weights.frozen_digest(model) if world.main else ""
@@ -136,6 +140,8 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
         start = time.perf_counter()
         restore(engine, state, newest)
         log.log(f"resumed from {newest} at step {progress.step} ({time.perf_counter() - start:.1f} s to load)")
+        for change in _changed_rates(checkpoint.read_meta(newest)["config"], config.train):
+            log.log(change)
     saver = Saver(config, world, state, frozen)
     batches = _make_batches(config, datasets.train, world, engine, log)
     if newest is not None:
@@ -148,7 +154,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     return Run(
         config, world, stop_signal, datasets, engine,
         state=state, batchnorm=batchnorm, batches=batches, loader=loader, total_steps=total_steps,
-        flops=_flops_per_sample(config, world, dtype), log=log, saver=saver, resume_keys=resume_keys,
+        flops=_flops_per_sample(config, world, dtype), part_factors=part_factors, log=log, saver=saver, resume_keys=resume_keys,
         frozen_digest=frozen_digest, progress=progress, progress_bar=_progress_bar(world, progress.step, total_steps),
         watchdog=Watchdog(world, config.log.stall_seconds),
     )  # fmt: skip
@@ -163,6 +169,17 @@ def _resume_keys(config: RunConfig, data: ExpressionDataset, dtype: torch.dtype)
         "order": config.data.sample_order,
         "dtype": str(dtype),
     }
+
+
+def _changed_rates(saved: dict[str, Any], t: TrainConfig) -> list[str]:
+    """What of the learning rates is another than in the checkpoint, which is allowed: it holds from here on."""
+    before, now = saved.get("train", {}), t.model_dump(mode="json")
+    default = TrainConfig().model_dump(mode="json")
+    return [
+        f"train.{key} is {now[key]} from here on, {was} until now"
+        for key in ("lr", "lr_scale", "layer_decay")
+        if (was := before.get(key, default[key])) != now[key]
+    ]
 
 
 def _load_model(
