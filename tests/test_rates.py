@@ -14,7 +14,7 @@ from zero_worker import rate_by_hand
 
 from dit_ds.checkpointing.reader import Reader
 from dit_ds.config.load import validate
-from dit_ds.engine.engine import parameter_groups
+from dit_ds.engine.optimizers import parameter_groups
 from dit_ds.engine.rates import PARTS, part_of, part_rates, rate_factors
 from dit_ds.errors import UserError
 from dit_ds.models.build import build_model

@@ -168,6 +168,26 @@ def rate_by_hand(name: str, t) -> float:
     return factor
 
 
+def muon_by_hand(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon takes a parameter of the tiny model: weights of linear layers but the mask's last ones."""
+    tables = ("rel_pos", "embed", "iou_token", "mask_tokens", "hypernetworks")
+    return p.dim() == 2 and not any(x in name for x in tables)
+
+
+def take_muons_step(p: torch.Tensor, momentum: torch.Tensor, t, lr: float) -> None:
+    """Muon's step of a matrix in fp64: Newton-Schulz's polynomial applied to the singular values."""
+    momentum.mul_(t.muon_momentum).add_(p.grad, alpha=1 - t.muon_momentum)
+    blend = (1 - t.muon_momentum) * p.grad + t.muon_momentum * momentum
+    u, s, v = torch.linalg.svd(blend.double(), full_matrices=False)
+    s = s / (s.norm() + 1e-7)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+    with torch.no_grad():
+        p.mul_(1 - lr * t.weight_decay).add_((u * s @ v).float(), alpha=-lr * scale)
+    p.grad = None
+
+
 def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[float], dict, dict]:
     """Losses, final weights and their moving average of PyTorch's own AdamW in one process, no DeepSpeed."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -180,6 +200,8 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
          "weight_decay": 0.0 if any(p is q for q in spared) else t.weight_decay}
         for n, p in trained.items()
     ]  # fmt: skip
+    matrices = {n: torch.zeros_like(p) for n, p in trained.items() if t.optimizer == "muon" and muon_by_hand(n, p)}
+    groups = [g for g, n in zip(groups, trained) if n not in matrices]
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, eps=t.eps)
     losses = []
     for step in range(steps):
@@ -191,6 +213,8 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        for n, momentum in matrices.items():
+            take_muons_step(trained[n], momentum, t, t.muon_lr * rate_by_hand(n, t))
         for n, p in trained.items():
             average[n] = t.ema_decay * average[n] + (1 - t.ema_decay) * p.detach()
         losses.append(loss.item())

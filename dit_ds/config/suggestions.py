@@ -49,7 +49,7 @@ _ELSEWHERE = {
     "log.every_steps": "logging_steps log_interval log_every print_freq log_freq log_every_n_steps steps_per_print",
 }
 _ACCUMULATION = "it follows from train.batch_size, the number of ranks and the micro-batch"
-_OPTIMIZER = "the optimizer is AdamW: set train.lr, train.betas, train.eps and train.weight_decay"
+_OPTIMIZER = "set train.optimizer, train.lr, train.betas, train.eps and train.weight_decay"
 # what has no key of its own: what to do instead
 _INSTEAD = {
     **dict.fromkeys("gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches accum_iter "

@@ -40,6 +40,18 @@ class TrainConfig(Section):
         None, ge=1, le=MOST, description="stop after so many optimizer steps; none for all epochs"
     )
     lr: float = Field(1e-4, gt=0, le=FP32, description="learning rate of AdamW")
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw; muon: DeepSpeed's Muon for the matrices of hidden layers, AdamW for all else, at ZeRO stages 1 "
+        "and 2; adamw_8bit: bitsandbytes' AdamW, its two moments in 8 bits (pip install 'dit-ds[8bit]')",
+    )
+    muon_lr: float = Field(
+        0.02,
+        gt=0,
+        le=FP32,
+        description="learning rate of Muon's matrices; it follows the schedule and lr_scale as train.lr",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     lr_scale: LRScale = Field(default_factory=LRScale)
     layer_decay: float = Field(
         1.0,

@@ -25,6 +25,7 @@ from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.deepspeed_schema import require_monitors
+from dit_ds.engine.optimizers import muon_matrices
 from dit_ds.engine.rates import part_rates, rate_factors
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
@@ -116,15 +117,14 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     newest = checkpoint.newest_whole(config.run_dir, world)
     resume_keys = _resume_keys(config, datasets.train, dtype)
     model, progress, loaded = _load_model(config, newest, resume_keys)
-    factors = rate_factors(model, config.train)
-    part_factors = part_rates(factors) if set(factors.values()) != {1.0} else {}
+    rates, part_factors = _rates(model, config.train)
     log = RunLog(config, world, None if newest is None else progress.step, progress.evaluated)
     log.log(f"PyTorch's threads: {threads}")
     if world.device.type == "cuda":
         log.log(f"{described(os.environ)}; dit-ds memory plan --alloc-conf says what others would reserve")
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
-    log.describe_parameters(model, {n: config.train.lr * x for n, x in factors.items()} if part_factors else None)
+    log.describe_parameters(model, rates)
     for note in datasets.train.index.notes:
         log.log(note)
     frozen_digest = weights.frozen_digest(model) if world.main else ""
@@ -168,7 +168,21 @@ def _resume_keys(config: RunConfig, data: ExpressionDataset, dtype: torch.dtype)
         "unit": config.data.unit,
         "order": config.data.sample_order,
         "dtype": str(dtype),
+        "optimizer": config.train.optimizer,
     }
+
+
+def _rates(model: Segmenter, t: TrainConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """The learning rate of each trained parameter by name, and its factors for the metrics; none where all have one.
+
+    Raises:
+        UserError: see `rate_factors`.
+    """
+    factors, muon = rate_factors(model, t), muon_matrices(model, t)
+    if set(factors.values()) == {1.0} and not muon:
+        return {}, {}
+    rates = {n: (t.muon_lr if n in muon else t.lr) * x for n, x in factors.items()}
+    return rates, part_rates(factors) | ({"muon": t.muon_lr / t.lr} if muon else {})
 
 
 def _changed_rates(saved: dict[str, Any], t: TrainConfig) -> list[str]:
@@ -177,7 +191,7 @@ def _changed_rates(saved: dict[str, Any], t: TrainConfig) -> list[str]:
     default = TrainConfig().model_dump(mode="json")
     return [
         f"train.{key} is {now[key]} from here on, {was} until now"
-        for key in ("lr", "lr_scale", "layer_decay")
+        for key in ("lr", "lr_scale", "layer_decay", "muon_lr")
         if (was := before.get(key, default[key])) != now[key]
     ]
 
