@@ -18,7 +18,11 @@ from dit_ds.config.load import validate
 from dit_ds.engine import deepspeed_json
 from dit_ds.engine.deepspeed_json import read_deepspeed_json
 from dit_ds.engine.eight_bit import BLOCK, dequantize, quantize
+from dit_ds.engine.optimizers import muon_matrices
 from dit_ds.errors import UserError
+from dit_ds.models.build import build_model
+from dit_ds.planning.memory.estimate import predict
+from dit_ds.planning.memory.request import MemoryRequest
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 TOLD = {"dropout": False, "plain": True, "ema_decay": 0.5, "eps": 1e-6, "weight_decay": 0.1}
@@ -146,22 +150,27 @@ def test_8_bit_adam_goes_on_to_the_bit_and_at_another_stage(shards, tmp_path, st
     dit_ds(*run, "--train.max_steps", "5")
 
 
-def test_the_memory_plan_knows_muons_one_state(tmp_path):
-    """AdamW has two fp32 moments, Muon one momentum of its matrices in the gradients' type."""
-
-    def optimizer(name: str) -> float:
-        done = dit_ds(
-            "memory", "plan", "--config", plan_config(tmp_path), "--gpus", "1", "--json", "--train.optimizer", name
-        )
-        return json.loads(done.stdout)["between_steps"]["optimizer"] * 2**30
-
-    assert 0.7 * 10.2e6 * 12 < optimizer("adamw")
-    assert optimizer("muon") < 0.75 * optimizer("adamw")
-
-
-def plan_config(folder: Path) -> Path:
-    values = {"model": {"size": "vit_b"}, "text": {"name": MINILM, "layers": 1, "freeze": True}, "data": {"image_size": 64},
-              "train": {"batch_size": 1},
-              "deepspeed": {"config": str(ROOT / "configs/deepspeed/zero2.json")}}  # fmt: skip
-    (folder / "plan.yaml").write_text(yaml.safe_dump(values))
-    return folder / "plan.yaml"
+@pytest.mark.slow
+def test_the_memory_plan_knows_the_states_that_each_optimizer_keeps():
+    """AdamW: two moments in fp32; Muon: of its matrices one in the gradients' bf16; 8-bit: two bytes, a scale a block."""
+    names = ["adamw", "muon", *(["adamw_8bit"] if find_spec("bitsandbytes") else [])]
+    runs = {
+        name: validate({
+            "model": {"size": "vit_t"}, "text": {"name": MINILM, "layers": 1, "freeze": True}, "data": {"image_size": 64},
+            "train": {"batch_size": 1, "optimizer": name},
+            "deepspeed": {"config": str(ROOT / "configs/deepspeed/zero2.json")},
+        })
+        for name in names
+    }  # fmt: skip
+    model = build_model(runs["muon"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrices = sum(model.get_parameter(n).numel() for n in muon_matrices(model, runs["muon"].train))
+    want = {
+        "adamw": 12 * trained,
+        "muon": 4 * trained + 2 * matrices + 8 * (trained - matrices),
+        "adamw_8bit": 6 * trained + 2 * 4 * trained // BLOCK,
+    }
+    assert 0.8 * trained < matrices < trained
+    answers = predict([MemoryRequest(run, micro_batches=(1,)) for run in runs.values()])
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.profiles[1].after["optimizer"] == pytest.approx(want[name], rel=0.01), name

@@ -125,6 +125,8 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
     log.describe_parameters(model, rates)
+    if muon := muon_matrices(model, config.train):
+        log.log(f"Muon takes {len(muon)} matrices of hidden layers, AdamW the rest")
     for note in datasets.train.index.notes:
         log.log(note)
     frozen_digest = weights.frozen_digest(model) if world.main else ""
@@ -154,8 +156,9 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     return Run(
         config, world, stop_signal, datasets, engine,
         state=state, batchnorm=batchnorm, batches=batches, loader=loader, total_steps=total_steps,
-        flops=_flops_per_sample(config, world, dtype), part_factors=part_factors, log=log, saver=saver, resume_keys=resume_keys,
-        frozen_digest=frozen_digest, progress=progress, progress_bar=_progress_bar(world, progress.step, total_steps),
+        flops=_flops_per_sample(config, world, dtype), part_factors=part_factors, log=log, saver=saver,
+        resume_keys=resume_keys, frozen_digest=frozen_digest, progress=progress,
+        progress_bar=_progress_bar(world, progress.step, total_steps),
         watchdog=Watchdog(world, config.log.stall_seconds),
     )  # fmt: skip
 
