@@ -13,7 +13,7 @@ import dit_ds.torchvision_stub  # noqa: F401  before transformers
 from dit_ds.config.load import load_config, validate
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import SplitIndex
-from dit_ds.engine import engine
+from dit_ds.engine import engine, optimizers
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import deepspeed_config
 from dit_ds.errors import UserError
@@ -175,13 +175,13 @@ def test_running_statistics_stay_fp32_and_forget_a_step_left_out(world):
 def test_norms_and_position_tables_are_spared_weight_decay():
     config = validate({"train": {"weight_decay": 0.1, "weight_decay_norms": False}}).train
     model = tiny("lavt")
-    spared = engine.no_decay(model)
+    spared = optimizers.no_decay(model)
     assert {"backbone.norms.3.bias", "decoder.steps.0.1.weight", "backbone.embeddings.norm.weight"} <= spared
     assert "backbone.stages.2.blocks.1.attention.relative_position_bias.relative_position_bias_table" in spared
     assert not any(".mlp." in n or "pwams" in n or "embeddings.word" in n for n in spared)
-    groups = engine.parameter_groups(model, config)
+    groups = optimizers.parameter_groups(model, config)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and len(groups[1]["params"]) == len(spared)
-    assert len(engine.parameter_groups(model, config.model_copy(update={"weight_decay_norms": True}))) == 1
+    assert len(optimizers.parameter_groups(model, config.model_copy(update={"weight_decay_norms": True}))) == 1
 
 
 def test_poly_goes_to_zero():

@@ -286,7 +286,7 @@ def test_loading_and_dumping_keep_texts(tmp_path):
         ("trian", "did you mean 'train'?"),
         ("trian.lr", "did you mean 'train'?"),
         ("output_dir", "did you mean 'run_dir'?"),
-        ("optimizer", "the optimizer is AdamW"),
+        ("optim", "set train.optimizer"),
         ("train.frobnicate", "see 'dit-ds train --help'"),
         ("xyz", "see 'dit-ds train --help'"),
     ],

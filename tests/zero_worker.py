@@ -22,6 +22,7 @@ from dit_ds.engine.zero_state import TrainingState
 from dit_ds.models import attention
 from dit_ds.models.build import build_model
 from dit_ds.models.losses import segmentation_loss
+from dit_ds.training.schedule import set_learning_rate
 
 
 def count_attention() -> list[int]:
@@ -103,6 +104,7 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
     trained = TrainingState(engine, config.train.ema_decay)
     trained.check_coverage()
     engine.train()
+    set_learning_rate(engine, config.train.lr)
     calls[0], losses, norms = 0, [], []
     each = 4 // world.world_size
     for step in range(steps):
@@ -149,6 +151,43 @@ def run(world, calls, stage: int | str, policy: str = "none", compile: bool = Fa
     return result
 
 
+def rate_by_hand(name: str, t) -> float:
+    """A parameter's rate as a factor, of the tiny ViT of four layers: spelt out, not by the package's rules."""
+    if name.startswith(("image_encoder.instruction.", "image_encoder.static_tokens.", "text_projection.")):
+        return t.lr_scale.projections
+    if name.startswith(("mask_decoder.", "prompt_encoder.")):
+        return t.lr_scale.mask_decoder
+    if name.startswith("text_encoder."):
+        return t.lr_scale.text_encoder
+    layer = {"patch_embed": 0, "pos_embed": 0, "neck": 5}.get(name.split(".")[1])
+    if layer is None:
+        layer = int(name.split(".")[2]) + 1
+    factor = t.lr_scale.image_encoder
+    for _ in range(layer, 5):
+        factor *= t.layer_decay
+    return factor
+
+
+def muon_by_hand(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon takes a parameter of the tiny model: weights of linear layers but the mask's last ones."""
+    tables = ("rel_pos", "embed", "iou_token", "mask_tokens", "hypernetworks")
+    return p.dim() == 2 and not any(x in name for x in tables)
+
+
+def take_muons_step(p: torch.Tensor, momentum: torch.Tensor, t, lr: float) -> None:
+    """Muon's step of a matrix in fp64: Newton-Schulz's polynomial applied to the singular values."""
+    momentum.mul_(t.muon_momentum).add_(p.grad, alpha=1 - t.muon_momentum)
+    blend = (1 - t.muon_momentum) * p.grad + t.muon_momentum * momentum
+    u, s, v = torch.linalg.svd(blend.double(), full_matrices=False)
+    s = s / (s.norm() + 1e-7)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+    with torch.no_grad():
+        p.mul_(1 - lr * t.weight_decay).add_((u * s @ v).float(), alpha=-lr * scale)
+    p.grad = None
+
+
 def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[float], dict, dict]:
     """Losses, final weights and their moving average of PyTorch's own AdamW in one process, no DeepSpeed."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -156,8 +195,13 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
     t = config.train
     spared = [p for n, p in trained.items() if not t.weight_decay_norms and ("norm" in n or "rel_pos" in n or "neck.1" in n
               or "neck.3" in n or "output_upscaling.1." in n or "LayerNorm" in n)]  # fmt: skip
-    decayed = [p for p in trained.values() if all(p is not q for q in spared)]
-    groups = [{"params": decayed, "weight_decay": t.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p], "lr": t.lr * rate_by_hand(n, t),
+         "weight_decay": 0.0 if any(p is q for q in spared) else t.weight_decay}
+        for n, p in trained.items()
+    ]  # fmt: skip
+    matrices = {n: torch.zeros_like(p) for n, p in trained.items() if t.optimizer == "muon" and muon_by_hand(n, p)}
+    groups = [g for g, n in zip(groups, trained) if n not in matrices]
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, eps=t.eps)
     losses = []
     for step in range(steps):
@@ -169,6 +213,8 @@ def plain_adamw(model, config, steps: int, nan_at: int | None) -> tuple[list[flo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        for n, momentum in matrices.items():
+            take_muons_step(trained[n], momentum, t, t.muon_lr * rate_by_hand(n, t))
         for n, p in trained.items():
             average[n] = t.ema_decay * average[n] + (1 - t.ema_decay) * p.detach()
         losses.append(loss.item())

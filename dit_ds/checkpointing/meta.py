@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 
 from dit_ds.checkpointing.integrity import checked, damage_is_user_error, damaged, require_readable
-from dit_ds.engine.zero_state import MASTER, MOMENTS
+from dit_ds.engine.optimizer_states import MOMENTS
+from dit_ds.engine.zero_state import MASTER
 from dit_ds.errors import UserError
 from dit_ds.files import parse_json, read_json
 

@@ -77,7 +77,12 @@ class Saver:
         self._meta = meta | {"shapes": self.state.shapes, "adam_step": self.state.adam_step}
         background = self.config.checkpoint.asynchronous
         tensor = self._copy if background else self.state.tensor
-        parts = [(kind, f, tensor(kind, f)) for kind in self.state.kinds for f in self.state.saved()]
+        parts = [
+            (kind, f, tensor(kind, f))
+            for kind in self.state.all_kinds()
+            for f in self.state.saved()
+            if kind in self.state.kinds(f)
+        ]
         self._statistics = {n: x.to("cpu", copy=True) for n, x in running_statistics(self.state.engine.module).items()}
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -143,7 +148,8 @@ class Saver:
         return {"bytes": sum(e["bytes"] for e in entries), "write_seconds": max(e["seconds"] for e in entries)}
 
     def _publish(self, temporary: Path, meta: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-        totals = {k: sum(e["digest"].get(k, 0) for e in entries) % (1 << 64) for k in self.state.kinds}
+        kinds = dict.fromkeys(k for e in entries for k in e["digest"])
+        totals = {k: sum(e["digest"].get(k, 0) for e in entries) % (1 << 64) for k in kinds}
         meta["digest"] = {k: f"{v:016x}" for k, v in totals.items()}
         files = {e["name"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
         if self.frozen is not None:
@@ -244,8 +250,10 @@ def restore(engine: Any, state: TrainingState, path: Path) -> None:
         state.load(reader.read, reader.kinds, reader.meta["adam_step"])
         set_counters(engine, reader.meta["engine"])
         for f in state.saved():
-            for kind in reader.kinds & set(state.kinds):
-                mine[kind] = mine.get(kind, 0) + digest(f.name, f.start, state.tensor(kind, f))
+            for kind in reader.kinds & set(state.kinds(f)):
+                rounded = kind in state.optimizer.rounded
+                x = reader.read(kind, f.name, f.start, f.numel) if rounded else state.tensor(kind, f)
+                mine[kind] = mine.get(kind, 0) + digest(f.name, f.start, x)
     except UserError as e:
         error = e
     all_or_none(error)

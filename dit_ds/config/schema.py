@@ -8,14 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dit_ds.config.lora import LoraConfig
-from dit_ds.config.section import FP32 as _FP32
 from dit_ds.config.section import LONGEST as _LONGEST
 from dit_ds.config.section import MOST as _MOST
 from dit_ds.config.section import Section
+from dit_ds.config.train_schema import TrainConfig
 from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
-
-ACTIVATION_CHECKPOINTING = "none|block|selective|every_[1-9][0-9]*"  # see `ImageEncoder.checkpoint_activations`
 
 
 class DataConfig(Section):
@@ -251,55 +249,6 @@ class TextConfig(Section):
     cache: int = Field(
         0, ge=0, le=_MOST, description="remember a frozen encoder's features of so many expressions (for CPUs)"
     )
-
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TrainConfig(Section):
-    """Optimisation. The defaults are the paper's (section 4.2)."""
-
-    batch_size: int = Field(
-        64, ge=1, le=_MOST, description="global batch; what a rank takes at once is the DeepSpeed JSON's"
-    )
-    epochs: int = Field(40, ge=1, le=_MOST, description="passes over the data")
-    max_steps: int | None = Field(
-        None, ge=1, le=_MOST, description="stop after so many optimizer steps; none for all epochs"
-    )
-    lr: float = Field(1e-4, gt=0, le=_FP32, description="learning rate of AdamW")
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas")
-    eps: float = Field(1e-8, gt=0, le=1, description="Adam's epsilon")
-    weight_decay: float = Field(
-        0.0, ge=0, le=_FP32, description="decoupled weight decay (AdamW); 0 is the paper's Adam"
-    )
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then evaluated; 0 keeps none"
-    )
-    on_nonfinite: Literal["skip", "stop"] = Field(
-        "skip", description="a step whose gradient is not finite is left out and counted, or ends the run"
-    )
-    warmup_epochs: float = Field(3.0, ge=0, le=_MOST, description="the learning rate rises linearly for so many epochs")
-    weight_decay_norms: bool = Field(True, description="false: no weight decay of norms and relative position tables")
-    min_lr: float = Field(0.0, ge=0, le=_FP32, description="where the schedule cosine ends")
-    schedule: Literal["step", "cosine", "poly"] = Field(
-        "step", description="step: times decay at each milestone; cosine: to min_lr; poly: (1 - done)^poly_power"
-    )
-    poly_power: float = Field(0.9, gt=0, le=100, description="of the schedule poly")
-    milestones: list[Annotated[float, Field(ge=0, le=_MOST)]] = Field(
-        [30.0, 35.0], description="epochs at which the learning rate drops"
-    )
-    lr_decay: float = Field(0.2, gt=0, le=1, description="what it drops by at each milestone")
-    gradient_clipping: float = Field(
-        0.0, ge=0, le=_FP32, description="largest norm of the gradient; 0 leaves it as it is"
-    )
-    activation_checkpointing: str = Field(
-        "none",
-        pattern=f"^({ACTIVATION_CHECKPOINTING})$",
-        description="what of the ViT is recomputed in backward instead of saved: none, block (each layer), every_K (K "
-        "layers at a time), selective (each layer but its attention)",
-    )
-    compile: bool = Field(False, description="torch.compile the layers of the ViT")
-    dice_weight: float = Field(0.0, ge=0, le=_FP32, description="weight of a Dice loss beside the paper's BCE")
 
 
 class EvalConfig(Section):

@@ -1,4 +1,4 @@
-"""What the sections of the configuration's schema share."""
+"""What all sections of the configuration have: keys that are not declared are refused, and numbers have bounds."""
 
 from __future__ import annotations
 

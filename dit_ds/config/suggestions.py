@@ -21,6 +21,9 @@ _ELSEWHERE = {
     "train.schedule": "scheduler lr_scheduler lr_schedule lr_scheduler_type lr_policy sched",
     "train.betas": "adam_beta1 adam_beta2 beta1 beta2 adam_betas",
     "train.eps": "adam_epsilon adam_eps epsilon",
+    "train.layer_decay": "layerwise_lr_decay layer_wise_lr_decay llrd lr_layer_decay layer_decay_rate",
+    "train.lr_scale.image_encoder": "backbone_lr lr_backbone backbone_multiplier vision_lr encoder_lr",
+    "train.lr_scale.text_encoder": "text_lr lr_text_encoder text_encoder_lr lr_bert bert_lr",
     "train.ema_decay": "ema model_ema use_ema ema_momentum",
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations grad_checkpointing use_checkpoint",
     "train.compile": "torch_compile use_compile",
@@ -46,7 +49,7 @@ _ELSEWHERE = {
     "log.every_steps": "logging_steps log_interval log_every print_freq log_freq log_every_n_steps steps_per_print",
 }
 _ACCUMULATION = "it follows from train.batch_size, the number of ranks and the micro-batch"
-_OPTIMIZER = "the optimizer is AdamW: set train.lr, train.betas, train.eps and train.weight_decay"
+_OPTIMIZER = "set train.optimizer, train.lr, train.betas, train.eps and train.weight_decay"
 # what has no key of its own: what to do instead
 _INSTEAD = {
     **dict.fromkeys("gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches accum_iter "

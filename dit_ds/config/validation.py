@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit_ds.config.lora import LoraConfig
-from dit_ds.config.schema import DataConfig, EvalConfig, ModelConfig, RunConfig
+from dit_ds.config.schema import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from dit_ds.errors import UserError
 from dit_ds.files import is_url
 
@@ -13,7 +13,7 @@ _DIT_SAM_ONLY = {
         "scheme", "scheme_form", "word_init", "adapters", "static_tokens", "static_form", "decoder_layers", "freeze_image_encoder",
         "freeze_mask_decoder", "freeze_projections", "mask_padding", "align_corners", "window_size", "word_dropout", "lora",
     ),
-    "train": ("dice_weight",),
+    "train": ("dice_weight", "layer_decay"),
 }  # fmt: skip
 
 
@@ -24,6 +24,7 @@ def validate_combinations(config: RunConfig) -> None:
         UserError: names the first such settings, and what to set.
     """
     _check_data(config)
+    _check_rates(config.train)
     swin = config.model.size.startswith("swin")
     if swin == (config.model.name == "dit_sam"):
         fitting = "vit_t, vit_b, vit_l or vit_h" if swin else "swin_b or swin_t_tiny"
@@ -59,6 +60,20 @@ def _check_data(config: RunConfig) -> None:
             f"data.val_fraction holds a part of {d.train_split} out: give it another name, as data.val_split val"
         )
     _check_mixture(d)
+
+
+_FREEZE = {
+    "image_encoder": "set model.freeze_image_encoder true",
+    "text_encoder": "set text.freeze true",
+    "mask_decoder": "set model.freeze_mask_decoder true",
+    "projections": "set model.freeze_projections true",
+}
+
+
+def _check_rates(t: TrainConfig) -> None:
+    for part, scale in t.lr_scale.model_dump().items():
+        if scale == 0:
+            raise UserError(f"train.lr_scale.{part} is 0, which computes gradients for nothing: {_FREEZE[part]}")
 
 
 def _check_mixture(d: DataConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from dit_ds.config.load import merge
 from dit_ds.config.schema import RunConfig
+from dit_ds.config.train_schema import TrainConfig
 from dit_ds.engine.batch_split import exact_split
 from dit_ds.engine.deepspeed_schema import as_deepspeed_reads, refuse_as_deepspeed, without_what_the_run_sets
 from dit_ds.errors import UserError
@@ -99,6 +101,8 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
         ds = as_deepspeed_reads(ds)
         ds.setdefault("train_micro_batch_size_per_gpu", 1)
         _check(DeepSpeedJson(ds))
+        if why := optimizer_refusal(config.train, DeepSpeedJson(ds)):
+            raise UserError(why)
         refuse_as_deepspeed(ds)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
@@ -108,6 +112,8 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
     ds.setdefault(
         "zero_force_ds_cpu_optimizer", False
     )  # torch's fused Adam runs on CPUs, too, without compiling an operator
+    if config.train.optimizer == "adamw_8bit":  # which DeepSpeed does not know
+        ds["zero_allow_untested_optimizer"] = True
     return ds
 
 
@@ -135,6 +141,32 @@ def _check(ds: DeepSpeedJson) -> None:
             f"DeepSpeed adds up {ds.grad_accum_dtype} gradients of a {ds.precision} model at ZeRO stages 1 to 3 only: "
             "use one"
         )
+
+
+def optimizer_refusal(t: TrainConfig, ds: DeepSpeedJson) -> str | None:
+    """Why the run's optimizer can't go with DeepSpeed's settings, and what to do; None where it can."""
+    if t.optimizer == "adamw":
+        return None
+    if ds.offload_optimizer or ds.offload_param:
+        return f"train.optimizer {t.optimizer} does not go with offload: remove offload_optimizer and offload_param"
+    if t.optimizer == "adamw_8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            return "train.optimizer adamw_8bit needs bitsandbytes: pip install 'dit-ds[8bit]'"
+        return None
+    if ds.stage not in (1, 2):
+        return f"train.optimizer muon goes with ZeRO stages 1 and 2, not {ds.stage}: use configs/deepspeed/zero2.json"
+    if ds.precision == "fp16":
+        return "train.optimizer muon does not go with fp16, whose loss scale its momentum would hold: set bf16 or fp32"
+    if t.gradient_clipping:
+        return (
+            "train.gradient_clipping would clip Muon's updates, as DeepSpeed computes them before the norm: set "
+            "train.gradient_clipping 0"
+        )
+    if ds.zero.get("round_robin_gradients"):
+        return "train.optimizer muon does not go with zero_optimization.round_robin_gradients: remove it"
+    if ds.stage == 1 and ds.precision == "bf16" and ds.grad_accum_dtype == "fp32":
+        return "train.optimizer muon at stage 1 does not go with gradients added up in fp32: use stage 2"
+    return None
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:

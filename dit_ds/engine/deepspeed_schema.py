@@ -23,7 +23,7 @@ from dit_ds.errors import UserError
 _SET_BY_RUN = {
     "train_batch_size": "train.batch_size",
     "gradient_accumulation_steps": "train.batch_size (it follows from the world size and the micro-batch)",
-    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
+    "optimizer": "train.optimizer, train.lr, train.betas, train.eps and train.weight_decay",
     "scheduler": "train.schedule",
     "gradient_clipping": "train.gradient_clipping",
     "steps_per_print": "log.every_steps",

@@ -9,19 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dit_ds.config.schema import RunConfig, TrainConfig
+from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World
 from dit_ds.engine.batchnorm import restore_fp32_buffers, running_statistics
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.deepspeed_schema import MONITORS
 from dit_ds.engine.import_deepspeed import import_deepspeed
+from dit_ds.engine.optimizers import make_optimizer
 from dit_ds.engine.zero_layout import private
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
 
 
 def initialize(model: nn.Module, config: RunConfig, world: World, monitors: bool = False) -> Any:
-    """Wrap the model in a DeepSpeed engine with AdamW over its trainable parameters.
+    """Wrap the model in a DeepSpeed engine with the run's optimizer over its trainable parameters.
 
     Frozen parameters never reach the optimizer.
 
@@ -34,10 +35,8 @@ def initialize(model: nn.Module, config: RunConfig, world: World, monitors: bool
     if not monitors:
         ds_config = {key: value for key, value in ds_config.items() if key not in MONITORS}
     deepspeed = import_deepspeed()
-    t = config.train
     model.to(world.device)
-    # fused: one pass over the states, no temporaries of their size; torch has it for CUDA and for CPUs
-    optimizer = torch.optim.AdamW(parameter_groups(model, t), lr=t.lr, betas=t.betas, eps=t.eps, fused=True)
+    optimizer = make_optimizer(model, config.train, world.device)
     # torch's synchronised BatchNorm is for CUDA alone; and not in shorter types, in which its statistics would be short
     if world.device.type == "cuda" and world.world_size > 1 and DeepSpeedJson(ds_config).dtype == torch.float32:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -55,28 +54,6 @@ def initialize(model: nn.Module, config: RunConfig, world: World, monitors: bool
     # stage 0 in bf16 makes Adam's states by a step of zero gradients, which Adam counts and corrects its bias for
     engine.basic_optimizer.state.clear()
     return engine
-
-
-def no_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay spares where `train.weight_decay_norms` is false: those of norms, and
-    relative position tables."""
-    norms = {n for n, m in model.named_modules() if "Norm" in type(m).__name__}
-    return {
-        n
-        for n, _ in model.named_parameters()
-        if n.rpartition(".")[0] in norms or "relative_position_bias" in n or ".rel_pos_" in n
-    }
-
-
-def parameter_groups(model: nn.Module, t: TrainConfig) -> list[dict[str, Any]]:
-    """The trainable parameters for AdamW, those without weight decay by themselves."""
-    spared = set() if t.weight_decay_norms else no_decay(model)
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if n not in spared], "weight_decay": t.weight_decay},
-        {"params": [p for n, p in trained if n in spared], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
 
 
 def step(engine: Any) -> float:

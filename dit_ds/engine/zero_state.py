@@ -1,5 +1,5 @@
-"""A rank's part of the training state at any ZeRO stage: master weights, AdamW's moments and the moving average of the
-weights, by parameter name and range.
+"""A rank's part of the training state at any ZeRO stage: master weights, the optimizer's states and the moving average
+of the weights, by parameter name and range.
 
 ZeRO's stages store this state in different tensors, whole or partitioned (`zero_layout`). Here it has one form, so that
 a checkpoint resumes on another number of ranks and at another stage.
@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dit_ds.distributed import gather_objects
+from dit_ds.engine.optimizer_states import MOMENTS, optimizer_states
 from dit_ds.engine.zero_layout import TESTED_DEEPSPEED, Fragment, coverage_error, find_fragments, private
 from dit_ds.errors import RunFailed
 
-MASTER, MOMENTS, AVERAGE = "master", ("exp_avg", "exp_avg_sq"), "ema"
+MASTER, AVERAGE = "master", "ema"
 
 
 class TrainingState:
@@ -43,42 +44,38 @@ class TrainingState:
         self.names = list(trained)
         self.shapes = {n: list(private(p, "ds_shape") if self.stage == 3 else p.shape) for n, p in trained.items()}
         self.fragments = find_fragments(engine)
+        self.optimizer = optimizer_states(engine)
         self.replicated = self.stage == 0  # every rank holds whole parameters, and saves a part of each
         flats = {id(f.flat): f.flat.detach() for f in self.fragments}
         self._masters = list(flats.values())
         self._average = {i: x.clone() for i, x in flats.items()} if decay else {}
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of tensor that each fragment has."""
-        return (MASTER, *MOMENTS, *((AVERAGE,) if self.decay else ()))
+    def kinds(self, fragment: Fragment) -> tuple[str, ...]:
+        """The kinds of tensor that a fragment has."""
+        return (MASTER, *self.optimizer.kinds(fragment), *((AVERAGE,) if self.decay else ()))
+
+    def all_kinds(self) -> list[str]:
+        """The kinds that any of this rank's fragments has, the masters first."""
+        return list(dict.fromkeys(itertools.chain([MASTER], *(self.kinds(f) for f in self.fragments))))
 
     def tensor(self, kind: str, fragment: Fragment) -> Tensor:
-        """(numel,) fp32 view into the tensor that training updates."""
+        """(numel,) of a fragment: a view into the tensor that training updates, or a copy of what is stored in 8 bits."""
         if kind == MASTER:
             return fragment.view(fragment.flat)
         if kind == AVERAGE:
             return fragment.view(self._average[id(fragment.flat)])
-        return fragment.view(self._moments(fragment.flat)[kind])
+        return self.optimizer.tensor(kind, fragment)
 
-    def _moments(self, flat: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a master tensor, made as its first step would where there is none yet."""
-        state = self.engine.basic_optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # on the device: fused
-            for kind in MOMENTS:
-                state[kind] = torch.zeros_like(flat, requires_grad=False)
-        return state
-
-    def make_moments(self) -> None:
-        """Allocate AdamW's states of all fragments, zero, as its first step would."""
+    def make_states(self) -> None:
+        """Allocate the optimizer's states of all fragments, zero, as its first step would."""
         for f in self.fragments:
-            self._moments(f.flat)
+            self.optimizer.make(f)
 
     @property
     def adam_step(self) -> float:
-        """The number of updates that AdamW has made, the same for all parameters; 0 on a rank without fragments."""
-        return float(self._moments(self.fragments[0].flat)["step"]) if self.fragments else 0.0
+        """The number of updates that AdamW has made, the same for all parameters; 0 on a rank without fragments of its."""
+        first = next((f for f in self.fragments if MOMENTS[0] in self.optimizer.kinds(f)), None)
+        return self.optimizer.step(first) if first else 0.0
 
     def saved(self) -> list[Fragment]:
         """The fragments that this rank saves: together the ranks' cover every element once."""
@@ -136,9 +133,9 @@ class TrainingState:
             adam_step: the number of updates that AdamW had made.
         """
         for f in self.fragments:
-            for kind in self.kinds:
+            for kind in (MASTER, AVERAGE) if self.decay else (MASTER,):
                 self.tensor(kind, f).copy_(read(kind if kind in kinds else MASTER, f.name, f.start, f.numel))
-            self._moments(f.flat)["step"].fill_(adam_step)
+        self.optimizer.load(self.fragments, read, adam_step)
 
     def averages(self) -> Iterable[Tensor]:
         """The moving averages, fp32, one of each master tensor's shape; none without a moving average."""

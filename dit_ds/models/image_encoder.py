@@ -25,7 +25,7 @@ from segment_anything.modeling.image_encoder import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dit_ds.config.schema import ACTIVATION_CHECKPOINTING
+from dit_ds.config.train_schema import ACTIVATION_CHECKPOINTING
 from dit_ds.errors import UserError
 from dit_ds.models.attention import relative_position_attention, text_attention
 from dit_ds.models.attention_kernels import why_not

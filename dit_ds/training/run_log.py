@@ -113,9 +113,14 @@ class RunLog:
         if self.world.main:
             _log.info(message)
 
-    def describe_parameters(self, model: nn.Module) -> None:
-        """Log a table of parameters, all and trained, of each part of the model."""
+    def describe_parameters(self, model: nn.Module, rates: dict[str, float] | None = None) -> None:
+        """Log a table of parameters, all and trained, of each part of the model.
+
+        Args:
+            rates: learning rates of the trained parameters by name, for one more column.
+        """
         counts: dict[str, list[int]] = {}
+        rates_of: dict[str, list[float]] = {}
         for name, p in model.named_parameters():
             part, *rest = name.split(".")
             if rest[0] in ("instruction", "static_tokens"):  # text features' way into the ViT
@@ -125,10 +130,13 @@ class RunLog:
             of = counts.setdefault(part, [0, 0])
             of[0] += p.numel()
             of[1] += p.numel() * p.requires_grad
+            if rates and p.requires_grad:
+                rates_of.setdefault(part, []).append(rates[name])
         counts["all"] = [sum(x) for x in zip(*counts.values())]
-        self.log(f"{'parameters, in millions':<30} {'all':>9} {'trained':>9}")
+        self.log(f"{'parameters, in millions':<30} {'all':>9} {'trained':>9}{'  learning rate' if rates else ''}")
         for part, (total, trained) in counts.items():
-            self.log(f"{part:<30} {total / 1e6:9.2f} {trained / 1e6:9.2f}{'' if trained else '  frozen'}")
+            at = _range(rates_of[part]) if part in rates_of else "" if trained else "frozen"
+            self.log(f"{part:<30} {total / 1e6:9.2f} {trained / 1e6:9.2f}  {at}".rstrip())
 
     def describe_checkpoint(self, report: dict[str, list[str]]) -> None:
         """Log how many tensors of `model.checkpoint` were loaded, and the names of those that were not.
@@ -147,6 +155,11 @@ class RunLog:
         if self._handler is not None:
             _log.removeHandler(self._handler)
             self._handler.close()
+
+
+def _range(rates: list[float]) -> str:
+    least, most = f"{min(rates):.3g}", f"{max(rates):.3g}"
+    return most if least == most else f"{least} to {most}"
 
 
 def trace_of_run(run_dir: str | Path) -> str | None:

@@ -28,6 +28,6 @@ def learning_rate(step: int, steps_per_epoch: int, t: TrainConfig) -> float:
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the learning rate of the engine's next update, for all parameter groups."""
+    """Set the learning rate of the engine's next update: of each parameter group the run's, times the group's factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

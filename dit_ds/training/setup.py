@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
 from dit_ds.checkpointing.writer import Saver, restore
-from dit_ds.config.schema import RunConfig
+from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.data.build import build_train_dataset, build_val_dataset
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import Loader, make_loader
@@ -25,6 +25,8 @@ from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.deepspeed_schema import require_monitors
+from dit_ds.engine.optimizers import muon_matrices
+from dit_ds.engine.rates import part_rates, rate_factors
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
 from dit_ds.models.attention import require
@@ -78,6 +80,7 @@ class Run:
     loader: Loader
     total_steps: int
     flops: FlopsPerSample
+    part_factors: dict[str, float]  # of the learning rate, see `part_rates`; empty where all parameters have one rate
     log: RunLog
     saver: Saver
     resume_keys: dict[str, Any]  # what must be the same when the run is resumed
@@ -116,15 +119,14 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     newest = checkpoint.newest_whole(config.run_dir, world)
     resume_keys = _resume_keys(config, datasets.train, dtype)
     model, progress, loaded = _load_model(config, newest, resume_keys)
+    rates, part_factors = _rates(model, config.train)
     log = RunLog(config, world, None if newest is None else progress.step, progress.evaluated)
     log.log(f"PyTorch's threads: {threads}")
     if world.device.type == "cuda":
         log.log(f"{described(os.environ)}; dit-ds memory plan --alloc-conf says what others would reserve")
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
-    log.describe_parameters(model)
-    for note in datasets.train.index.notes:
-        log.log(note)
+    _describe(model, rates, config, datasets.train, log)
     frozen_digest = weights.frozen_digest(model) if world.main else ""
     frozen = _store_frozen(model, config, world, frozen_digest, newest)
     model.checkpoint_activations(config.train.activation_checkpointing)
@@ -138,6 +140,8 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
         start = time.perf_counter()
         restore(engine, state, newest)
         log.log(f"resumed from {newest} at step {progress.step} ({time.perf_counter() - start:.1f} s to load)")
+        for change in _changed_rates(checkpoint.read_meta(newest)["config"], config.train):
+            log.log(change)
     saver = Saver(config, world, state, frozen)
     batches = _make_batches(config, datasets.train, world, engine, log)
     if newest is not None:
@@ -151,10 +155,23 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     return Run(
         config, world, stop_signal, datasets, engine,
         state=state, batchnorm=batchnorm, batches=batches, loader=loader, total_steps=total_steps,
-        flops=_flops_per_sample(config, world, dtype), log=log, saver=saver, resume_keys=resume_keys,
-        frozen_digest=frozen_digest, progress=progress, progress_bar=_progress_bar(world, progress.step, total_steps),
-        watchdog=Watchdog(world, config.log.stall_seconds, lambda why: log.ended("stalled", progress.step, why)), requests=Requests(config.run_dir),
+        flops=_flops_per_sample(config, world, dtype), part_factors=part_factors, log=log, saver=saver,
+        resume_keys=resume_keys, frozen_digest=frozen_digest, progress=progress,
+        progress_bar=_progress_bar(world, progress.step, total_steps),
+        watchdog=Watchdog(world, config.log.stall_seconds, lambda why: log.ended("stalled", progress.step, why)),
+        requests=Requests(config.run_dir),
     )  # fmt: skip
+
+
+def _describe(
+    model: Segmenter, rates: dict[str, float], config: RunConfig, data: ExpressionDataset, log: RunLog
+) -> None:
+    """Log what trains, how, and what of the data is to be known."""
+    log.describe_parameters(model, rates)
+    if muon := muon_matrices(model, config.train):
+        log.log(f"Muon takes {len(muon)} matrices of hidden layers, AdamW the rest")
+    for note in data.index.notes:
+        log.log(note)
 
 
 def _resume_keys(config: RunConfig, data: ExpressionDataset, dtype: torch.dtype) -> dict[str, Any]:
@@ -165,7 +182,32 @@ def _resume_keys(config: RunConfig, data: ExpressionDataset, dtype: torch.dtype)
         "unit": config.data.unit,
         "order": config.data.sample_order,
         "dtype": str(dtype),
+        "optimizer": config.train.optimizer,
     }
+
+
+def _rates(model: Segmenter, t: TrainConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """The learning rate of each trained parameter by name, and its factors for the metrics; none where all have one.
+
+    Raises:
+        UserError: see `rate_factors`.
+    """
+    factors, muon = rate_factors(model, t), muon_matrices(model, t)
+    if set(factors.values()) == {1.0} and not muon:
+        return {}, {}
+    rates = {n: (t.muon_lr if n in muon else t.lr) * x for n, x in factors.items()}
+    return rates, part_rates(factors) | ({"muon": t.muon_lr / t.lr} if muon else {})
+
+
+def _changed_rates(saved: dict[str, Any], t: TrainConfig) -> list[str]:
+    """What of the learning rates is another than in the checkpoint, which is allowed: it holds from here on."""
+    before, now = saved.get("train", {}), t.model_dump(mode="json")
+    default = TrainConfig().model_dump(mode="json")
+    return [
+        f"train.{key} is {now[key]} from here on, {was} until now"
+        for key in ("lr", "lr_scale", "layer_decay", "muon_lr")
+        if (was := before.get(key, default[key])) != now[key]
+    ]
 
 
 def _load_model(

@@ -165,7 +165,8 @@ def report(run: Run, meter: ThroughputMeter, lr: float, norm: float) -> None:
     """Log the averages of the meter's steps. Collective."""
     line = meter.close()
     run.progress.seconds += line.pop("seconds")
-    line |= {"lr": lr, "grad_norm": norm, "skipped_steps": run.engine.skipped_steps}
+    line |= {"lr": lr} | {f"lr/{part}": lr * factor for part, factor in run.part_factors.items()}
+    line |= {"grad_norm": norm, "skipped_steps": run.engine.skipped_steps}
     log_metrics(run, "train", line)
     run.progress_bar.set_postfix(
         loss=f"{line['loss']:.4f}", samples_s=f"{line['samples_per_second']:.0f}", refresh=False

@@ -19,8 +19,9 @@ import torch
 
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
+from dit_ds.config.train_schema import TrainConfig
 from dit_ds.engine.batch_split import split_batch
-from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, read_deepspeed_json
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, optimizer_refusal, read_deepspeed_json
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.errors import UserError
 from dit_ds.files import GIB
@@ -89,7 +90,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     figures = answer.figures[micro]
     fits = answer.failure is None
     result |= {"fits": fits, "largest_micro_batch": answer.largest, "gpu": gpu, "rank": rank}
-    result["advice"] = _advice(result, ds_config, ranks) + _less_reserved(figures)
+    result["advice"] = _advice(result, config.train, ds_config, ranks) + _less_reserved(figures)
     result["fails"] = answer.failure
     if timeline:
         draw(
@@ -153,7 +154,7 @@ def _gib(size: float) -> float:
     return round(size / GIB, 3)
 
 
-def _advice(result: dict[str, Any], ds_config: dict[str, Any], ranks: int) -> list[str]:
+def _advice(result: dict[str, Any], t: TrainConfig, ds_config: dict[str, Any], ranks: int) -> list[str]:
     """What would lower the peak, by what it mostly consists of."""
     at, stage, advice = defaultdict(float, result["categories"]), result["stage"], []
     kept = at["activations"]
@@ -161,15 +162,24 @@ def _advice(result: dict[str, Any], ds_config: dict[str, Any], ranks: int) -> li
         advice.append(f"activations take {kept:.1f} GiB: train.activation_checkpointing block keeps each layer's input")
     elif kept > 0.5 * result["peak_gib"]:
         advice.append(f"activations take {kept:.1f} GiB: a smaller micro-batch takes less in proportion")
+
+    def possible(setting: str) -> bool:
+        return optimizer_refusal(t, DeepSpeedJson(ds_config | {"zero_optimization": SETTINGS[setting]})) is None
+
     states, grads, weights = at["optimizer"] + at["average"], at["gradients"], at["parameters"]
     if states > 0.25 * result["peak_gib"]:
         if stage == 0 and ranks > 1:
             saved = states * (1 - 1 / ranks)
-            advice.append(f"masters and Adam's states take {states:.1f} GiB: zero1.json to share out {saved:.1f} of it")
-        elif not DeepSpeedJson(ds_config).offload_optimizer:
-            name = "zero3_offload" if stage == 3 else "zero2_offload"
-            advice.append(f"masters and Adam's states take {states:.1f} GiB: {name}.json puts them on the host")
-    if weights + grads > 0.25 * result["peak_gib"] and stage < 3 and ranks > 1:
+            advice.append(
+                f"masters and the optimizer's states take {states:.1f} GiB: zero1.json to share out {saved:.1f} of it"
+            )
+        elif not DeepSpeedJson(ds_config).offload_optimizer and possible(
+            name := "zero3_offload" if stage == 3 else "zero2_offload"
+        ):
+            advice.append(
+                f"masters and the optimizer's states take {states:.1f} GiB: {name}.json puts them on the host"
+            )
+    if weights + grads > 0.25 * result["peak_gib"] and stage < 3 and ranks > 1 and possible("zero3"):
         advice.append(f"weights and gradients take {weights + grads:.1f} GiB: zero3.json shares them out, too")
     if at["buffers"] > 0.2 * result["peak_gib"]:
         advice.append(f"DeepSpeed's buffers take {at['buffers']:.1f} GiB: see reduce_bucket_size in configs/deepspeed")
@@ -231,9 +241,12 @@ def _frugal(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfi
         words = ["train.activation_checkpointing block"]
         values = merge(values, {"train": {"activation_checkpointing": "block"}})
         yield words, validate(values)
-    ds = DeepSpeedJson(read_deepspeed_json(config))
+    raw = read_deepspeed_json(config)
+    ds = DeepSpeedJson(raw)
     for name in _LADDER:
         setting = SETTINGS[name]
+        if optimizer_refusal(config.train, DeepSpeedJson(raw | {"zero_optimization": setting})):
+            continue
         further = setting["stage"] > ds.stage if ranks > 1 else False  # a single rank has nothing to partition
         if further or ("offload_optimizer" in setting and not ds.offload_param):
             changes = {"deepspeed": {"override": {"zero_optimization": setting}}}

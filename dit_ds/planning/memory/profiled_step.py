@@ -104,7 +104,7 @@ class Steps(Generic[ResultT]):
         if self.engine.zero_optimization_stage() == 3:
             self.take(1)
         else:
-            self.state.make_moments()
+            self.state.make_states()
             self.tag_state()
 
     def take(self, micro_batch: int, micro_batches: int | None = None) -> ResultT:

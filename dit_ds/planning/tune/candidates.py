@@ -10,7 +10,7 @@ import torch
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batch_split import every_split
-from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
+from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config, optimizer_refusal
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.models.sam import SIZES
 
@@ -103,6 +103,8 @@ def candidates(config: RunConfig, ds: dict[str, Any], ranks: int, gpu: str = "")
     found = []
     for setting, zero in SETTINGS.items():
         if other_type and not zero["stage"]:
+            continue
+        if optimizer_refusal(config.train, DeepSpeedJson(ds | {"zero_optimization": zero})):
             continue
         # one rank sends nothing: larger buckets would only take memory
         buckets = BUCKETS if zero["stage"] and ranks > 1 else BUCKETS[: bool(zero["stage"])] or (0,)
