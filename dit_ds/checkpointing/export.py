@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dit_ds.checkpointing.integrity import damage_is_user_error
 from dit_ds.checkpointing.weights import load_model, save_tensors
+from dit_ds.config.schema import RunConfig
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.errors import UserError
 from dit_ds.files import refuse_overwriting
@@ -27,7 +28,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
         dtype: of the floating-point tensors; the dense positions' frequencies stay fp32, as bf16 would move them, and
             BatchNorm's running statistics.
     Returns:
-        `file`, `tensors`, `parameters`, `bytes`, `step`.
+        `file`, `tensors`, `parameters`, `bytes`, `step`, and `next`, what to do with the file.
     Raises:
         UserError: `out` is what is read, or in a checkpoint's folder; or the checkpoint, or the file written, is damaged.
     """
@@ -39,14 +40,19 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32
         name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
         for name, x in model.state_dict().items()
     }
-    header: dict[str, Any] = {k: meta[k] for k in ("step", "epoch", "val_manifest_sha") if k in meta}
-    header["config"] = config.model_dump(mode="json")
     out = Path(out)
-    save_tensors(state, out, {"dit_ds": json.dumps(header), "format": "pt"})
+    save_tensors(state, out, {"dit_ds": header(config, meta), "format": "pt"})
     with damage_is_user_error(out):
         back = load_file(out)
     if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
         raise UserError(f"{out} could not be read back as written: check the disk")
     parameters = sum(p.numel() for p in model.parameters())
     size = out.stat().st_size
-    return {"file": str(out), "tensors": len(state), "parameters": parameters, "bytes": size, "step": meta["step"]}
+    made = {"file": str(out), "tensors": len(state), "parameters": parameters, "bytes": size, "step": meta["step"]}
+    return made | {"next": f"dit-ds eval {out}"}
+
+
+def header(config: RunConfig, meta: dict[str, Any]) -> str:
+    """What an exported file says of itself, as JSON: `step`, `epoch`, `val_manifest_sha`, `config`."""
+    known: dict[str, Any] = {k: meta[k] for k in ("step", "epoch", "val_manifest_sha") if k in meta}
+    return json.dumps(known | {"config": config.model_dump(mode="json")})
