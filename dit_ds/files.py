@@ -24,14 +24,23 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{path} is a device, not a file: choose another name")
+    refuse_device(path)
     with full_disk_is_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_on_success(path) as temporary, open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
+
+
+def refuse_device(path: Path) -> None:
+    """See that no device would be replaced by a file.
+
+    Raises:
+        UserError: `path` is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device, not a file: choose another name")
 
 
 @contextlib.contextmanager
@@ -64,12 +73,13 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
 
 
 def refuse_overwriting(out: str | Path, *inputs: str | Path) -> None:
-    """See that an output is none of the files to be read, under whatever name, and is in no checkpoint's folder.
+    """See that an output is none of the files to be read, under whatever name, is in no checkpoint's folder, and no device.
 
     Raises:
         UserError: it is.
     """
     out = Path(out)
+    refuse_device(out)
     for path in map(Path, inputs):
         if out.exists() and path.exists() and out.samefile(path):
             raise UserError(f"--out {out} is {path} itself, which is read: choose another name")

@@ -57,11 +57,7 @@ def export(
     model, config, meta = load_model(path, {"model": {"checkpoint": str(base)}} if base else None)
     if merge:
         config = _merged(model, config, path)
-    header: dict[str, Any] = {k: meta[k] for k in ("step", "epoch", "val_manifest_sha") if k in meta}
-    header["config"] = config.model_dump(mode="json")
-    left_out: set[str] = set()
-    if adapter:
-        left_out, header["frozen"] = set(frozen_state(model)), frozen_digest(model)
+    left_out, more = set(frozen_state(model) if adapter else ()), {"frozen": frozen_digest(model)} if adapter else {}
     positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
     exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
     state = {
@@ -70,7 +66,7 @@ def export(
         if name not in left_out
     }
     out = Path(out)
-    save_tensors(state, out, {"dit_ds": json.dumps(header), "format": "pt"})
+    save_tensors(state, out, {"dit_ds": header(config, meta, **more), "format": "pt"})
     with damage_is_user_error(out):
         back = load_file(out)
     if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
@@ -108,3 +104,9 @@ def _merged(model: Segmenter, config: RunConfig, path: str | Path) -> RunConfig:
             "text": config.text.model_copy(update={"freeze": config.text.freeze or lora.of_text}),
         }
     )
+
+
+def header(config: RunConfig, meta: dict[str, Any], **more: Any) -> str:
+    """What an exported file says of itself, as JSON: `step`, `epoch`, `val_manifest_sha`, `config`, and `more`."""
+    known: dict[str, Any] = {k: meta[k] for k in ("step", "epoch", "val_manifest_sha") if k in meta}
+    return json.dumps(known | {"config": config.model_dump(mode="json")} | more)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dit_ds.cli.output import command, report
+from dit_ds.cli.output import command, report, report_and_warn
+from dit_ds.errors import UserError
 
 
 def add(commands: Any) -> None:
     """Add `export` and `import` to the parser's commands."""
     _add_import(commands)
-    p = command(commands, "export", _export, "write a checkpoint's model as one safetensors file")
+    p = command(commands, "export", _export, "write a checkpoint's model as one file: safetensors or ONNX")
     p.add_argument("checkpoint", help="a run's folder, one of its checkpoints/step_*, or an exported file")
-    p.add_argument("--out", required=True, help="file to write, as model.safetensors")
+    p.add_argument("--out", required=True, help="file to write, as model.safetensors or model.onnx")
+    p.add_argument(
+        "--format",
+        choices=["safetensors", "onnx"],
+        default="safetensors",
+        help="safetensors (default): for dit-ds, and to train from; onnx: for onnxruntime, compared with the model there",
+    )
     what = p.add_mutually_exclusive_group()
     what.add_argument(
         "--adapter",
@@ -22,10 +29,22 @@ def add(commands: Any) -> None:
     )
     what.add_argument("--merge", action="store_true", help="add LoRA's updates to the weights that they belong to")
     p.add_argument("--base", metavar="FILE", help="where an adapter's model.checkpoint is, if it moved since training")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
+    p.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32; onnx: fp32)"
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.format == "onnx":
+        if args.dtype != "fp32":
+            raise UserError(f"--format onnx is written in fp32: leave out --dtype {args.dtype}")
+        if args.adapter or args.merge or args.base:
+            raise UserError("--format onnx holds the whole model, LoRA's updates in it: leave out --adapter, --merge and "
+                            "--base, or merge them into a .safetensors first")  # fmt: skip
+        from dit_ds.checkpointing.export_onnx import export_onnx
+
+        report_and_warn(args, export_onnx(args.checkpoint, args.out))
+        return 0
     import torch
 
     from dit_ds.checkpointing.export import export

@@ -331,7 +331,7 @@ class StaticTokens(nn.Module):
         """Text tokens (B, T, D) and mask (B, T) to those of [text; static], (B, T+k, D) and (B, T+k)."""
         if layer < self.first:
             return text, text_mask
-        static = self.tokens[layer - self.first].expand(len(text), -1, -1)
+        static = self.tokens[layer - self.first].expand(text.shape[0], -1, -1)
         if self.additive:
             return text + static, text_mask
         mask = None if text_mask is None else F.pad(text_mask, (0, static.shape[1]), value=True)

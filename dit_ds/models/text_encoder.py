@@ -7,6 +7,7 @@ and a decoder, its encoder.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import logging
@@ -82,6 +83,17 @@ def load_tokenizer(name: str, local: bool = False) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def padding_backend(tokenizer: Any, length: int) -> Any:
+    """A fast tokenizer's own object, of the package `tokenizers`, set to cut and pad to `length` tokens.
+
+    Args:
+        tokenizer: of `transformers`; it is not changed.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # a call sets padding and truncation in the backend for good
+    tokenizer("", padding="max_length", truncation=True, max_length=length)
+    return tokenizer.backend_tokenizer
 
 
 def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:

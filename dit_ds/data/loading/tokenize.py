@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dit_ds.data.loading.dataset import Tokenize
+from dit_ds.models.text_encoder import padding_backend
 
 
 def make_tokenize(tokenizer: Any, length: int) -> Tokenize:
@@ -22,10 +23,8 @@ def make_tokenize(tokenizer: Any, length: int) -> Tokenize:
     """
     if not tokenizer.is_fast:
         return functools.partial(_tokenize_slow, tokenizer, length)
-    tokenizer = copy.deepcopy(tokenizer)  # a call sets padding and truncation in the backend for good
-    tokenizer("", padding="max_length", truncation=True, max_length=length)
     # the backend alone takes a quarter of the time of a call through transformers
-    return functools.partial(_tokenize_fast, tokenizer.backend_tokenizer)
+    return functools.partial(_tokenize_fast, padding_backend(tokenizer, length))
 
 
 def _tokenize_slow(tokenizer: Any, length: int, text: str) -> tuple[np.ndarray, np.ndarray]:
