@@ -137,11 +137,25 @@ def read_picture(path: str | Path) -> np.ndarray:
     """
     try:
         data = Path(path).read_bytes()
-        return turn(decode_picture(data), exif_orientation(data))
     except OSError as e:
         raise UserError(f"cannot read the picture {path} ({e.strerror or e})") from None
+    return turned_picture(data, path)
+
+
+def turned_picture(data: bytes, name: str | Path) -> np.ndarray:
+    """`read_picture` of a file that is in memory.
+
+    Args:
+        name: of the file, for the message.
+    Raises:
+        UserError: it is no picture, or one that can't be used.
+    """
+    try:
+        return turn(decode_picture(data), exif_orientation(data))
+    except OSError as e:
+        raise UserError(f"cannot read the picture {name} ({e.strerror or e})") from None
     except ValueError as e:
-        raise UserError(f"cannot read the picture {path} ({e})") from None
+        raise UserError(f"cannot read the picture {name} ({e})") from None
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:

@@ -51,7 +51,7 @@ def predict_image(
     picture_format(out)
     refuse_overwriting(out, image)
     pixels = read_picture(image)
-    _check_coordinates(points, box, *pixels.shape[:2])
+    check_coordinates(points, box, *pixels.shape[:2])
     model, config, meta = load_model(path)
     for kind, is_given in (("text", text is not None), ("point", bool(points)), ("box", box is not None)):
         if is_given:
@@ -67,7 +67,7 @@ def predict_image(
     return {"out": out} | given | {"covered": round(float(mask.mean()), 4), "warnings": warnings}
 
 
-def _check_coordinates(
+def check_coordinates(
     points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None, height: int, width: int
 ) -> None:
     """Refuse points and boxes that are not within the picture."""

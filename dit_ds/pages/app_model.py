@@ -1,0 +1,194 @@
+"""The model behind `dit-ds app`: what it answers for one picture, as pictures that a page shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dit_ds.checkpointing.weights import load_model, with_data_root
+from dit_ds.data.build import build_eval_dataset
+from dit_ds.data.loading.loader import iterate, make_loader
+from dit_ds.errors import UserError
+from dit_ds.evaluation.inference import (
+    check_kind,
+    device,
+    expression_warnings,
+    read_expression,
+    segment,
+    trained_prompts,
+)
+from dit_ds.models.dit_sam import DITSAM
+from dit_ds.visualize.attention import Attended, attend
+from dit_ds.visualize.drawing import heat
+from dit_ds.visualize.prediction import check_coordinates
+from dit_ds.visualize.titles import title_of
+
+_log = logging.getLogger("dit_ds")
+
+PREVIEW = 1024  # pixels: longer side of a picture in the page
+_PANEL = 240  # pixels: longer side of a layer's attention
+_TINT = (255, 60, 40)
+_SAMPLES = 12
+_PLACES = {"point": "points", "box": "boxes"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of the split, with an expression that it has there.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+    """
+
+    pixels: np.ndarray
+    text: str
+
+
+class AppModel:
+    """A checkpoint's model, asked by one thread at a time.
+
+    Args:
+        path: as for `load_model`.
+    Raises:
+        UserError: as of `load_model`.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.loaded = load_model(path)
+        self.loaded.model.to(device())
+        self._lock = threading.Lock()
+
+    def describe(self) -> dict[str, Any]:
+        """What the page says of the model, and which prompts it can be given."""
+        _, config, meta = self.loaded
+        words = "text" in config.data.prompts
+        trained = trained_prompts(config, meta)
+        places = config.model.name == "dit_sam"
+        return {
+            "title": f"{title_of(config)}, {config.model.size}, step {meta['step']:,}",
+            "words": words,
+            "places": places,
+            "untrained": [many for one, many in _PLACES.items() if places and one not in trained],
+            "attention": words and isinstance(self.loaded.model, DITSAM),
+        }
+
+    def samples(self, split: str | None, data_root: str | None) -> list[Sample]:
+        """Pictures of a split, spread over it; none, and a line in the log, where there are no shards."""
+        config = self.loaded.config
+        try:
+            dataset = build_eval_dataset(
+                with_data_root(self.path, config, data_root),
+                split or config.data.val_split,
+                kind="text",
+                trained=["text"],
+            )
+            chosen = [int(s) for s in np.linspace(0, len(dataset) - 1, min(_SAMPLES, len(dataset)))]
+            batches: Any = [[(0, s, 1.0)] for s in chosen]  # (epoch, sample, weight), as a batch sampler's
+            texts = [batch["text"][0] for batch in iterate(make_loader(dataset, batches, workers=0, pin=False))]
+            return [Sample(dataset.full_image(s), text) for s, text in zip(chosen, texts)]
+        except UserError as e:
+            if data_root or split:
+                raise
+            _log.info(f"no pictures to choose from: {e}")
+            return []
+
+    def answer(
+        self,
+        pixels: np.ndarray,
+        text: str,
+        points: Sequence[tuple[float, float]],
+        box: tuple[float, float, float, float] | None,
+    ) -> dict[str, Any]:
+        """Segment a picture.
+
+        Args:
+            pixels: (H, W, 3) uint8.
+            text: what is meant; empty where points or a box say it.
+            points, box: in pixels of the picture.
+        Returns:
+            `mask`, a picture to lay over the picture; `file`, the mask in full size; `covered`, the share of the picture;
+            `layers`, of each its `title`, `picture` and `label`; `seconds`; `warnings`.
+        Raises:
+            UserError: no prompt, or one that the model can't read.
+        """
+        if not (text.strip() or points or box):
+            raise UserError("nothing says what to segment: type words, or set points or a box in the picture")
+        _, config, _ = self.loaded
+        kinds = {"text": bool(text.strip()), "point": bool(points), "box": box is not None}
+        for kind in (k for k, is_given in kinds.items() if is_given):
+            check_kind(config, kind)
+        check_coordinates(points, box, *pixels.shape[:2])
+        with self._lock:
+            start = time.perf_counter()
+            mask, attended = self._predict(pixels, text, points, box)
+            seconds = time.perf_counter() - start
+        expression = read_expression(text) if kinds["text"] else None
+        return {
+            "mask": _png(_tinted(mask)),
+            "file": _png(Image.fromarray(mask)),
+            "covered": float(mask.mean()),
+            "layers": [] if attended is None else _panels(pixels, attended),
+            "seconds": seconds,
+            "warnings": [] if expression is None else expression_warnings(config, expression),
+        }
+
+    def _predict(
+        self, pixels: np.ndarray, text: str, points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None
+    ) -> tuple[np.ndarray, Attended | None]:
+        """The (H, W) mask, and where there are words for a SAM what its layers attend to."""
+        model, config, meta = self.loaded
+        expression = read_expression(text) if text.strip() else None
+        if expression is not None and isinstance(model, DITSAM):
+            attended = attend(self.loaded, self.path, pixels, expression, points=points, box=box)
+            return attended.prediction, attended
+        trained = trained_prompts(config, meta)
+        return segment(model, config, pixels, text=expression, points=points, box=box, trained=trained), None
+
+
+def preview(pixels: np.ndarray, side: int = PREVIEW) -> bytes:
+    """A picture as a JPEG of at most `side` pixels a side."""
+    image, out = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _tinted(mask: np.ndarray) -> Image.Image:
+    """A mask as a colour where it is, transparent elsewhere."""
+    image = Image.fromarray(mask.astype(np.uint8))
+    image.thumbnail((PREVIEW, PREVIEW), Image.Resampling.NEAREST)
+    image.putpalette([0, 0, 0, *_TINT])
+    image.info["transparency"] = bytes([0, 140])
+    return image
+
+
+def _png(image: Image.Image) -> str:
+    out = io.BytesIO()
+    image.save(out, "PNG", **({"transparency": image.info["transparency"]} if "transparency" in image.info else {}))
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _panels(pixels: np.ndarray, attended: Attended) -> list[dict[str, str]]:
+    """Each layer's attention over the picture in grey."""
+    small = Image.fromarray(pixels).convert("L")
+    small.thumbnail((_PANEL, _PANEL))
+    grey = np.asarray(small, np.float32)
+    scale = grey.shape[0] / pixels.shape[0]
+    patch = (attended.patch[0] * scale, attended.patch[1] * scale)
+    panels = []
+    for layer, (values, label) in attended.panels().items():
+        out = io.BytesIO()
+        Image.fromarray(heat(grey, values, patch)).save(out, "JPEG", quality=85)
+        picture = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        panels.append({"title": f"layer {layer}", "picture": picture, "label": label})
+    return panels
