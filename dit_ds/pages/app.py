@@ -175,6 +175,7 @@ def serve(
     listening = _listen(host, port)  # first: what is wrong is said before the model is loaded
     with listening:
         model = AppModel(path)
+        model.warm_up()
         address, port = listening.getsockname()[:2]
         app = App(model, model.samples(split, data_root), host)
         server = make_server(address, port, app, threaded=True, request_handler=_Handler, fd=listening.fileno())

@@ -82,6 +82,11 @@ class AppModel:
             "attention": words and isinstance(self.loaded.model, DITSAM),
         }
 
+    def warm_up(self) -> None:
+        """Load what a first answer loads, on a picture of nothing."""
+        words = self.describe()["words"]
+        self.answer(np.zeros((64, 64, 3), np.uint8), "a" if words else "", [] if words else [(32.0, 32.0)], None)
+
     def samples(self, split: str | None, data_root: str | None) -> list[Sample]:
         """Pictures of a split, spread over it; none, and a line in the log, where there are no shards."""
         config = self.loaded.config

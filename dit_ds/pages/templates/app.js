@@ -50,6 +50,7 @@
     points = [];
     box = null;
     stage.classList.remove("empty");
+    stage.style.maxWidth = `calc(75vh * ${picture.width / picture.height})`; // a tall picture fits the window, too
     at("hint").hidden = true;
     at("other").hidden = false;
     at("picture").src = `/pictures/${picture.id}`;
@@ -188,7 +189,7 @@
   function show(answer, seconds) {
     at("mask").src = answer.mask;
     at("mask").hidden = !at("show").checked;
-    at("covered").textContent = `${(100 * answer.covered).toFixed(1)} %`;
+    at("covered").textContent = `${(100 * answer.covered).toFixed(1)} % of the picture`;
     at("seconds").textContent = `${seconds.toFixed(2)} s`;
     at("warnings").textContent = answer.warnings.join("; ");
     at("save").href = answer.file;
@@ -197,10 +198,11 @@
     at("attention").hidden = !answer.layers.length;
     at("layers").replaceChildren(...answer.layers.map((layer) => {
       const figure = document.createElement("figure"), image = document.createElement("img");
-      const caption = document.createElement("figcaption");
+      const caption = document.createElement("figcaption"), title = document.createElement("b");
       image.src = layer.picture;
       image.alt = layer.title;
-      caption.textContent = `${layer.title}: ${layer.label}`;
+      title.textContent = layer.title;
+      caption.append(title, document.createElement("br"), layer.label);
       figure.append(image, caption);
       return figure;
     }));
