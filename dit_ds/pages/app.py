@@ -50,7 +50,6 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 _ASSETS = {"app.js": "text/javascript", "app.css": "text/css"}
-_OPTIONS = {"--text": "the text", "--point": "the point", "--box": "the box"}  # as the command line says it, and a page
 
 
 class App:
@@ -88,10 +87,7 @@ class App:
             endpoint, values = self._routes.bind_to_environ(environ).match()
             response = endpoint(request, **values)
         except UserError as e:
-            line = " ".join(str(e).split())
-            for option, name in _OPTIONS.items():
-                line = line.replace(option, name)
-            response = _json({"error": line}, 400)
+            response = _json({"error": " ".join(str(e).split())}, 400)
         except HTTPException as e:
             response = _json({"error": e.description}, e.code or 500)
         response.headers.update(_HEADERS)

@@ -19,17 +19,17 @@ from dit_ds.data.build import build_eval_dataset
 from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import (
+    check_coordinates,
     check_kind,
-    device,
     expression_warnings,
     read_expression,
-    segment,
+    size_of,
     trained_prompts,
 )
-from dit_ds.models.dit_sam import DITSAM
+from dit_ds.evaluation.postprocess import ScoredMask
+from dit_ds.evaluation.predictor import Predictor
 from dit_ds.visualize.attention import Attended, attend
 from dit_ds.visualize.drawing import heat
-from dit_ds.visualize.prediction import check_coordinates
 from dit_ds.visualize.titles import title_of
 
 _log = logging.getLogger("dit_ds")
@@ -63,23 +63,23 @@ class AppModel:
     """
 
     def __init__(self, path: str):
-        self.path = path
-        self.loaded = load_model(path)
-        self.loaded.model.to(device())
+        loaded = load_model(path)
+        self.path, self.config, self._meta = path, loaded.config, loaded.meta
+        self._predictor = Predictor(loaded)
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
         """What the page says of the model, and which prompts it can be given."""
-        _, config, meta = self.loaded
+        config = self.config
         words = "text" in config.data.prompts
-        trained = trained_prompts(config, meta)
+        trained = trained_prompts(config, self._meta)
         places = config.model.name == "dit_sam"
         return {
-            "title": f"{title_of(config)}, {config.model.size}, step {meta['step']:,}",
+            "title": f"{title_of(config)}, {config.model.size}, step {self._meta['step']:,}",
             "words": words,
             "places": places,
             "untrained": [many for one, many in _PLACES.items() if places and one not in trained],
-            "attention": words and isinstance(self.loaded.model, DITSAM),
+            "attention": words and places,
         }
 
     def warm_up(self) -> None:
@@ -89,7 +89,7 @@ class AppModel:
 
     def samples(self, split: str | None, data_root: str | None) -> list[Sample]:
         """Pictures of a split, spread over it; none, and a line in the log, where there are no shards."""
-        config = self.loaded.config
+        config = self.config
         try:
             dataset = build_eval_dataset(
                 with_data_root(self.path, config, data_root),
@@ -122,42 +122,39 @@ class AppModel:
             points, box: in pixels of the picture.
         Returns:
             `mask`, a picture to lay over the picture; `file`, the mask in full size; `covered`, the share of the picture;
-            `layers`, of each its `title`, `picture` and `label`; `seconds`; `warnings`.
+            `score`, the mean probability of the mask's pixels; `layers`, of each its `title`, `picture` and `label`; `seconds`; `warnings`.
         Raises:
             UserError: no prompt, or one that the model can't read.
         """
-        if not (text.strip() or points or box):
+        expression = read_expression(text) if text.strip() else None
+        if expression is None and not points and box is None:
             raise UserError("nothing says what to segment: type words, or set points or a box in the picture")
-        _, config, _ = self.loaded
-        kinds = {"text": bool(text.strip()), "point": bool(points), "box": box is not None}
-        for kind in (k for k, is_given in kinds.items() if is_given):
-            check_kind(config, kind)
-        check_coordinates(points, box, *pixels.shape[:2])
+        for kind, is_given in (("text", expression is not None), ("point", bool(points)), ("box", box is not None)):
+            if is_given:
+                check_kind(self.config, kind)
+        check_coordinates(points, box, *size_of(pixels))
         with self._lock:
             start = time.perf_counter()
-            mask, attended = self._predict(pixels, text, points, box)
+            found, attended = self._predict(pixels, expression, points, box)
             seconds = time.perf_counter() - start
-        expression = read_expression(text) if kinds["text"] else None
         return {
-            "mask": _png(_tinted(mask)),
-            "file": _png(Image.fromarray(mask)),
-            "covered": float(mask.mean()),
+            "mask": _png(_tinted(found.mask)),
+            "file": _png(Image.fromarray(found.mask)),
+            "covered": float(found.mask.mean()),
+            "score": found.score,
             "layers": [] if attended is None else _panels(pixels, attended),
             "seconds": seconds,
-            "warnings": [] if expression is None else expression_warnings(config, expression),
+            "warnings": [] if expression is None else expression_warnings(self.config, expression),
         }
 
     def _predict(
-        self, pixels: np.ndarray, text: str, points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None
-    ) -> tuple[np.ndarray, Attended | None]:
-        """The (H, W) mask, and where there are words for a SAM what its layers attend to."""
-        model, config, meta = self.loaded
-        expression = read_expression(text) if text.strip() else None
-        if expression is not None and isinstance(model, DITSAM):
-            attended = attend(self.loaded, self.path, pixels, expression, points=points, box=box)
+        self, pixels: np.ndarray, text: str | None, points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None
+    ) -> tuple[ScoredMask, Attended | None]:
+        """The mask, and where there are words for a SAM what its layers attend to."""
+        if text is not None and self.config.model.name == "dit_sam":
+            attended = attend(self._predictor, self.path, pixels, text, points=points, box=box)
             return attended.prediction, attended
-        trained = trained_prompts(config, meta)
-        return segment(model, config, pixels, text=expression, points=points, box=box, trained=trained), None
+        return self._predictor.segment(pixels, text, points=points, box=box), None
 
 
 def preview(pixels: np.ndarray, side: int = PREVIEW) -> bytes:

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
-from dit_ds.checkpointing.weights import LoadedModel, load_model
 from dit_ds.data.picture import read_picture
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import (
-    check_kind,
-    device,
-    expression_warnings,
-    picture_inputs,
-    read_expression,
-    trained_prompts,
-)
-from dit_ds.evaluation.postprocess import MaskPostprocess
+from dit_ds.evaluation.inference import check_kind, expression_warnings, read_expression, size_of
+from dit_ds.evaluation.postprocess import ScoredMask, model_inputs
+from dit_ds.evaluation.predictor import Predictor
 from dit_ds.files import refuse_overwriting
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.dit_sam import DITSAM
@@ -75,12 +68,10 @@ def attention(
     text, pixels = read_expression(text), read_picture(image)
     attended = []
     for path in paths:
-        loaded = load_model(path)
-        loaded.model.to(device())
-        attended.append(attend(loaded, path, pixels, text, layers=layers))
+        attended.append(attend(Predictor.load(path), path, pixels, text, layers=layers))
     rows = []
     for a in attended:
-        rows.append(AttentionRow(a.title, a.prediction, a.panels(), a.patch))
+        rows.append(AttentionRow(a.title, a.prediction.mask, a.panels(), a.patch))
         if by_word:
             rows += _word_rows(a)
     draw_attention(pixels, text, rows, _NOTE, out)
@@ -95,7 +86,7 @@ class Attended:
     Attributes:
         words: the expression's tokens.
         warnings: of `expression_warnings`.
-        prediction: (H, W) bool.
+        prediction: the mask and its score.
         layers: by number, from 1 on.
         patch: as in `AttentionRow`.
     """
@@ -104,7 +95,7 @@ class Attended:
     title: str
     words: list[str]
     warnings: list[str]
-    prediction: np.ndarray
+    prediction: ScoredMask
     layers: dict[int, LayerAttention]
     patch: tuple[float, float]
 
@@ -119,7 +110,7 @@ class Attended:
 
 @torch.no_grad()
 def attend(
-    loaded: LoadedModel,
+    predictor: Predictor,
     path: str,
     pixels: np.ndarray,
     text: str,
@@ -131,16 +122,16 @@ def attend(
     """Segment a picture and look at each layer's attention; see `attention`.
 
     Args:
-        loaded: of `load_model`, on `device()`.
+        predictor: the model.
         path: it was loaded from, for messages.
         pixels: (H, W, 3) uint8.
         text: as `read_expression` returned it.
-        points, box: as for `segment`.
+        points, box: as for `Predictor.segment`.
         layers: which, from 1 on; None for all.
     Raises:
         UserError: a model of another method, no such layer, or no word for the text encoder.
     """
-    model, config, meta = loaded
+    model, config = predictor.model, predictor.config
     if not isinstance(model, DITSAM):
         raise UserError(f"{path} is of model.name {config.model.name}: attention is drawn of dit_sam's ViT only")
     check_kind(config, "text")
@@ -148,18 +139,19 @@ def attend(
     missing = [i for i in layers or [] if not 1 <= i <= len(encoder.blocks)]
     if missing:
         raise UserError(f"no layer {missing[0]} in {path}: it has 1 to {len(encoder.blocks)}")
-    tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
-    trained = trained_prompts(config, meta)
-    inputs = picture_inputs(config, pixels, text=text, points=points, box=box, trained=trained)
-    tokens, size = inputs["tokens"].cpu(), inputs["size"].cpu()
+    maker, tokenizer = predictor.inputs, load_tokenizer(config.text.tokenizer or config.text.name)
+    small = maker.resized(pixels)
+    prompt = maker.prompt(text, points, box, original=size_of(pixels), resized=size_of(small))
+    batch = maker.collate([small], [prompt])
+    tokens, size = batch["tokens"], batch["size"]
     ends = torch.tensor(tokenizer.all_special_ids)  # BERT's [CLS] and [SEP], CLIP's start and end of text
-    is_word = inputs["token_mask"][0].cpu() & ~torch.isin(tokens[0], ends)  # (N,)
+    is_word = batch["token_mask"][0] & ~torch.isin(tokens[0], ends)  # (N,)
     if not is_word.any():
         raise UserError(f"--text '{text}' has no word for the text encoder: use others")
     chosen = None if layers is None else {i - 1 for i in layers}
-    logits, found = attention_of_picture(model, inputs, is_word.to(device()), chosen)
-    postprocess = MaskPostprocess.from_config(config)
-    prediction = postprocess(logits[0].cpu(), size[0], pixels.shape[:2], config.data.image_size).numpy()
+    inputs = model_inputs(batch, predictor.device)
+    logits, found = attention_of_picture(model, inputs, is_word.to(predictor.device), chosen)
+    prediction = predictor.postprocess.scored(logits[0].cpu(), size[0], size_of(pixels), config.data.image_size)
     side = model.image_size / encoder.grid[0]  # of a patch, in pixels of the square
     height, width = (side * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))
     words = tokenizer.convert_ids_to_tokens(tokens[0][is_word].tolist())
@@ -208,7 +200,7 @@ def _report(a: Attended) -> dict[str, Any]:
         "title": a.title,
         "shows": "words" if reads else "places",
         "words": a.words,
-        "covered": float(a.prediction.mean()),
+        "covered": float(a.prediction.mask.mean()),
         "layers": layers,
     }
 

@@ -190,6 +190,7 @@
     at("mask").src = answer.mask;
     at("mask").hidden = !at("show").checked;
     at("covered").textContent = `${(100 * answer.covered).toFixed(1)} % of the picture`;
+    at("score").textContent = answer.score.toFixed(2);
     at("seconds").textContent = `${seconds.toFixed(2)} s`;
     at("warnings").textContent = answer.warnings.join("; ");
     at("save").href = answer.file;
