@@ -6,7 +6,6 @@ import base64
 import io
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +96,9 @@ class AppModel:
                 kind="text",
                 trained=["text"],
             )
-            chosen = [int(s) for s in np.linspace(0, len(dataset) - 1, min(_SAMPLES, len(dataset)))]
+            index = dataset.index
+            _, first = np.unique(index.refs[index.sentences, 0], return_index=True)  # of each picture, an expression
+            chosen = [int(first[int(i)]) for i in np.linspace(0, len(first) - 1, min(_SAMPLES, len(first)))]
             batches: Any = [[(0, s, 1.0)] for s in chosen]  # (epoch, sample, weight), as a batch sampler's
             texts = [batch["text"][0] for batch in iterate(make_loader(dataset, batches, workers=0, pin=False))]
             return [Sample(dataset.full_image(s), text) for s, text in zip(chosen, texts)]
@@ -122,7 +123,7 @@ class AppModel:
             points, box: in pixels of the picture.
         Returns:
             `mask`, a picture to lay over the picture; `file`, the mask in full size; `covered`, the share of the picture;
-            `score`, the mean probability of the mask's pixels; `layers`, of each its `title`, `picture` and `label`; `seconds`; `warnings`.
+            `score`, the mean probability of the mask's pixels; `layers`, of each its `title`, `picture` and `label`; `warnings`.
         Raises:
             UserError: no prompt, or one that the model can't read.
         """
@@ -134,17 +135,18 @@ class AppModel:
                 check_kind(self.config, kind)
         check_coordinates(points, box, *size_of(pixels))
         with self._lock:
-            start = time.perf_counter()
             found, attended = self._predict(pixels, expression, points, box)
-            seconds = time.perf_counter() - start
+        if attended is not None:
+            warnings = attended.warnings
+        else:
+            warnings = [] if expression is None else expression_warnings(self.config, expression)
         return {
             "mask": _png(_tinted(found.mask)),
             "file": _png(Image.fromarray(found.mask)),
             "covered": float(found.mask.mean()),
             "score": found.score,
             "layers": [] if attended is None else _panels(pixels, attended),
-            "seconds": seconds,
-            "warnings": [] if expression is None else expression_warnings(self.config, expression),
+            "warnings": warnings,
         }
 
     def _predict(
