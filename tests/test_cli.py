@@ -81,6 +81,7 @@ def test_overrides_and_bases(tmp_path):
         ("train: {epoch: 1}", [], "did you mean 'train.epochs'"),
         ("train: {lr: -1}", [], "train.lr = -1"),
         ("train: [1]", [], "train = "),
+        ("data: {dataset: refcoco/unc}", [], "dataset and split_by are two keys"),
         ("data: {image_size: 100}", [], "data.image_size = 100: input should be a multiple of 16"),
         ("- 1", [], "must hold keys and values"),
         ("a: [", [], "not valid YAML"),

@@ -15,7 +15,7 @@ from conftest import tiny_config
 from PIL import Image
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
-from dit_ds.checkpointing.weights import load_model, save_tensors
+from dit_ds.checkpointing.weights import save_tensors
 from dit_ds.cli.entry import main
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
@@ -238,7 +238,7 @@ def test_attention_that_cannot_be_drawn(checkpoints, call, picture, tmp_path):
     assert "no words in its ViT's attention" in line(default, more=("--words",))
     assert "--words is for one checkpoint" in line(ours, default, more=("--words",))
     assert "cannot read the picture" in line(ours, image=tmp_path / "no.jpg")
-    assert "--text is empty" in line(ours, text=" ")
+    assert "the text is empty" in line(ours, text=" ")
     lavt = checkpoints("lavt", model={"name": "lavt", "size": "swin_t_tiny"}, data={"resize": "stretch"})
     assert "attention is drawn of dit_sam's ViT only" in line(lavt)
     assert not list(tmp_path.iterdir())
@@ -252,14 +252,14 @@ def test_a_grid_tells_what_it_shows(checkpoints, call, tmp_path):
     np.testing.assert_allclose(np.mean([s["ious"] for s in result["samples"]], axis=0), result["miou"])
 
     from dit_ds.data.build import build_eval_dataset
-    from dit_ds.evaluation.inference import segment
+    from dit_ds.evaluation.predictor import Predictor
 
     for k, path in enumerate(paths):  # what `dit-ds predict` would give
-        model, config, _ = load_model(path)
-        dataset = build_eval_dataset(config, "val")
+        predictor = Predictor.load(path)
+        dataset = build_eval_dataset(predictor.config, "val")
         for s in result["samples"]:
             shared, union = intersection_and_union(
-                segment(model, config, dataset.full_image(s["sample"]), text=s["text"]),
+                predictor.segment(dataset.full_image(s["sample"]), s["text"]).mask,
                 dataset[0, s["sample"], 1.0]["original"],
             )
             assert s["ious"][k] == pytest.approx(shared / union)

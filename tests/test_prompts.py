@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MINILM
 
+from dit_ds.checkpointing.weights import LoadedModel
 from dit_ds.config.load import validate
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, SplitIndex
@@ -19,8 +20,8 @@ from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation, resize_mask
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import segment
 from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
+from dit_ds.evaluation.predictor import Predictor
 from dit_ds.models.build import build_model
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.losses import segmentation_loss
@@ -97,6 +98,7 @@ def test_one_picture_goes_through_as_through_sams_predictor():
          "text": {"name": MINILM, "layers": 1, "freeze": True}, "eval": {"threshold": 0.5}}
     )  # fmt: skip
     model = build_model(config).eval()
+    ours = Predictor(LoadedModel(model, config, {"step": 0}))
     pixels = np.random.default_rng(0).integers(0, 256, (90, 128, 3), dtype=np.uint8)
     predictor = SamPredictor(sam_of(model))
     predictor.set_image(pixels)
@@ -106,7 +108,7 @@ def test_one_picture_goes_through_as_through_sams_predictor():
         if "points" in prompt:
             given = [np.array(prompt["points"]), np.ones(2, int), None]
         want = predictor.predict(*given, multimask_output=False)[0][0]
-        found = segment(model, config, pixels, trained=(), **prompt)
+        found = ours.segment(pixels, **prompt).mask
         assert (found == want).mean() > 0.99  # SAM resizes with antialiasing
 
 

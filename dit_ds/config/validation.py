@@ -37,6 +37,11 @@ def validate_combinations(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig) -> None:
     d = config.data
+    for key in ("dataset", "split_by"):
+        if "/" in getattr(d, key):
+            raise UserError(
+                f"data.{key} '{getattr(d, key)}' has a slash: dataset and split_by are two keys, as refcoco, unc"
+            )
     if len(set(d.prompts)) < len(d.prompts):
         raise UserError(f"data.prompts {d.prompts} names one twice: leave it out")
     wrong = [s for s in d.scales if not 16 <= s <= d.image_size]

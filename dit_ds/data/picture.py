@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dit_ds.data.exif import exif_orientation, png_chunks, tiff_directories, turn, without_orientation
 from dit_ds.data.jpeg import MAX_PIXELS, UnsupportedPicture, decode_jpeg, jpeg_size
@@ -106,9 +106,28 @@ def load_picture(data: bytes, fast: bool = False) -> Picture:
         image.load()
         if kind == "png" and data[24] == 16 and image.mode not in ("I", "I;16", "I;16B"):
             return _scaled(_by_opencv(data, tags), tags)  # Pillow would drop the lower 8 bits
-        if image.mode.startswith("I") or tags.get(_FORMAT, [_UNSIGNED])[0] != _UNSIGNED:
-            return _scaled(_grey_samples(image, tags), tags)
-        return Picture(_flattened(image, kind))
+        return _of_pillow(image, kind, tags)
+
+
+def pillow_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8: an image that Pillow has opened, read as a file of ours is and turned as viewers turn it.
+
+    Raises:
+        UnsupportedPicture: it has no 8-bit RGB form.
+        ValueError: it is damaged.
+    """
+    _check_size(image.width, image.height)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError) as e:
+        raise ValueError(" ".join(str(e).split())) from None
+    return _of_pillow(image, "", {}).pixels
+
+
+def _of_pillow(image: Image.Image, kind: str, tags: dict[int, list[int]]) -> Picture:
+    if image.mode[0] in "IF" or tags.get(_FORMAT, [_UNSIGNED])[0] != _UNSIGNED:
+        return _scaled(_grey_samples(image, tags), tags)
+    return Picture(_flattened(image, kind))
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -137,11 +156,25 @@ def read_picture(path: str | Path) -> np.ndarray:
     """
     try:
         data = Path(path).read_bytes()
-        return turn(decode_picture(data), exif_orientation(data))
     except OSError as e:
         raise UserError(f"cannot read the picture {path} ({e.strerror or e})") from None
+    return turned_picture(data, path)
+
+
+def turned_picture(data: bytes, name: str | Path) -> np.ndarray:
+    """`read_picture` of a file that is in memory.
+
+    Args:
+        name: of the file, for the message.
+    Raises:
+        UserError: it is no picture, or one that can't be used.
+    """
+    try:
+        return turn(decode_picture(data), exif_orientation(data))
+    except OSError as e:
+        raise UserError(f"cannot read the picture {name} ({e.strerror or e})") from None
     except ValueError as e:
-        raise UserError(f"cannot read the picture {path} ({e})") from None
+        raise UserError(f"cannot read the picture {name} ({e})") from None
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:

@@ -22,7 +22,7 @@ from dit_ds.distributed import World, connect, disconnect, gather_objects, set_e
 from dit_ds.errors import UserError
 from dit_ds.evaluation.inference import check_kind, trained_prompts
 from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized, without_target
-from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
+from dit_ds.evaluation.postprocess import MaskPostprocess, run_model
 from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import atomic_write, full_disk_is_user_error
 from dit_ds.models.segmenter import Prediction
@@ -78,7 +78,7 @@ def evaluate(
     ):
         if leave is not None and leave():
             raise EvaluationLeft
-        logits, denied = _predict(model, batch, world, postprocess)  # (B, s, s) and (B,) or None
+        logits, denied = run_model(model, batch, world.device, postprocess)  # (B, s, s) and (B,) or None
         for i, truth in enumerate(batch["original"]):  # (H, W)
             if batch["weight"][i] == 0:  # repeated, so that all ranks take equally many steps
                 continue
@@ -104,15 +104,6 @@ def _summarized(rows: np.ndarray, expressions: int, generalized: bool) -> dict[s
     intersection, union, target, none = table[:, 1:].T
     result = {"n": len(table)} | summarize(intersection, union)
     return result | (summarize_generalized(intersection, union, target, none == 1) if generalized else {})
-
-
-def _predict(
-    model: Callable[..., Tensor | Prediction], batch: dict[str, Any], world: World, postprocess: MaskPostprocess
-) -> tuple[Tensor, Tensor | None]:
-    """(B, s, s) logits, and of a model with a no-target head (B,) bool: what it says."""
-    inputs: dict[str, Any] = model_inputs(batch, world.device)
-    output = model(**inputs, apart=True) if postprocess.no_target_head else model(**inputs)
-    return output if isinstance(output, Prediction) else (output, None)
 
 
 def evaluate_checkpoint(

@@ -1,16 +1,18 @@
-"""From a model's logits to the predicted mask at the image's original size."""
+"""From a model's inputs to its logits, and from these to the predicted mask at the image's original size."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dit_ds.config.schema import RunConfig
-from dit_ds.models.segmenter import upscale
+from dit_ds.models.segmenter import Prediction, upscale
 
 # arguments of the model's forward, by their keys in a batch; text, and points and boxes, only where the batch has them
 INPUTS = ("image", "size", "tokens", "token_mask", "points", "labels")
@@ -19,6 +21,20 @@ INPUTS = ("image", "size", "tokens", "token_mask", "points", "labels")
 def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The model's inputs of a batch, on the device, contiguous there: images come with channels last in memory."""
     return {k: batch[k].to(device, non_blocking=True).contiguous() for k in INPUTS if k in batch}
+
+
+def run_model(
+    model: Callable[..., Tensor | Prediction], batch: dict[str, Any], device: torch.device, postprocess: MaskPostprocess
+) -> tuple[Tensor, Tensor | None]:
+    """A batch's (B, s, s) logits, and of a model with a no-target head (B,) bool: what it says.
+
+    Args:
+        model: in evaluation mode, on the device.
+        batch: see `model_inputs`.
+    """
+    inputs: dict[str, Any] = model_inputs(batch, device)
+    output = model(**inputs, apart=True) if postprocess.no_target_head else model(**inputs)
+    return output if isinstance(output, Prediction) else (output, None)
 
 
 def original_probabilities(
@@ -83,3 +99,38 @@ class MaskPostprocess:
             return original_probabilities(logits, size, shape, image_size, self.align_corners) > self.threshold
         inside = _without_padding(logits, size, image_size, self.align_corners).sigmoid() > self.threshold
         return _to_original(inside.float(), shape) > 0
+
+    def probabilities(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> Tensor:
+        """(H, W) in [0, 1]: `original_probabilities`, which has the arguments."""
+        return original_probabilities(logits, size, shape, image_size, self.align_corners)
+
+    def scored(self, logits: Tensor, size: Tensor, shape: tuple[int, int], image_size: int) -> ScoredMask:
+        """The mask that calling this gives, with its score; arguments as of `original_probabilities`."""
+        probabilities = self.probabilities(logits, size, shape, image_size)
+        if self.rule == "probability":  # not computed a second time
+            mask = probabilities > self.threshold
+        else:
+            mask = self(logits, size, shape, image_size)
+        return ScoredMask.of(mask, probabilities)
+
+
+class ScoredMask(NamedTuple):
+    """A predicted mask.
+
+    Attributes:
+        mask: (H, W) bool.
+        score: the mean probability of its pixels; 0 of an empty one.
+    """
+
+    mask: np.ndarray
+    score: float
+
+    @classmethod
+    def of(cls, mask: Tensor, probabilities: Tensor) -> ScoredMask:
+        """From an (H, W) bool mask and its pixels' (H, W) probabilities."""
+        inside = probabilities[mask]
+        return cls(mask.cpu().numpy(), float(inside.mean()) if inside.numel() else 0.0)
+
+    def emptied(self) -> ScoredMask:
+        """What is left where the model says that there is no target."""
+        return ScoredMask(np.zeros_like(self.mask), 0.0)

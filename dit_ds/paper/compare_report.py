@@ -14,7 +14,7 @@ from dit_ds.paper.tables import Column
 
 _ENDINGS = {".md": "markdown", ".markdown": "markdown", ".csv": "csv", ".json": "json"}
 _NAMES = {"oiou": "oIoU", "miou": "mIoU", "ms": "ms", "gb": "GB"}
-_LEGEND = "best and second best of a column; in brackets: minus the paper's row above; >: your runs"
+LEGEND = "best and second best of a column; in brackets: minus the paper's row above; >: your runs"
 
 
 def format_of(path: str | None) -> str:
@@ -50,21 +50,31 @@ def write(result: dict[str, Any], form: str, path: str) -> str:
     return path
 
 
-def _title(table: dict[str, Any]) -> str:
-    title = f"Table {table['table']}: {table['title']}" if table["table"] else table["title"]
-    return title + (f" ({table['note']})" if table["note"] else "")
+def title(table: dict[str, Any]) -> str:
+    """A table's number, title and note."""
+    name = f"Table {table['table']}: {table['title']}" if table["table"] else table["title"]
+    return name + (f" ({table['note']})" if table["note"] else "")
+
+
+def heads(table: dict[str, Any]) -> list[str]:
+    """The columns' names, of the labels and of the figures."""
+    columns = table["columns"]
+    several = len({c["dataset"] for c in columns}) > 1
+    figures = [f"{c['dataset'] + ' ' if several else ''}{c['split']} {_metric(c['metric'])}" for c in columns]
+    return table["labels"] + figures
 
 
 def _metric(name: str) -> str:
     return _NAMES.get(name, name.upper())
 
 
-def _label(row: dict[str, Any]) -> list[str]:
+def label(row: dict[str, Any]) -> list[str]:
+    """A row's leading cells, with the numbers of its footnotes."""
     first, *rest = row["label"]
     return [first + "".join(f" [{n}]" for n in row["notes"]), *rest]
 
 
-def _number(row: dict[str, Any], i: int, column: dict[str, str]) -> tuple[str, str]:
+def number(row: dict[str, Any], i: int, column: dict[str, str]) -> tuple[str, str]:
     """A cell's figure, and its spread and its difference from the paper."""
     value, delta, spread = row["values"][i], row["deltas"][i], row["spread"][i]
     if value is None:
@@ -83,35 +93,30 @@ def _text(table: dict[str, Any]) -> str:
     grid = [[""] * len(table["labels"]) + above, table["labels"] + [_metric(c["metric"]) for c in columns]]
     signs = {"best": "*", "second": "°", None: ""}
     for row in table["rows"]:
-        cells = [_number(row, i, c) for i, c in enumerate(columns)]
-        grid.append(_label(row) + [v + signs[m] + behind for (v, behind), m in zip(cells, row["marks"])])
+        cells = [number(row, i, c) for i, c in enumerate(columns)]
+        grid.append(label(row) + [v + signs[m] + behind for (v, behind), m in zip(cells, row["marks"])])
     widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in grid]
     lines.insert(2, "-" * max(map(len, lines)))
     notes = [f"[{i}] {note}" for i, note in enumerate(table["notes"], 1)]
-    return "\n".join([_title(table), *lines, f"*, °: {_LEGEND}", *notes]) + "\n"
+    return "\n".join([title(table), *lines, f"*, °: {LEGEND}", *notes]) + "\n"
 
 
 def _markdown(table: dict[str, Any]) -> str:
     """The best in bold and the second best underlined, as in the paper."""
     columns = table["columns"]
-    several = len({c["dataset"] for c in columns}) > 1
-    heads = [
-        f"{c['dataset'] + ' ' if several else ''}{c['split']} {_metric(c['metric'])}".replace("|", "\\|")
-        for c in columns
-    ]
     signs = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}
     lines = [
-        "| " + " | ".join(table["labels"] + heads) + " |",
-        "|" + "---|" * len(table["labels"]) + "---:|" * len(heads),
+        "| " + " | ".join(x.replace("|", "\\|") for x in heads(table)) + " |",
+        "|" + "---|" * len(table["labels"]) + "---:|" * len(columns),
     ]
     for row in table["rows"]:
-        cells = [_number(row, i, c) for i, c in enumerate(columns)]
+        cells = [number(row, i, c) for i, c in enumerate(columns)]
         figures = [signs[m].format(v) + behind for (v, behind), m in zip(cells, row["marks"])]
-        labels = [x.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_") for x in _label(row)]
+        labels = [x.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_") for x in label(row)]
         lines.append("| " + " | ".join(labels + figures) + " |")
     notes = [f"- [{i}] {note}" for i, note in enumerate(table["notes"], 1)]
-    text = [f"## {_title(table)}".replace("*", "\\*"), "", *lines, "", f"Bold, underlined: {_LEGEND}."]
+    text = [f"## {title(table)}".replace("*", "\\*"), "", *lines, "", f"Bold, underlined: {LEGEND}."]
     return "\n".join([*text, *(["", *notes] if notes else [])]) + "\n"
 
 

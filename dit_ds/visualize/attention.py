@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,11 @@ import torch
 from torch import Tensor
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything, which imports torchvision
-from dit_ds.checkpointing.weights import load_model
 from dit_ds.data.picture import read_picture
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import (
-    check_kind,
-    device,
-    expression_warnings,
-    picture_inputs,
-    read_expression,
-)
-from dit_ds.evaluation.postprocess import MaskPostprocess
+from dit_ds.evaluation.inference import check_kind, expression_warnings, read_expression, size_of
+from dit_ds.evaluation.postprocess import ScoredMask, model_inputs
+from dit_ds.evaluation.predictor import Predictor
 from dit_ds.files import refuse_overwriting
 from dit_ds.models.attention_maps import LayerAttention, attention_of_picture
 from dit_ds.models.dit_sam import DITSAM
@@ -71,10 +66,12 @@ def attention(
     if by_word and len(paths) > 1:
         raise UserError("--words is for one checkpoint: name one")
     text, pixels = read_expression(text), read_picture(image)
-    attended = [_attend(path, pixels, text, layers) for path in paths]
+    attended = []
+    for path in paths:
+        attended.append(attend(Predictor.load(path), path, pixels, text, layers=layers))
     rows = []
     for a in attended:
-        rows.append(_row(a, a.title, a.prediction, {i: _shown_map(x) for i, x in a.layers.items()}))
+        rows.append(AttentionRow(a.title, a.prediction.mask, a.panels(), a.patch))
         if by_word:
             rows += _word_rows(a)
     draw_attention(pixels, text, rows, _NOTE, out)
@@ -83,53 +80,84 @@ def attention(
 
 
 @dataclass(frozen=True)
-class _Attended:
+class Attended:
     """One checkpoint's prediction and attention for the picture.
 
     Attributes:
         words: the expression's tokens.
-        prediction: (H, W) bool.
+        warnings: of `expression_warnings`.
+        prediction: the mask and its score.
         layers: by number, from 1 on.
         patch: as in `AttentionRow`.
-        warnings: of `expression_warnings`.
     """
 
     path: str
     title: str
     words: list[str]
     warnings: list[str]
-    prediction: np.ndarray
+    prediction: ScoredMask
     layers: dict[int, LayerAttention]
     patch: tuple[float, float]
 
+    def panels(self) -> dict[int, tuple[np.ndarray, str]]:
+        """Each layer's map (h, w) and what is said under it: as in `AttentionRow`."""
+        shown = {}
+        for i, layer in self.layers.items():
+            what = "received" if layer.to_words is None else f"words {layer.to_words:.1%}"
+            shown[i] = (_shown_map(layer).numpy(), f"{what}, {_peak_label(_shown_map(layer))}")
+        return shown
+
 
 @torch.no_grad()
-def _attend(path: str, pixels: np.ndarray, text: str, layers: list[int] | None) -> _Attended:
-    model, config, _ = load_model(path)
+def attend(
+    predictor: Predictor,
+    path: str,
+    pixels: np.ndarray,
+    text: str,
+    *,
+    points: Sequence[tuple[float, ...]] = (),
+    box: tuple[float, ...] | None = None,
+    layers: list[int] | None = None,
+) -> Attended:
+    """Segment a picture and look at each layer's attention; see `attention`.
+
+    Args:
+        predictor: the model.
+        path: it was loaded from, for messages.
+        pixels: (H, W, 3) uint8.
+        text: as `read_expression` returned it.
+        points, box: as for `Predictor.segment`.
+        layers: which, from 1 on; None for all.
+    Raises:
+        UserError: a model of another method, no such layer, or no word for the text encoder.
+    """
+    model, config = predictor.model, predictor.config
     if not isinstance(model, DITSAM):
         raise UserError(f"{path} is of model.name {config.model.name}: attention is drawn of dit_sam's ViT only")
     check_kind(config, "text")
-    encoder = model.to(device()).image_encoder
+    encoder = model.image_encoder
     missing = [i for i in layers or [] if not 1 <= i <= len(encoder.blocks)]
     if missing:
         raise UserError(f"no layer {missing[0]} in {path}: it has 1 to {len(encoder.blocks)}")
-    tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
-    inputs = picture_inputs(config, pixels, text=text)
-    tokens, size = inputs["tokens"].cpu(), inputs["size"].cpu()
+    maker, tokenizer = predictor.inputs, load_tokenizer(config.text.tokenizer or config.text.name)
+    small = maker.resized(pixels)
+    prompt = maker.prompt(text, points, box, original=size_of(pixels), resized=size_of(small))
+    batch = maker.collate([small], [prompt])
+    tokens, size = batch["tokens"], batch["size"]
     ends = torch.tensor(tokenizer.all_special_ids)  # BERT's [CLS] and [SEP], CLIP's start and end of text
-    is_word = inputs["token_mask"][0].cpu() & ~torch.isin(tokens[0], ends)  # (N,)
+    is_word = batch["token_mask"][0] & ~torch.isin(tokens[0], ends)  # (N,)
     if not is_word.any():
         raise UserError(f"--text '{text}' has no word for the text encoder: use others")
     chosen = None if layers is None else {i - 1 for i in layers}
-    logits, found = attention_of_picture(model, inputs, is_word.to(device()), chosen)
-    postprocess = MaskPostprocess.from_config(config)
-    prediction = postprocess(logits[0].cpu(), size[0], pixels.shape[:2], config.data.image_size).numpy()
+    inputs = model_inputs(batch, predictor.device)
+    logits, found = attention_of_picture(model, inputs, is_word.to(predictor.device), chosen)
+    prediction = predictor.postprocess.scored(logits[0].cpu(), size[0], size_of(pixels), config.data.image_size)
     side = model.image_size / encoder.grid[0]  # of a patch, in pixels of the square
     height, width = (side * whole / int(part) for whole, part in zip(pixels.shape[:2], size[0]))
     words = tokenizer.convert_ids_to_tokens(tokens[0][is_word].tolist())
     by_layer = {i + 1: x for i, x in sorted(found.items())}
     warnings = expression_warnings(config, text)
-    return _Attended(path, title_of(config), words, warnings, prediction, layers=by_layer, patch=(height, width))
+    return Attended(path, title_of(config), words, warnings, prediction, layers=by_layer, patch=(height, width))
 
 
 def _shown_map(layer: LayerAttention) -> Tensor:
@@ -141,23 +169,22 @@ def _peak(values: Tensor) -> float:
     return float(values.max() / values.mean())
 
 
-def _row(a: _Attended, title: str, prediction: np.ndarray | None, maps: dict[int, Tensor]) -> AttentionRow:
-    labels = {i: f"peak {_peak(x):.1f}" for i, x in maps.items()}
-    for i, layer in a.layers.items() if prediction is not None else ():
-        what = "received" if layer.to_words is None else f"words {layer.to_words:.1%}"
-        labels[i] = f"{what}, {labels[i]}"
-    return AttentionRow(title, prediction, {i: (x.numpy(), labels[i]) for i, x in maps.items()}, a.patch)
+def _peak_label(values: Tensor) -> str:
+    return f"peak {_peak(values):.1f}"
 
 
-def _word_rows(a: _Attended) -> list[AttentionRow]:
+def _word_rows(a: Attended) -> list[AttentionRow]:
     """A row for each token of the expression."""
     by_layer = {i: x.by_word for i, x in a.layers.items() if x.by_word is not None}
     if len(by_layer) < len(a.layers):
         raise UserError(f"{a.path} has no words in its ViT's attention: leave --words out")
-    return [_row(a, word, None, {i: x[k] for i, x in by_layer.items()}) for k, word in enumerate(a.words)]
+    return [
+        AttentionRow(word, None, {i: (x[k].numpy(), _peak_label(x[k])) for i, x in by_layer.items()}, a.patch)
+        for k, word in enumerate(a.words)
+    ]
 
 
-def _report(a: _Attended) -> dict[str, Any]:
+def _report(a: Attended) -> dict[str, Any]:
     layers = [
         {
             "layer": i,
@@ -173,7 +200,7 @@ def _report(a: _Attended) -> dict[str, Any]:
         "title": a.title,
         "shows": "words" if reads else "places",
         "words": a.words,
-        "covered": float(a.prediction.mean()),
+        "covered": float(a.prediction.mask.mean()),
         "layers": layers,
     }
 

@@ -214,11 +214,29 @@ def draw_attention(pixels: np.ndarray, text: str, rows: list[AttentionRow], note
         f.write(picture.getvalue())
 
 
+def heat(grey: np.ndarray, values: np.ndarray, patch: tuple[float, float]) -> np.ndarray:
+    """A picture in grey under a map, whose colours go from its least (dark) to its largest value (bright).
+
+    Args:
+        grey: (H, W) of 0 to 255.
+        values: (h, w) over the picture's patches.
+        patch: height and width of a patch, in pixels of `grey`; the last one may reach beyond it.
+    Returns:
+        (H, W, 3) uint8.
+    """
+    from matplotlib import colormaps
+
+    (h, w), least = grey.shape, float(values.min())
+    scaled = (values - least) / max(float(values.max()) - least, 1e-12)
+    rows, columns = (max(1, round(n * size)) for n, size in zip(values.shape, patch))
+    smooth = Image.fromarray(scaled.astype(np.float32)).resize((columns, rows), Image.Resampling.BILINEAR)
+    whole = np.pad(np.asarray(smooth)[:h, :w], ((0, max(0, h - rows)), (0, max(0, w - columns))), mode="edge")
+    return (grey[..., None] * 0.35 + colormaps["inferno"](whole)[..., :3] * 255 * 0.65).astype(np.uint8)
+
+
 def _heat(axis: Any, grey: np.ndarray, values: np.ndarray, label: str, patch: tuple[float, float]) -> None:
-    """A panel: the picture in grey, under the (h, w) map."""
+    """A panel: `heat`, over the whole picture."""
     (bottom, top), right = axis.get_ylim(), axis.get_xlim()[1]
-    axis.imshow(grey, cmap="gray", extent=(0, right, bottom, top))
-    ends = [n * size for n, size in zip(values.shape, patch)]  # the last patch may reach beyond the picture
-    axis.imshow(values, cmap="inferno", alpha=0.65, interpolation="bilinear", extent=(0, ends[1], ends[0], 0))
-    axis.set(xlim=(0, right), ylim=(bottom, top))
+    scale = grey.shape[0] / bottom  # the panel's pixels in one of the picture's
+    axis.imshow(heat(grey, values, (patch[0] * scale, patch[1] * scale)), extent=(0, right, bottom, top))
     axis.set_xlabel(label, fontsize=7, labelpad=2)

@@ -69,12 +69,9 @@ def grid(
     titles = titles or [title_of(p.config) for p in predicted]
     table = [
         GridRow(
-            first.dataset.full_image(s),
-            first.batches[i]["text"][0],
-            first.batches[i]["original"][0].astype(bool),
-            [p.masks[i] for p in predicted],
+            first.dataset.full_image(s), shown.text, shown.truth, [(p.shown[i].mask, p.shown[i].iou) for p in predicted]
         )
-        for i, s in enumerate(first.chosen)
+        for i, (s, shown) in enumerate(zip(first.chosen, first.shown))
     ]
     write_grid(table, titles, out, wrong_below=wrong_below, across=across, scale=scale)
     ious = np.array([[iou for _, iou in row.predictions] for row in table])  # (expressions, checkpoints)
@@ -116,21 +113,35 @@ _Opened = tuple[str, RunConfig, ExpressionDataset]  # a checkpoint's path, confi
 
 
 @dataclass(frozen=True)
+class SamplePrediction:
+    """What a model predicts for one expression of a split.
+
+    Attributes:
+        text: as the model reads it.
+        truth, mask: (H, W) bool, at the picture's own size.
+        iou: of the two; 0 where both are empty.
+    """
+
+    text: str
+    truth: np.ndarray
+    mask: np.ndarray
+    iou: float
+
+
+@dataclass(frozen=True)
 class _Predicted:
     """What one checkpoint predicts for the chosen expressions.
 
     Attributes:
         chosen: their numbers in the split.
-        batches: of each expression, its batch of one.
-        masks: of each expression, its (H, W) prediction and IoU.
+        shown: of each expression.
     """
 
     path: str
     config: RunConfig
     dataset: ExpressionDataset
     chosen: list[int]
-    batches: list[dict[str, Any]]
-    masks: list[tuple[np.ndarray, float]]
+    shown: list[SamplePrediction]
 
 
 def _predict_all(
@@ -143,9 +154,8 @@ def _predict_all(
         first = first or (path, config, dataset)
         _require_same_set(first, (path, config, dataset))
         chosen = _choose(len(dataset), split, rows, samples)
-        predictions = list(_predictions(model.to(device()), config, dataset, chosen))
-        masks = [(mask, iou) for _, mask, iou in predictions]
-        yield _Predicted(path, config, dataset, chosen, batches=[batch for batch, *_ in predictions], masks=masks)
+        shown = list(predictions(model.to(device()), config, dataset, chosen))
+        yield _Predicted(path, config, dataset, chosen, shown)
 
 
 def _require_same_set(a: _Opened, b: _Opened) -> None:
@@ -168,18 +178,27 @@ def _choose(n: int, split: str, rows: int, samples: list[int] | None) -> list[in
 
 
 @torch.no_grad()
-def _predictions(
-    model: Any, config: RunConfig, dataset: ExpressionDataset, chosen: list[int]
-) -> Iterator[tuple[dict[str, Any], np.ndarray, float]]:
-    """The batch of each expression, its (H, W) prediction and IoU."""
+def predictions(
+    model: Any, config: RunConfig, dataset: ExpressionDataset, chosen: list[int], batch_size: int = 1
+) -> Iterator[SamplePrediction]:
+    """What a model predicts for some expressions of a split, in their order.
+
+    Args:
+        model: in evaluation mode, on `device()`.
+        chosen: numbers of the expressions in the split.
+        batch_size: expressions at once.
+    Raises:
+        UserError: a sample is damaged.
+    """
     postprocess = MaskPostprocess.from_config(config)
-    batches: Any = [[(0, s, 1.0)] for s in chosen]  # (epoch, sample, weight), as a batch sampler's
+    items = [(0, s, 1.0) for s in chosen]  # (epoch, sample, weight), as a batch sampler's
+    batches: Any = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     for batch in iterate(make_loader(dataset, batches, workers=0, pin=False)):
-        truth = batch["original"][0]  # (H, W)
-        logits = model(**model_inputs(batch, device())).cpu()  # (1, s, s)
-        prediction = postprocess(logits[0], batch["size"][0], truth.shape, config.data.image_size).numpy()
-        intersection, union = intersection_and_union(prediction, truth)
-        yield batch, prediction, intersection / max(1, union)
+        logits = model(**model_inputs(batch, device())).cpu()  # (B, s, s)
+        for row, truth in enumerate(batch["original"]):  # (H, W)
+            mask = postprocess(logits[row], batch["size"][row], truth.shape, config.data.image_size).numpy()
+            intersection, union = intersection_and_union(mask, truth)
+            yield SamplePrediction(batch["text"][row], truth.astype(bool), mask, intersection / max(1, union))
 
 
 def draw_sheet(folder: str | Path, split: str, out: str | Path, seed: int) -> None:

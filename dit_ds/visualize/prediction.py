@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from dit_ds.checkpointing.weights import load_model
 from dit_ds.data.picture import read_picture
 from dit_ds.errors import UserError
-from dit_ds.evaluation.inference import (
-    check_kind,
-    device,
-    expression_warnings,
-    read_expression,
-    segment,
-    trained_prompts,
-)
+from dit_ds.evaluation.inference import check_coordinates, expression_warnings, read_expression, size_of
+from dit_ds.evaluation.predictor import Predictor
 from dit_ds.files import refuse_overwriting
 from dit_ds.visualize.drawing import picture_format, save_picture, side_by_side
 
 
-@torch.no_grad()
 def predict_image(
     path: str,
     image: str,
@@ -39,9 +29,11 @@ def predict_image(
         path: as for `load_model`.
         image: file of the picture, which is turned as viewers turn it.
         out: picture to write, in the format of its ending.
-        text, points, box: at least one of them, in pixels of the turned picture; with `threshold` as for `segment`.
+        text, points, box: at least one of them, in pixels of the turned picture.
+        threshold: a pixel is in if its probability exceeds this; by default the run's.
     Returns:
-        `out`, the prompts, `covered`, the share of the picture that the mask covers, and `warnings`, a line each.
+        `out`, the prompts, `covered`, the share of the picture that the mask covers, `score`, the mean probability of its
+        pixels, and `warnings`, a line each.
     Raises:
         UserError: no prompt, one outside the picture or that the model can't read, or a file that can't be read.
     """
@@ -51,34 +43,13 @@ def predict_image(
     picture_format(out)
     refuse_overwriting(out, image)
     pixels = read_picture(image)
-    _check_coordinates(points, box, *pixels.shape[:2])
-    model, config, meta = load_model(path)
-    for kind, is_given in (("text", text is not None), ("point", bool(points)), ("box", box is not None)):
-        if is_given:
-            check_kind(config, kind)
-    model.to(device())
-    trained = trained_prompts(config, meta)
-    mask = segment(model, config, pixels, text=expression, points=points, box=box, threshold=threshold, trained=trained)
+    check_coordinates(points, box, *size_of(pixels))
+    predictor = Predictor.load(path, threshold=threshold)
+    mask, score = predictor.segment(pixels, text, points=points, box=box)
     given: dict[str, Any] = {"text": text} if text is not None else {}
     given |= {"points": [list(p) for p in points]} if points else {}
     given |= {"box": list(box)} if box is not None else {}
     save_picture(side_by_side(pixels, mask, text or ", ".join(f"{k} {v}" for k, v in given.items())), out)
-    warnings = [] if expression is None else expression_warnings(config, expression)
-    return {"out": out} | given | {"covered": round(float(mask.mean()), 4), "warnings": warnings}
-
-
-def _check_coordinates(
-    points: Sequence[tuple[float, ...]], box: tuple[float, ...] | None, height: int, width: int
-) -> None:
-    """Refuse points and boxes that are not within the picture."""
-    for x, y in points:
-        if not (0 <= x < width and 0 <= y < height):
-            raise UserError(f"--point {x:g},{y:g} is outside the picture, which is {width} wide and {height} high")
-    if box is None:
-        return
-    x0, y0, x1, y1 = box
-    said = f"--box {x0:g},{y0:g},{x1:g},{y1:g}"
-    if not (x0 < x1 and y0 < y1):
-        raise UserError(f"{said} has no inside: give X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
-    if not (0 <= x0 and 0 <= y0 and x1 <= width and y1 <= height):
-        raise UserError(f"{said} is not within the picture, which is {width} wide and {height} high")
+    warnings = [] if expression is None else expression_warnings(predictor.config, expression)
+    found = {"covered": round(float(mask.mean()), 4), "score": round(score, 4)}
+    return {"out": out} | given | found | {"warnings": warnings}
