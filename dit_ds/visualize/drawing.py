@@ -82,6 +82,15 @@ def side_by_side(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image
     return canvas
 
 
+def overlay_with_text(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image:
+    """The (H, W, 3) picture with the (H, W) mask, the text above."""
+    h, w = mask.shape
+    canvas = Image.new("RGB", (w, h + _BAND + 4), "white")
+    _caption(canvas, (4, 1), text, w - 8)
+    canvas.paste(overlay(pixels, mask), (0, _BAND + 4))
+    return canvas
+
+
 @dataclass(frozen=True)
 class GridRow:
     """An expression and what each model predicts for it.
