@@ -192,23 +192,21 @@ def _predict(args: argparse.Namespace) -> int:
     overlap = 128 if args.overlap is None else args.overlap
     if args.tile is not None and 2 * overlap > args.tile:
         raise UserError(f"--overlap {overlap} is more than half of --tile {args.tile}: give --overlap {args.tile // 8}")
-    from dit_ds.evaluation.many.pictures import Cut
-    from dit_ds.visualize.many_predictions import predict_many
+    from dit_ds.visualize.many_predictions import Cut, ManyPictures, predict_many
 
-    result = predict_many(
-        args.checkpoint,
-        args.out,
+    asked = ManyPictures(
         images=args.images,
         texts=args.texts,
         text=args.text,
         split=args.split,
         data_root=args.data_root,
         form=args.format or "coco",
+        cut=Cut(args.tile, overlap, args.skip_bad),
         batch_size=args.batch_size,
         workers=args.workers,
         threshold=args.threshold,
-        cut=Cut(args.tile, overlap, args.skip_bad),
     )
+    result = predict_many(args.checkpoint, args.out, asked)
     report_and_warn(args, result, lambda: _many_lines(args, result))
     return 0
 

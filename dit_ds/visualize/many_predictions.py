@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,109 +34,90 @@ from dit_ds.models.text_encoder import load_tokenizer
 from dit_ds.visualize.drawing import overlay_with_text, save_picture
 
 FORMATS = ("coco", "masks", "overlay")
+_WRITERS = 8  # threads that encode and write a batch's files; mostly they wait for the disk
 _MOST_NAMED = 5  # bad pictures, on stderr; all are in left_out.txt
 _JPEG_SIDE = 65_000  # pixels; a JPEG can have few more
 _log = logging.getLogger("dit_ds")
 
 
-def predict_many(
-    path: str,
-    out: str,
-    *,
-    images: str | None = None,
-    texts: str | None = None,
-    text: str | None = None,
-    split: str | None = None,
-    data_root: str | None = None,
-    form: str = "coco",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    threshold: float | None = None,
-    cut: Cut,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ManyPictures:
+    """What is asked of `predict_many`.
+
+    Attributes:
+        images, texts, text: as for `read_picture_texts`; or
+        split: of the run's set in shards, every expression of it, and `data_root`, where they are, if not where the run
+            read them.
+        form: one of `FORMATS`.
+        cut: how pictures are cut.
+        batch_size, workers, threshold: as for `predict_pictures` and `Predictor`; by default the run's.
+    """
+
+    images: str | None = None
+    texts: str | None = None
+    text: str | None = None
+    split: str | None = None
+    data_root: str | None = None
+    form: str = "coco"
+    cut: Cut = Cut()
+    batch_size: int | None = None
+    workers: int | None = None
+    threshold: float | None = None
+
+
+def predict_many(path: str, out: str, asked: ManyPictures) -> dict[str, Any]:
     """`dit-ds predict` of many pictures. Stopped and called again it goes on, and answers nothing twice.
 
     Args:
         path: as for `load_model`.
         out: folder to write to.
-        images, texts, text: as for `read_picture_texts`; or
-        split: of a set in shards, every expression of it, and `data_root`, as for `evaluate_checkpoint`.
-        form: one of `FORMATS`.
-        batch_size, workers, threshold: by default the run's.
     Returns:
         `out`, `results`: the file that has them all, `pictures`, `expressions`, `before`: how many were there already,
-        `seconds` of the others, `left_out`: pictures that can't be read, what of the texts was not used, `warnings`.
+        `seconds` that the others took, `left_out`: pictures that can't be read, what of the texts was not used, `warnings`.
     Raises:
         UserError: a request that can't be met.
     """
-    wanted = None if images is None else read_picture_texts(images, texts, text)
-    predictor = Predictor.load(path, threshold=threshold)
-    config = predictor.config
-    check_kind(config, "text")
+    wanted = None if asked.images is None else read_picture_texts(asked.images, asked.texts, asked.text)
+    predictor = Predictor.load(path, threshold=asked.threshold)
+    check_kind(predictor.config, "text")
     source: Source
     if wanted is not None:
         source = FileSource(wanted)
     else:
-        source = SplitSource(build_eval_dataset(with_data_root(path, config, data_root), str(split), kind="text"))
-    request: dict[str, Any] = {"format": form, "threshold": predictor.postprocess.threshold}
-    request |= {"tile": cut.tile, "overlap": cut.overlap} if cut.tile else {}
-    request |= {"weights": weights_digest(predictor.model)} | source.request
-    folder = ResultsFolder(out, request)
-    workers = config.data.workers if workers is None else workers
-    _log.info(f"PyTorch's threads: {share_cores(1, workers)}")
+        config = with_data_root(path, predictor.config, asked.data_root)
+        source = SplitSource(build_eval_dataset(config, str(asked.split), kind="text"))
+    request: dict[str, Any] = {"format": asked.form, "threshold": predictor.postprocess.threshold}
+    request |= {"tile": asked.cut.tile, "overlap": asked.cut.overlap} if asked.cut.tile else {}
+    folder = ResultsFolder(out, request | {"weights": weights_digest(predictor.model)} | source.request)
     start = time.perf_counter()
-    _answer(
-        predictor,
-        source,
-        cut,
-        folder,
-        record=_RECORDS[form](folder.path, source),
-        batch_size=batch_size or config.eval.batch_size,
-        workers=workers,
-    )
+    _answer(predictor, source, asked, folder)
+    left_out = _finish(folder, asked.form)
     seconds = time.perf_counter() - start
-    left_out = _finish(folder, form)
-    result: dict[str, Any] = {
-        "out": out,
-        "results": str(folder.path / ("results.json" if form == "coco" else "results.jsonl")),
-    }
-    result |= {
-        "pictures": len(source.counts),
-        "expressions": int(source.counts.sum()),
-        "before": folder.done,
-        "seconds": round(seconds, 2),
-    }
+    results = str(folder.path / ("results.json" if asked.form == "coco" else "results.jsonl"))
+    result = {"out": out, "results": results, "pictures": len(source.counts), "expressions": int(source.counts.sum())}
+    result |= {"before": folder.done, "seconds": round(seconds, 2), "left_out": left_out}
     warnings = [] if wanted is None else _text_warnings(predictor, wanted)
-    if cut.tile and predictor.postprocess.rule != "probability":
+    if asked.cut.tile and predictor.postprocess.rule != "probability":
         warnings.append("masks of tiles are thresholded probabilities, other than eval.mask_rule of the run says")
-    counts = {} if wanted is None else wanted.counts
-    return result | {"left_out": left_out} | counts | {"warnings": warnings}
+    return result | ({} if wanted is None else wanted.counts) | {"warnings": warnings}
+
+
+def _answer(predictor: Predictor, source: Source, asked: ManyPictures, folder: ResultsFolder) -> None:
+    """Answer what the folder does not have yet."""
+    config, total, done = predictor.config, int(source.counts.sum()), folder.done
+    workers = config.data.workers if asked.workers is None else asked.workers
+    _log.info(f"PyTorch's threads: {share_cores(1, workers)}")
+    record = _RECORDS[asked.form](folder.path, source)
+    how = {"batch_size": asked.batch_size or config.eval.batch_size, "workers": workers}
+    bar = progress_bar(desc="predict", total=total, initial=done, unit="expression", mininterval=1)
+    with bar, ThreadPoolExecutor(_WRITERS) as pool:
+        for answers in predict_pictures(predictor, source, asked.cut, **how, done=done) if done < total else ():
+            folder.append(list(pool.map(record, itertools.count(done + 1), answers)))
+            done += len(answers)
+            bar.update(len(answers))
 
 
 _Record = Callable[[int, Answer], dict[str, Any]]
-
-
-def _answer(
-    predictor: Predictor,
-    source: Source,
-    cut: Cut,
-    folder: ResultsFolder,
-    *,
-    record: _Record,
-    batch_size: int,
-    workers: int,
-) -> None:
-    """Answer what the folder does not have yet."""
-    total, done = int(source.counts.sum()), folder.done
-    with progress_bar(desc="predict", total=total, initial=done, unit="expression", mininterval=1) as bar:
-        if done == total:
-            return
-        for answers in predict_pictures(
-            predictor, source, cut, batch_size=batch_size, workers=workers, done=folder.done
-        ):
-            folder.append([record(done + i, a) for i, a in enumerate(answers, 1)])
-            done += len(answers)
-            bar.update(len(answers))
 
 
 def _coco(folder: Path, source: Source) -> _Record:
@@ -167,13 +152,15 @@ def _masks(folder: Path, source: Source) -> _Record:
 
 
 def _overlays(folder: Path, source: Source) -> _Record:
-    last: dict[int, np.ndarray] = {}
+    last: dict[int, np.ndarray] = {}  # the picture that was read last, for its other expressions
+    lock = threading.Lock()
 
     def save(name: str, a: Answer) -> str:
-        if a.picture not in last:
-            last.clear()
-            last[a.picture] = source.pixels(a.picture)
-        pixels = last[a.picture]
+        with lock:
+            if a.picture not in last:
+                last.clear()
+                last[a.picture] = source.pixels(a.picture)
+            pixels = last[a.picture]
         file = f"overlays/{name}.{'jpg' if max(pixels.shape) < _JPEG_SIDE else 'png'}"
         save_picture(overlay_with_text(pixels, a.found.mask, a.expression["text"]), folder / file, quality=95)
         return file
