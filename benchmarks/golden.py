@@ -83,7 +83,8 @@ def record_tree(folder: Path) -> None:
     import dit_ds.cli
 
     sys.path.insert(0, str(Path(dit_ds.cli.__file__).parents[2]))
-    old = "--train.ema_decay" not in _help(dit_ds.cli)
+    old = "--train.ema_decay" not in _help(dit_ds.cli, "train")
+    masks_option = "--write-masks" if "--write-masks" in _help(dit_ds.cli, "eval") else "--predictions"
     shards = folder / "shards"
     for words in (["sample", folder / "refer", "--images", "40", "--seed", "3", "--processes", "1"],
                   ["shard", "--refer-root", folder / "refer", "--images", folder / "refer/images/train2014", "--out",
@@ -102,7 +103,7 @@ def record_tree(folder: Path) -> None:
             result[f"{case}, {name}"] = _of_run(run)
             if ranks == 1:
                 masks = folder / f"{case}_masks"
-                command = ["eval", str(run), "--predictions", str(masks), "--json"]
+                command = ["eval", str(run), masks_option, str(masks), "--json"]
                 _on_ranks(fork, 1, command, run.with_name(f"{case}_eval"))
                 result[f"{case}, {name}"]["predictions"] = _digest_files(masks.glob("*.png"))
             print(f"{case}, {name}: last loss {result[f'{case}, {name}']['losses'][-1]!r}", file=sys.stderr, flush=True)
@@ -110,12 +111,12 @@ def record_tree(folder: Path) -> None:
     (folder / "golden.json").write_text(json.dumps({"machine": machine, "runs": result}))
 
 
-def _help(cli: Any) -> str:
+def _help(cli: Any, command: str) -> str:
     import io
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main([command, "--help"])
     return text.getvalue()
 
 

@@ -309,7 +309,7 @@ def masks_of(folder: Path, refer: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_a_run_is_evaluated_by_the_metrics_of_generalized_sets(trained, tmp_path):
     """One rank equals two, and both what a plain loop makes of the masks that are written."""
     arguments = ("eval", trained / "run", "--split", "val", "--json")
-    one = json.loads(dit_ds(*arguments, "--predictions", tmp_path / "masks").stdout.splitlines()[-1])
+    one = json.loads(dit_ds(*arguments, "--write-masks", tmp_path / "masks").stdout.splitlines()[-1])
     pairs = masks_of(tmp_path / "masks", trained / "refer")
     areas = [int(p.sum()) for p, _ in pairs]
     assert one["n"] == len(pairs) and min(areas) == 0 and max(areas) >= FEW

@@ -109,7 +109,7 @@ def test_every_mask_of_a_photograph_is_learned(tmp_path):
     }  # fmt: skip
     (tmp_path / "photo.yaml").write_text(yaml.safe_dump(config))
     dit_ds("train", "--config", tmp_path / "photo.yaml", ranks=2, timeout=400)
-    dit_ds("eval", tmp_path / "run", "--split", "train", "--predictions", tmp_path / "masks")
+    dit_ds("eval", tmp_path / "run", "--split", "train", "--write-masks", tmp_path / "masks")
 
     manifest = json.loads((tmp_path / "shards/refcoco/unc/manifest.json").read_text())
     ious = {}

@@ -153,7 +153,7 @@ def test_evaluation_gives_the_same_digits_on_any_number_of_ranks(trained, tmp_pa
     assert one["n"] == metrics_of(trained / "run", "eval")[-1]["n"]
     assert one["miou"] == metrics_of(trained / "run", "eval")[-1]["miou"]
     written = tmp_path / "masks"
-    dit_ds("eval", trained / "run", "--split", "testA", "--predictions", written)
+    dit_ds("eval", trained / "run", "--split", "testA", "--write-masks", written)
     masks = list(written.iterdir())
     assert len(masks) == json.loads(dit_ds("eval", trained / "run", "--split", "testA", "--json").stdout)["n"]
     assert set(np.unique(np.asarray(Image.open(masks[0])))) <= {0, 255}

@@ -39,8 +39,17 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
 
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256 over names and values of `frozen_state`."""
+    return _digest(frozen_state(model))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names and values of all parameters and saved buffers."""
+    return _digest({n: x.detach().cpu().contiguous() for n, x in model.state_dict().items()})
+
+
+def _digest(state: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
-    for name, value in sorted(frozen_state(model).items()):
+    for name, value in sorted(state.items()):
         sha.update(name.encode())
         sha.update(value.view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
@@ -176,14 +185,30 @@ def load_model(path: str | Path, overrides: dict[str, Any] | None = None) -> Loa
         return _untuned(path, overrides or {})
     path = checkpoint.find(path)
     meta = read_meta(path)
-    here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
-    config = validate(merge(merge(meta["config"], here), overrides or {}), source=path)
+    config = _config_of(path, meta, overrides or {})
     complete = is_whole(path, meta)
     model = build_model(config, text_weights=not complete)
     if not complete and config.model.checkpoint:
         model.load_pretrained(config.model.checkpoint)
     load_weights(model, path, "" if path.is_file() else checkpoint.best_kind(meta))
     return LoadedModel(model.eval(), config, meta)
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The configuration of what `load_model` would load.
+
+    Raises:
+        UserError: there is no checkpoint, or its configuration can't be read.
+    """
+    if Path(path).suffix in (".yaml", ".yml"):
+        return load_config(path)
+    path = checkpoint.find(path)
+    return _config_of(path, read_meta(path), {})
+
+
+def _config_of(path: Path, meta: dict[str, Any], overrides: dict[str, Any]) -> RunConfig:
+    here = {"model": {"attention": "auto"}}  # the backend that the run was given need not exist on this machine
+    return validate(merge(merge(meta["config"], here), overrides), source=path)
 
 
 def with_data_root(path: str | Path, config: RunConfig, data_root: str | None) -> RunConfig:

@@ -87,6 +87,14 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     return pixels.reshape(width, height).T
 
 
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """An (H, W) mask of bool or of 0 and 1 as compressed COCO RLE, `{"size": [H, W], "counts": str}`."""
+    from pycocotools import mask as coco
+
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
 class UnusableRecord(UserError):
     """One ref or image that can't be used; `dit-ds data shard --skip-bad` drops it and counts it."""
 
@@ -187,7 +195,7 @@ def _read_part(part: Any, height: int, width: int, with_visibility: bool, publis
     from pycocotools import mask as coco
 
     if isinstance(part, dict):
-        rle = _compressed(part, height, width)
+        rle = compressed_rle(part, height, width)
     else:
         corners = _corners(part, with_visibility)
         if not published:
@@ -258,8 +266,8 @@ def _rasterized(corners: np.ndarray, height: int, width: int) -> dict[str, Any]:
     return coco.frPyObjects([corners.ravel().tolist()], height, width)[0]
 
 
-def _compressed(part: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """An RLE as compressed RLE.
+def compressed_rle(part: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """An RLE, compressed or a list of run lengths, as compressed RLE.
 
     Raises:
         ValueError: pycocotools would crash on it, or give a mask that is not of its own size.
@@ -272,6 +280,8 @@ def _compressed(part: dict[str, Any], height: int, width: int) -> dict[str, Any]
     if isinstance(counts, list) and not all(type(c) is int and c >= 0 for c in counts):
         raise ValueError("its run lengths are not whole numbers from 0 on")
     rle = coco.frPyObjects([part], height, width)[0] if isinstance(counts, list) else part
-    counts = rle["counts"]
-    run_lengths({"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts})
-    return rle
+    compressed = {"size": rle["size"], "counts": rle["counts"]}
+    if isinstance(compressed["counts"], bytes):
+        compressed["counts"] = compressed["counts"].decode()
+    run_lengths(compressed)
+    return compressed

@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dit_ds.checkpointing.weights import load_model, with_data_root
-from dit_ds.data.build import build_eval_dataset
+from dit_ds.checkpointing.weights import load_model, read_config, with_data_root
+from dit_ds.config.schema import RunConfig
+from dit_ds.data.build import build_eval_dataset, val_index
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import iterate, make_loader
 from dit_ds.data.loading.sampler import EvalBatchSampler
 from dit_ds.data.progress import progress_bar
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment, share_cores
 from dit_ds.errors import UserError
+from dit_ds.evaluation.coco_results import score_results
 from dit_ds.evaluation.inference import check_kind, trained_prompts
-from dit_ds.evaluation.metrics import intersection_and_union, summarize, summarize_generalized, without_target
+from dit_ds.evaluation.metrics import count_pixels, summarize_rows
 from dit_ds.evaluation.postprocess import MaskPostprocess, run_model
 from dit_ds.evaluation.results import write_to_run
 from dit_ds.files import atomic_write, full_disk_is_user_error
@@ -85,11 +87,10 @@ def evaluate(
             prediction = postprocess(logits[i], batch["size"][i], truth.shape, dataset.image_size).cpu().numpy()
             if generalized and prediction.sum() < postprocess.no_target_pixels:
                 prediction = np.zeros_like(prediction)
-            counts = intersection_and_union(prediction, truth)
-            none = not prediction.any() if denied is None else bool(denied[i])
-            if none:
-                counts, prediction = without_target(prediction, truth), np.zeros_like(prediction)
-            rows.append((int(batch["sample"][i]), *counts, int(truth.sum()), none))
+            row = count_pixels(prediction, truth, None if denied is None else bool(denied[i]))
+            if row[-1]:
+                prediction = np.zeros_like(prediction)
+            rows.append((int(batch["sample"][i]), *row))
             if collect is not None:
                 collect(batch, i, prediction)
     return _summarized(np.array(rows, np.int64).reshape(-1, 5), len(dataset), generalized)
@@ -101,9 +102,7 @@ def _summarized(rows: np.ndarray, expressions: int, generalized: bool) -> dict[s
     table = table[np.argsort(table[:, 0])]
     if not np.array_equal(table[:, 0], np.arange(expressions)):
         raise AssertionError(f"{len(table)} results for {expressions} expressions")
-    intersection, union, target, none = table[:, 1:].T
-    result = {"n": len(table)} | summarize(intersection, union)
-    return result | (summarize_generalized(intersection, union, target, none == 1) if generalized else {})
+    return summarize_rows(table[:, 1:], generalized)
 
 
 def evaluate_checkpoint(
@@ -166,6 +165,43 @@ def evaluate_checkpoint(
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
         write_to_run(path, config, result | how)
     return result
+
+
+def evaluate_results(
+    file: str,
+    split: str,
+    *,
+    path: str | None = None,
+    data_root: str | None = None,
+    dataset: str | None = None,
+    split_by: str | None = None,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """`dit-ds eval --predictions`: the metrics of a file of results, whoever made it. Nothing is written.
+
+    Args:
+        file, allow_missing: as for `score_results`.
+        path: as for `load_model`: of the run whose set it is, and whose `eval.no_target_pixels` counts; by default those
+            of the default configuration.
+        data_root: where the shards are; by default where the run read them, if that is a local folder.
+        dataset, split_by: of the set; by default the run's.
+    Raises:
+        UserError: as of `score_results`, or there is no such split.
+    """
+    config = RunConfig() if path is None else read_config(path)
+    config = config if path is None and data_root is None else with_data_root(path or "", config, data_root)
+    data = config.data
+    if dataset or split_by:
+        other = {"dataset": dataset or data.dataset, "split_by": split_by or data.split_by, "val_fraction": 0.0}
+        data = data.model_copy(update=other | {"val_dataset": None, "val_split_by": None})
+    metrics = score_results(
+        file,
+        val_index(data, split),
+        streamed=data.streamed,
+        no_target_pixels=MaskPostprocess.from_config(config).no_target_pixels,
+        allow_missing=allow_missing,
+    )
+    return {"split": split, "predictions": file} | metrics
 
 
 def _log_threads(world: World, workers: int) -> None:

@@ -26,6 +26,31 @@ def without_target(vetoed: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
     return 0, intersection_and_union(vetoed, truth)[1] if truth.any() else 0
 
 
+def count_pixels(prediction: np.ndarray, truth: np.ndarray, denied: bool | None) -> tuple[int, int, int, bool]:
+    """Of one expression intersection, union, pixels of the target, and whether the prediction is that there is none.
+
+    Args:
+        prediction: (H, W), as the model predicted it, also where it says that there is no target.
+        truth: (H, W), empty where there is no target.
+        denied: what the model says; None where the mask alone tells.
+    """
+    none = not prediction.any() if denied is None else denied
+    counts = without_target(prediction, truth) if none else intersection_and_union(prediction, truth)
+    return *counts, int(truth.sum()), none
+
+
+def summarize_rows(rows: np.ndarray, generalized: bool) -> dict[str, float]:
+    """The metrics of all expressions, `n`, their number, first.
+
+    Args:
+        rows: (n, 4) int64 of `count_pixels`.
+        generalized: with those of `summarize_generalized`.
+    """
+    intersection, union, target, none = rows.T
+    result = {"n": len(rows)} | summarize(intersection, union)
+    return result | (summarize_generalized(intersection, union, target, none == 1) if generalized else {})
+
+
 def summarize(intersections: np.ndarray, unions: np.ndarray) -> dict[str, float]:
     """Metrics over all expressions.
 

@@ -128,8 +128,9 @@ class ScoredMask(NamedTuple):
     @classmethod
     def of(cls, mask: Tensor, probabilities: Tensor) -> ScoredMask:
         """From an (H, W) bool mask and its pixels' (H, W) probabilities."""
-        inside = probabilities[mask]
-        return cls(mask.cpu().numpy(), float(inside.mean()) if inside.numel() else 0.0)
+        pixels = int(mask.sum())
+        total = float(torch.where(mask, probabilities, 0).sum())
+        return cls(mask.cpu().numpy(), total / max(1, pixels))
 
     def emptied(self) -> ScoredMask:
         """What is left where the model says that there is no target."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import textwrap
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,6 +18,9 @@ from dit_ds.errors import UserError
 from dit_ds.files import atomic_write
 
 _TINT = np.array([255, 60, 40])
+_LEVELS = np.arange(256)[:, None] * np.ones(3)  # of each channel
+_SHADED = (_LEVELS * 0.45 + 35).astype(np.uint8)[None]  # what a pixel becomes outside of a mask, and within
+_TINTED = (_LEVELS * 0.65 + _TINT * 0.35).astype(np.uint8)[None]
 _CELL = 220  # pixels: longer side of an image on a sheet
 _BAND = 18  # pixels: height of a line of text
 _GAP = 6  # pixels between pictures
@@ -30,14 +35,14 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
         pixels: (H, W, 3) uint8.
         mask: (H, W) bool.
     """
-    shaded = pixels * 0.45 + 35
-    shaded[mask] = pixels[mask] * 0.65 + _TINT * 0.35
+    shaded = cv2.LUT(pixels, _SHADED)
+    np.copyto(shaded, cv2.LUT(pixels, _TINTED), where=mask[..., None])
     inner = mask.copy()
     for axis in (0, 1):
         for step in (1, -1):
             inner &= np.roll(mask, step, axis)
     shaded[mask & ~inner] = _TINT
-    return Image.fromarray(shaded.astype(np.uint8))
+    return Image.fromarray(shaded)
 
 
 def picture_format(path: str | Path) -> str:
@@ -51,8 +56,13 @@ def picture_format(path: str | Path) -> str:
     return _FORMATS[ending]
 
 
+@functools.cache
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
 def _caption(canvas: Image.Image, at: tuple[int, int], text: str, width: int, size: int = 13) -> None:
-    font = ImageFont.load_default(size)
+    font = _font(size)
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip(".") + "…" if len(text) > 2 else ""
     ImageDraw.Draw(canvas).text(at, text, fill=(20, 20, 20), font=font)
@@ -79,6 +89,15 @@ def side_by_side(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image
     _caption(canvas, (4, 1), text, 2 * w)
     canvas.paste(Image.fromarray(pixels), (0, _BAND + 4))
     canvas.paste(overlay(pixels, mask), (w + 6, _BAND + 4))
+    return canvas
+
+
+def overlay_with_text(pixels: np.ndarray, mask: np.ndarray, text: str) -> Image.Image:
+    """The (H, W, 3) picture with the (H, W) mask, the text above."""
+    h, w = mask.shape
+    canvas = Image.new("RGB", (w, h + _BAND + 4), "white")
+    _caption(canvas, (4, 1), text, w - 8)
+    canvas.paste(overlay(pixels, mask), (0, _BAND + 4))
     return canvas
 
 

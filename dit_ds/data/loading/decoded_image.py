@@ -18,6 +18,18 @@ from dit_ds.data.loading.transforms import (
 from dit_ds.data.masks import decode_rle
 
 
+def union_mask(meta: dict[str, Any], ann_ids: Sequence[int]) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1: the union of annotations' masks; zeros without annotations.
+
+    Args:
+        meta: the sample's JSON.
+    """
+    if not ann_ids:
+        return np.zeros((meta["height"], meta["width"]), np.uint8, order="F")
+    masks = [decode_rle(meta["anns"][str(a)]["rle"]) for a in ann_ids]
+    return masks[0] if len(masks) == 1 else np.maximum.reduce(masks)
+
+
 class DecodedImage:
     """A decoded image and its annotations, resized on demand and cached. Returned arrays are shared: don't write to them.
 
@@ -40,7 +52,7 @@ class DecodedImage:
 
     def full_mask(self, ann_ids: Sequence[int]) -> np.ndarray:
         """(H, W) uint8 of 0 and 1: the union of the annotations' masks; zeros without annotations."""
-        return self._cached(("full", *ann_ids), lambda: self._union(ann_ids))
+        return self._cached(("full", *ann_ids), lambda: union_mask(self.meta, ann_ids))
 
     def resized_mask(self, ann_ids: Sequence[int], side: int) -> np.ndarray:
         """(h, w): `full_mask`, resized by the mask rule to the longer side `side`."""
@@ -60,12 +72,6 @@ class DecodedImage:
         if self._fast and self._mask_rule == "half":
             return resize_mask_fast(mask, side, self._resize)
         return resize_mask(mask, side, self._resize, self._mask_rule)
-
-    def _union(self, ann_ids: Sequence[int]) -> np.ndarray:
-        if not ann_ids:
-            return np.zeros((self.meta["height"], self.meta["width"]), np.uint8, order="F")
-        masks = [decode_rle(self.meta["anns"][str(a)]["rle"]) for a in ann_ids]
-        return masks[0] if len(masks) == 1 else np.maximum.reduce(masks)
 
     def _cached(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._cache:
