@@ -131,7 +131,7 @@ def test_a_strangers_run_is_text(attacked_run, monkeypatch):
     assert [tag for tag, _ in Tags(page).tags].count("script") == 3
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.text(max_size=30), value=st.recursive(st.text() | st.floats() | st.none(), st.lists, max_leaves=4))
 def test_no_text_of_a_run_changes_the_page_around_it(key, value, bare_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / "run"

@@ -151,7 +151,8 @@ def _gallery(set_name: str, split: str, group: _Group, shown: int) -> Gallery:
         groups.append(("Where the runs differ most", np.argsort(-spread, kind="stable")[:shown]))
     pictures = [(title, [_shown(group, int(i)) for i in chosen]) for title, chosen in groups]
     miou = scores.mean(1).tolist()
-    return Gallery(set_name, split, group.runs, len(group.chosen), len(group.dataset), miou, pictures)
+    looked_at, total = len(group.chosen), len(group.dataset)
+    return Gallery(set_name, split, group.runs, looked_at=looked_at, total=total, miou=miou, groups=pictures)
 
 
 def _shown(group: _Group, i: int) -> Shown:

@@ -82,7 +82,8 @@ def read_run_folder(path: str, name: str) -> RunFolder:
     config = load_config(folder / "config.yaml")
     train, lines = _thinned([x for kind, x in _metrics(folder) if kind == "train"])
     evaluated, _ = _thinned([x for kind, x in _metrics(folder) if kind == "eval"])
-    return RunFolder(path, name, config, train, evaluated, lines, _environment(folder / "environment.json"))
+    environment = _environment(folder / "environment.json")
+    return RunFolder(path, name, config, train=train, evaluated=evaluated, lines=lines, environment=environment)
 
 
 def _environment(file: Path) -> dict[str, str]:
