@@ -58,8 +58,7 @@ def export(
     if merge:
         config = _merged(model, config, path)
     left_out, more = set(frozen_state(model) if adapter else ()), {"frozen": frozen_digest(model)} if adapter else {}
-    positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
-    exact = {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
+    exact = _exact(model)
     state = {
         name: (x.to(dtype) if x.is_floating_point() and name not in exact else x).contiguous()
         for name, x in model.state_dict().items()
@@ -72,19 +71,17 @@ def export(
     if back.keys() != state.keys() or not all(torch.equal(back[n], x) for n, x in state.items()):
         raise UserError(f"{out} could not be read back as written: check the disk")
     parameters = sum(p.numel() for n, p in model.named_parameters() if n not in left_out)
-    size = out.stat().st_size
-    said: dict[str, Any] = {
-        "file": str(out),
-        "tensors": len(state),
-        "parameters": parameters,
-        "bytes": size,
-        "step": meta["step"],
-    }
+    said = {"file": str(out), "tensors": len(state), "parameters": parameters, "bytes": out.stat().st_size}
+    said |= {"step": meta["step"]} | ({"base": config.model.checkpoint} if adapter else {})
     if config.model.lora is not None:
         said["lora_bytes"] = sum(x.nbytes for n, x in state.items() if ".lora." in n)
-    if adapter:
-        said["base"] = config.model.checkpoint
     return said | {"next": f"dit-ds eval {out} --split val"}
+
+
+def _exact(model: Segmenter) -> set[str]:
+    """Names of the tensors that stay fp32."""
+    positions = {n for n, m in model.named_modules() if isinstance(m, DensePositions)}
+    return {n for n in model.state_dict() if n.rpartition(".")[0] in positions} | running_statistics(model).keys()
 
 
 def _merged(model: Segmenter, config: RunConfig, path: str | Path) -> RunConfig:
