@@ -42,7 +42,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 # xdist hands out whole files in this order, the longest first, so that all its workers are busy to the end
 _LONGEST = (
     "slurm", "resume", "zero", "training", "checkpointing", "scaling", "plan", "methods_training", "prompt_runs", "faults",
-    "memory", "measure", "tune", "doctor", "build", "stream", "shards", "grefcoco", "models", "mutations",
+    "memory", "measure", "onnx", "tune", "doctor", "build", "stream", "shards", "grefcoco", "models", "mutations",
 )  # fmt: skip
 # `make test-fast` runs these whole, and of the others what is marked so
 _FAST = {

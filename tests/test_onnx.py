@@ -40,10 +40,10 @@ def two_layers(monkeypatch):
     monkeypatch.setitem(SIZES, "vit_t", replace(SIZES["vit_t"], depth=2))
 
 
-def write_model(path, model=None, **data):
+def write_model(path, model=None, text=MINILM, **data):
     """An exported file of a model with random weights."""
     values = {"data": {"image_size": SIDE, **data}, "model": {"size": "vit_t", **(model or {})},
-              "text": {"name": MINILM, "layers": 1, "freeze": True, "cache": 9}, "eval": {"threshold": 0.46}}  # fmt: skip
+              "text": {"name": str(text), "layers": 1, "freeze": True, "cache": 9}, "eval": {"threshold": 0.46}}  # fmt: skip
     config = validate(values)
     built = build_model(config)
     with torch.no_grad():
@@ -139,7 +139,7 @@ OTHERS = {
         {"scheme_form": "released", "mask_padding": False, "static_tokens": 20, "static_form": "add"},
         {},
     ),
-    "cascade, few tokens": ({"scheme": "cascade", "static_tokens": 3}, {"tokens": 3}),
+    "cascade, few tokens": ({"scheme": "cascade", "static_tokens": 3}, {"tokens": 4}),
     "cross_attention": ({"scheme": "cross_attention"}, {}),
     "cross_attention_ffn": ({"scheme": "cross_attention_ffn"}, {}),
     "released cross_attention": ({"scheme": "cross_attention", "scheme_form": "released"}, {}),
@@ -161,6 +161,12 @@ def test_other_models(tmp_path, name):
     if kinds != ["text"]:
         shapes |= {"points": ["batch", "points", 2], "labels": ["batch", "points"]}
     assert said["inputs"] == shapes
+
+
+@pytest.mark.slow
+def test_with_clips_text_tower(tmp_path, tiny_clip):
+    said = export_onnx(write_model(tmp_path / "m.safetensors", text=tiny_clip), tmp_path / "m.onnx")
+    assert said["max_abs_difference"] <= 1e-4 and said["inputs"]["tokens"] == ["batch", "words"]
 
 
 class Traced:
@@ -219,6 +225,7 @@ def test_what_is_refused(made, tmp_path, refusal, monkeypatch):
     assert "written in fp32: leave out --dtype bf16" in line("--dtype", "bf16")
     assert "is read: choose another name" in line(out=made / "model.safetensors")
     assert "is a device" in line(out="/dev/null")
+    assert "is a folder: name a file" in line(out=tmp_path)
     rela = write_model(tmp_path / "rela.safetensors", {"name": "rela", "size": "swin_t_tiny"}, resize="stretch")
     assert "rela can't be exported to ONNX" in line(source=rela)
     hide(monkeypatch, "onnxscript")

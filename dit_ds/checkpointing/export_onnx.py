@@ -27,7 +27,7 @@ from dit_ds.models.text_encoder import load_tokenizer, padding_backend
 _OPSET = 18
 _TOLERANCE = 1e-4  # of the logits
 _ONE_FILE = 2**31 - 2**26  # bytes of weights: protobuf's 2 GiB, and room for the graph
-_BATCH = 2  # of the example that is traced; exporters take a size of 1 for a constant
+_BATCH = 3  # of the example that is traced; exporters take a size of 1 for a constant
 _POINTS = 5
 
 _log = logging.getLogger("dit_ds")
@@ -49,13 +49,15 @@ def export_onnx(path: str | Path, out: str | Path, one_file: int = _ONE_FILE) ->
         `file`, `data` (the file of weights beside it, or None), `inputs` (shapes by name), `opset`, `parameters`,
         `bytes`, `step`, `max_abs_difference` (None without onnxruntime), `warnings` and `next`.
     Raises:
-        UserError: onnx or onnxscript is not installed; `out` is what is read; the model can't be exported.
+        UserError: onnx or onnxscript is not installed; `out` is what is read, or a folder; the model can't be exported.
         RunFailed: what was written does not compute what the model does.
     """
     lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if lacking:
         raise UserError(f"--format onnx needs {' and '.join(lacking)}: pip install 'dit-ds[onnx]'")
     out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file, as {out}/model.onnx")
     data = out.with_name(f"{out.name}.data")
     for file in (out, data):
         refuse_overwriting(file, path)
@@ -115,9 +117,9 @@ def _inputs(loaded: LoadedModel, batch: int, words: int) -> dict[str, Tensor]:
 
 
 def _cases(loaded: LoadedModel) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Inputs of two shapes, none of them that of the trace, and the model's logits."""
+    """Inputs of two shapes, neither of them that of the trace, and the model's logits."""
     tokens = loaded.config.data.tokens
-    for batch, words in ((1, tokens), (_BATCH + 1, tokens if _attends_to_padding(loaded.config) else 3)):
+    for batch, words in ((1, tokens), (2, tokens if _attends_to_padding(loaded.config) else 3)):
         inputs = _inputs(loaded, batch, words)
         yield inputs, loaded.model(**inputs)
 
