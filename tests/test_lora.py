@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 
 import pytest
 import torch
@@ -89,6 +88,10 @@ def test_logits_and_gradients_are_those_of_whole_matrices(form):
     assert trained == rest | {f"{n}.{x}" for n in names for x in "AB"}
 
 
+def _our_name(n: str) -> str:
+    return n.replace("lora_A.default.weight", "lora.A").replace("lora_B.default.weight", "lora.B")
+
+
 def test_what_peft_computes_on_a_plain_vit():
     """segment-anything's own image encoder under `peft`: outputs, gradients, and weights after steps of AdamW."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -105,9 +108,7 @@ def test_what_peft_computes_on_a_plain_vit():
     pairs = {}
     for n, p in theirs.named_parameters():
         if "lora_" in n:
-            pairs[n] = ours.get_parameter(
-                n.replace("lora_A.default.weight", "lora.A").replace("lora_B.default.weight", "lora.B")
-            )
+            pairs[n] = ours.get_parameter(_our_name(n))
             p.data.copy_(pairs[n].data)
     assert len(pairs) == 2 * 4 * 4
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -135,8 +136,7 @@ def test_what_peft_computes_in_bert():
     theirs = peft.inject_adapter_in_model(options, bert).double().eval()
     for n, p in theirs.named_parameters():
         if "lora_" in n:
-            name = n.replace("lora_A.default.weight", "lora.A").replace("lora_B.default.weight", "lora.B")
-            p.data.copy_(model.text_encoder.bert.get_parameter(name).data)
+            p.data.copy_(model.text_encoder.bert.get_parameter(_our_name(n)).data)
     tokens, mask = batch()["tokens"], batch()["token_mask"]
     want = theirs(input_ids=tokens, attention_mask=mask.long()).last_hidden_state * mask[..., None]
     torch.testing.assert_close(model.text_encoder(tokens, mask), want, rtol=0, atol=1e-10)
@@ -202,6 +202,18 @@ def test_the_same_bits_recomputed_and_compiled():
     lora = {"model": {"lora": {"rank": 4, "targets": ALL[:3]}}, "stage": 2, "dropout": False}
     plain, compiled = on_ranks(2, lora, lora | {"compile": True})
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_memory_plan_counts_what_trains(config_file):
+    """The model that is trained is the one that is profiled."""
+    plain, updated = (
+        json.loads(dit_ds("memory", "plan", "--config", config_file, *lora, "--json").stdout)
+        for lora in ([], ["--model.lora.rank", 4])
+    )
+    model = build_model(config_of({"rank": 4}))
+    assert updated["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert updated["categories"]["optimizer"] < 0.8 * plain["categories"]["optimizer"]
 
 
 # --- a run, its checkpoints and what is exported --------------------------------------------------------------------
@@ -292,10 +304,7 @@ def test_a_whole_export_starts_another_run(trained):
     out = trained / "whole.safetensors"
     dit_ds("export", trained / "run", "--out", out)
     values = yaml.safe_load((trained / "lora.yaml").read_text())
-    values["model"]["checkpoint"] = str(out)
-    config = validate(values)
-    model = build_model(config)
-    report = model.load_pretrained(out)
+    report = build_model(validate(values)).load_pretrained(out)
     assert not report["missing"] and not report["unexpected"]
     with pytest.raises(UserError, match="set model.lora.rank to match"):
         values["model"]["lora"]["rank"] = 8
@@ -387,4 +396,3 @@ def test_the_section_is_read_as_any_other(config_file):
     assert load_config(config_file, ["--model.lora.rank", "8", "--model.lora", "null"]).model.lora is None
     config_file.write_text(config_file.read_text().replace("model:\n", "model:\n  lora: null\n"))
     assert load_config(config_file, ["--model.lora.rank", "8"]).model.lora.rank == 8
-    assert math.isclose(LoRA(torch.zeros(2, 3), LoraConfig(rank=8, alpha=4)).scale, 0.5)
