@@ -37,19 +37,14 @@ CONFIG = Path(__file__).parent.parent / "configs/sample.yaml"
 DISTINCT = 50  # files; the others are links to them
 
 
-def write_set(folder: Path, pictures: int, expressions: int | None) -> Path:
-    """Photos, their shards, and their expressions as a .jsonl file, which is returned.
-
-    Args:
-        expressions: so many of each picture; None for all.
-    """
+def write_set(folder: Path, pictures: int, expressions: int) -> Path:
+    """Photos, their shards, and up to so many expressions of each as a .jsonl file, which is returned."""
     write_photos(folder, pictures, min(DISTINCT, pictures), splits={"val": 1.0})
     refs = pickle.loads((folder / DATASET / "refs(unc).p").read_bytes())
-    if expressions is not None:
-        refs = list({r["image_id"]: r for r in reversed(refs)}.values())[::-1]
-        for ref in refs:
-            ref["sentences"], ref["sent_ids"] = ref["sentences"][:expressions], ref["sent_ids"][:expressions]
-        (folder / DATASET / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+    refs = list({r["image_id"]: r for r in reversed(refs)}.values())[::-1]  # the first one of each picture
+    for ref in refs:
+        ref["sentences"], ref["sent_ids"] = ref["sentences"][:expressions], ref["sent_ids"][:expressions]
+    (folder / DATASET / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
     shard_refer(folder, folder / "images", DATASET, "unc", folder / "shards", processes=1)
     lines = [{"image": f"{r['image_id'] - 1}.jpg", "text": s["sent"], "sent_id": s["sent_id"]}
              for r in refs for s in r["sentences"]]  # fmt: skip
@@ -111,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
     rows = []
-    for expressions in (1, None):
+    for expressions in (1, 3):
         with tempfile.TemporaryDirectory(prefix="predict_") as scratch:
             folder = Path(scratch)
             texts = write_set(folder, args.pictures, expressions)

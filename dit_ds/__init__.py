@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dit_ds.evaluation.predictor import Predictor
 
 __version__ = "0.1.0"
 
 
-def load(path: str, device: str | None = None, threshold: float | None = None) -> Predictor:
+def load(path: str | Path, device: str | None = None, threshold: float | None = None) -> Predictor:
     """A trained model, to segment pictures with: `mask, score = dit_ds.load(path).segment(image, "the left dog")`.
 
     Args:

@@ -246,22 +246,28 @@ def config_file(shards: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def model_file(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported file of `tiny_config`'s model, with random weights that make masks of about half of a picture."""
+def write_random_model(settings: dict, path: Path) -> Path:
+    """An exported file of a configuration's model, with random weights."""
     import torch
 
     from dit_ds.checkpointing.weights import save_tensors
     from dit_ds.config.load import validate
     from dit_ds.models.build import build_model
 
-    folder = tmp_path_factory.mktemp("model")
-    config = validate(tiny_config(shards, folder / "run") | {"eval": {"batch_size": 4, "threshold": 0.5}})
+    config = validate(settings)
     torch.manual_seed(0)
     state = {n: x.contiguous() for n, x in build_model(config).state_dict().items()}
     header = {"step": 1, "epoch": 1, "config": config.model_dump(mode="json")}
-    save_tensors(state, folder / "model.safetensors", {"dit_ds": json.dumps(header), "format": "pt"})
-    return folder / "model.safetensors"
+    save_tensors(state, path, {"dit_ds": json.dumps(header), "format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_file(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_config`'s model with random weights, which make masks of about half of a picture."""
+    folder = tmp_path_factory.mktemp("model")
+    settings = tiny_config(shards, folder / "run") | {"eval": {"batch_size": 4, "threshold": 0.5}}
+    return write_random_model(settings, folder / "model.safetensors")
 
 
 def metrics_of(run_dir: Path, kind: str = "train") -> list[dict]:

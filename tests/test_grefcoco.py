@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import dit_ds, tiny_config
+from conftest import dit_ds, tiny_config, write_random_model
 from PIL import Image
 from pycocotools import mask as coco
 from refer_files import H, W, annotation, box, filled, image, python2_pickle, ref, samples_of, write_images, write_refer
@@ -318,6 +318,26 @@ def test_a_run_is_evaluated_by_the_metrics_of_generalized_sets(trained, tmp_path
     assert {k: one[k] for k in want} == pytest.approx(want)
     assert one["oiou"] == one["ciou"] and {"miou", "p@0.5"} <= one.keys()
     assert json.loads(dit_ds(*arguments, ranks=2).stdout.splitlines()[-1]) == one
+
+
+@pytest.mark.parametrize("name", ["dit_sam", "rela"])
+def test_a_file_of_results_scores_as_the_model_does(trained, tmp_path, name):
+    """Also where a no-target head vetoes masks, which stay in the union, and masks are too small to count."""
+    config = tiny_config(trained / "shards", tmp_path / "run")
+    config["data"] |= {"dataset": "grefcoco", "split_by": "unc"}
+    if name == "rela":
+        config |= {"model": {"name": "rela", "size": "swin_t_tiny"}, "train": {"batch_size": 8}}
+        config["data"]["resize"] = "stretch"
+    path = write_random_model(config, tmp_path / "m.safetensors") if name == "rela" else trained / "run"
+    dit_ds("predict", path, "--split", "val", "--out", tmp_path / "out", "--workers", "0")
+    results = tmp_path / "out/results.json"
+    says = [r["no_target"] for r in json.loads(results.read_text())]
+    assert 0 < sum(says) < len(says)
+    score, model = ("--predictions", results), json.loads(dit_ds("eval", path, "--json").stdout)
+    found = json.loads(dit_ds("eval", path, *score, "--json").stdout)
+    assert {k: v for k, v in found.items() if k != "predictions"} == {k: v for k, v in model.items() if k != "prompt"}
+    alone = ("--data-root", trained / "shards", "--dataset", "grefcoco", "--json")
+    assert json.loads(dit_ds("eval", *score, *alone).stdout) == found
 
 
 def test_training_evaluates_so_too_and_other_sets_are_as_before(trained):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MINILM, dit_ds, start_ranks
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -222,6 +222,7 @@ def test_missing_results_may_be_counted_as_empty(answered, shards, tmp_path, ref
 # what is asked for
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
@@ -270,6 +271,7 @@ def test_lists_and_texts_are_counted(tmp_path):
         read_picture_texts(str(tmp_path / "empty"), None, "dog")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -291,6 +293,8 @@ def test_requests_that_do_not_fit_together(arguments, says, refusal):
 # tiles
 
 
+@pytest.mark.fast
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 120), st.data())
 def test_the_shares_of_every_pixel_add_up_to_one(height, width, side, data):
     overlap = data.draw(st.integers(0, side // 2))

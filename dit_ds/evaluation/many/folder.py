@@ -48,7 +48,8 @@ class ResultsFolder:
     def _check(self, request: dict[str, Any]) -> None:
         known = self.path / "request.json"
         if not known.exists():
-            if held := sorted(p.name for p in self.path.iterdir()):
+            names = (p.name for p in self.path.iterdir())  # what a kill left of a request is not in the way
+            if held := sorted(n for n in names if not n.startswith(f".{known.name}.")):
                 raise UserError(f"{self.path} holds {held[0]!r}, and no results of predict: choose another folder")
             write_json(known, request)
             return
