@@ -24,9 +24,8 @@ from dit_ds.checkpointing.export_onnx import export_onnx
 from dit_ds.checkpointing.weights import load_model, save_tensors
 from dit_ds.cli.entry import main
 from dit_ds.config.load import validate
-from dit_ds.data.picture import read_picture
 from dit_ds.errors import RunFailed
-from dit_ds.evaluation.inference import segment
+from dit_ds.evaluation.predictor import Predictor
 from dit_ds.models.build import build_model
 from dit_ds.models.sam import SIZES
 
@@ -124,8 +123,7 @@ def test_the_readmes_code_segments_as_predict_does(made, tmp_path):
         done = subprocess.run([sys.executable, "-c", f"{code}\n{last}"], cwd=folder, capture_output=True, text=True,
                               timeout=120)  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-        model, config, _ = load_model(made / "model.safetensors")
-        want = segment(model, config, read_picture(folder / "photo.jpg"), text=EXPRESSION)
+        want = Predictor(load_model(made / "model.safetensors")).segment(folder / "photo.jpg", EXPRESSION).mask
         got = np.asarray(Image.open(folder / "mask.png")).astype(bool)
         assert got.shape == want.shape == shape and 0.1 < want.mean() < 0.9
         assert (got != want).mean() < 1e-3  # a pixel may lie on the threshold

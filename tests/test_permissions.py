@@ -118,6 +118,6 @@ def test_what_the_system_denies_is_one_line(monkeypatch, refusal):
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/secret/run")
 
-    monkeypatch.setattr("dit_ds.cli.runs._eval", denied)
+    monkeypatch.setattr("dit_ds.cli.predict._eval", denied)
     monkeypatch.setattr("dit_ds.cli.weights._export", denied)
     assert "/secret/run (permission denied)" in refusal("export", "/secret/run", "--out", "x")
