@@ -234,7 +234,7 @@ def test_requests_that_cannot_be_met(refusal, trained, config_file, tmp_path):
     assert "no checkpoint in" in refusal("eval", tmp_path)
     picture = ["predict", trained / "run", "--out", tmp_path / "o.png"]
     assert "cannot read the picture" in refusal(*picture, "--image", tmp_path / "no.jpg", "--text", "a")
-    assert "--text is empty" in refusal(*picture, "--image", ROOT / "README.md", "--text", " ")
+    assert "the text is empty" in refusal(*picture, "--image", ROOT / "README.md", "--text", " ")
 
 
 def test_a_checkpoint_of_another_model_is_refused(refusal, trained, tmp_path):
