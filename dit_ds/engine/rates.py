@@ -79,5 +79,5 @@ def part_rates(factors: dict[str, float]) -> dict[str, float]:
         if part in found:
             rates[part] = max(found[part])
             if min(found[part]) < max(found[part]):
-                rates[part + "_" + "lowest"] = min(found[part])
+                rates[f"{part}_lowest"] = min(found[part])
     return rates

@@ -87,7 +87,7 @@ def _runs_of_row(row: experiments.Experiment, request: Request, seeds: int, over
     first = load_config(row.path, overrides).seed
     splits = dict.fromkeys(c.split for c in row.row.values if c.dataset == row.dataset and c.is_score)
     for seed in range(first, first + (seeds if row.row.trained else 1)):
-        own = "" if seed == row.config.seed else "_" + f"seed{seed}"
+        own = "" if seed == row.config.seed else f"_seed{seed}"
         folder = request.runs / (Path(row.config.run_dir).name + own)
         words = [*overrides, "--run_dir", str(folder)] + (["--seed", str(seed)] if own else [])
         yield Run(
