@@ -116,6 +116,15 @@ def test_killed_at_any_time_it_goes_on_without_repeating_or_losing(model_file, f
     assert again["before"] == again["expressions"] == 40
 
 
+def test_it_goes_on_within_a_pictures_expressions(model_file, folder, asked, tmp_path):
+    arguments = ("--images", folder, "--texts", asked, "--out", tmp_path / "out", "--batch-size", "4")
+    predict(model_file, *arguments)
+    lines = tmp_path / "out/results.jsonl"
+    whole = lines.read_bytes()
+    lines.write_bytes(b"".join(whole.splitlines(True)[:4]))  # of the second picture's three one is left
+    assert predict(model_file, *arguments)["before"] == 4 and lines.read_bytes() == whole
+
+
 def test_another_request_in_the_folder_is_refused(model_file, folder, tmp_path, refusal):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.txt").write_text("mine")

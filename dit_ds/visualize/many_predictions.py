@@ -87,6 +87,8 @@ def predict_many(path: str, out: str, asked: ManyPictures) -> dict[str, Any]:
         config = with_data_root(path, predictor.config, asked.data_root)
         source = SplitSource(build_eval_dataset(config, str(asked.split), kind="text"))
     request: dict[str, Any] = {"format": asked.form, "threshold": predictor.postprocess.threshold}
+    request |= predictor.config.data.model_dump(include={"image_size", "resize", "tokens"})
+    request |= {"mask_rule": predictor.postprocess.rule}
     request |= {"tile": asked.cut.tile, "overlap": asked.cut.overlap} if asked.cut.tile else {}
     folder = ResultsFolder(out, request | {"weights": weights_digest(predictor.model)} | source.request)
     start = time.perf_counter()
@@ -110,11 +112,13 @@ def _answer(predictor: Predictor, source: Source, asked: ManyPictures, folder: R
     record = _RECORDS[asked.form](folder.path, source)
     how = {"batch_size": asked.batch_size or config.eval.batch_size, "workers": workers}
     bar = progress_bar(desc="predict", total=total, initial=done, unit="expression", mininterval=1)
+    written: Iterator[dict[str, Any]] = iter(())  # the former batch's records, made while the model has the next one
     with bar, ThreadPoolExecutor(_WRITERS) as pool:
         for answers in predict_pictures(predictor, source, asked.cut, **how, done=done) if done < total else ():
-            folder.append(list(pool.map(record, itertools.count(done + 1), answers)))
+            written, former = pool.map(record, itertools.count(done + 1), answers), written
             done += len(answers)
-            bar.update(len(answers))
+            bar.update(folder.append(list(former)))
+        bar.update(folder.append(list(written)))
 
 
 _Record = Callable[[int, Answer], dict[str, Any]]

@@ -71,8 +71,8 @@ class ResultsFolder:
         self._lines.truncate(end)
         return count
 
-    def append(self, records: list[dict[str, Any]]) -> None:
-        """Write a line each, all or, if the process is killed, the first ones.
+    def append(self, records: list[dict[str, Any]]) -> int:
+        """Write a line each, all or, if the process is killed, the first ones; returns their number.
 
         Raises:
             UserError: the disk is full.
@@ -81,6 +81,7 @@ class ResultsFolder:
             self._lines.write(b"".join(json.dumps(r).encode() + b"\n" for r in records))
             self._lines.flush()
             os.fsync(self._lines.fileno())
+        return len(records)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All that were written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_ds.data.loading.loader import iterate
-from dit_ds.evaluation.many.pictures import Cut, PictureDataset
+from dit_ds.evaluation.many.pictures import Cut, PictureDataset, ReadPicture
 from dit_ds.evaluation.many.sources import Source
 from dit_ds.evaluation.many.tiles import Tiling
 from dit_ds.evaluation.postprocess import ScoredMask, run_model
@@ -40,9 +41,11 @@ class Answer:
 
 
 class _Unit(NamedTuple):
-    """A tile of a picture with one of its expressions."""
+    """A tile of a picture with one of its expressions: (3, S, S), and the height and width before padding."""
 
-    picture: dict[str, Any]
+    image: Tensor
+    size: Tensor
+    picture: ReadPicture
     expression: int
     tile: int
 
@@ -68,11 +71,11 @@ def predict_pictures(
         RankFailed: a worker died or stalled.
     """
     data = predictor.config.data
-    dataset = PictureDataset(source, predictor.inputs, data.image_size, cut, done)
+    dataset = PictureDataset(source, predictor.inputs, data.image_size, cut, batch_size=batch_size, done=done)
     merger = _Merger(predictor, cut, source.generalized)
     for units in _batches(iterate(dataset.loader(workers, data.worker_timeout)), batch_size):
-        batch = {key: torch.stack([u.picture[key][u.tile] for u in units]) for key in ("image", "size")}
-        prompts = [u.picture["prompts"][u.expression] for u in units]
+        batch = {"image": torch.stack([u.image for u in units]), "size": torch.stack([u.size for u in units])}
+        prompts = [u.picture.prompts[u.expression] for u in units]
         batch |= {key: torch.from_numpy(np.stack([p[key] for p in prompts])) for key in prompts[0]}
         logits, denied = run_model(predictor.model, batch, predictor.device, predictor.postprocess)
         says = [None] * len(units) if denied is None else denied.tolist()
@@ -80,13 +83,14 @@ def predict_pictures(
         yield [a for a in answers if a is not None]
 
 
-def _batches(pictures: Iterable[dict[str, Any]], size: int) -> Iterator[list[_Unit]]:
+def _batches(chunks: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[_Unit]]:
     units: list[_Unit] = []
-    for picture in pictures:
-        for expression in range(len(picture["expressions"])):
-            for tile in range(len(picture["image"])):
-                units.append(_Unit(picture, expression, tile))
-                if len(units) == size:
+    for chunk in chunks:
+        for picture in chunk["pictures"]:
+            for expression, tile in itertools.product(range(len(picture.expressions)), range(picture.tiles)):
+                row = picture.first + tile
+                units.append(_Unit(chunk["image"][row], chunk["size"][row], picture, expression, tile))
+                if len(units) == batch_size:
                     yield units
                     units = []
     if units:
@@ -109,20 +113,18 @@ class _Merger:
             logits: (s, s).
             denied: what a no-target head says, if there is one.
         """
-        picture = unit.picture
-        height, width = shape = picture["shape"]
-        expression, number = picture["expressions"][unit.expression], picture["picture"]
-        size, tiles = picture["size"][unit.tile], len(picture["image"])
-        if picture["error"] is not None:
-            return Answer(expression, number, ScoredMask(np.zeros(shape, bool), 0.0), error=picture["error"])
+        picture, size, tiles = unit.picture, unit.size, unit.picture.tiles
+        expression, number = picture.expressions[unit.expression], picture.number
+        if picture.error is not None:
+            return Answer(expression, number, ScoredMask(np.zeros(picture.shape, bool), 0.0), error=picture.error)
         if tiles == 1:
-            found = self._postprocess.scored(logits, size, shape, self._side)
+            found = self._postprocess.scored(logits, size, picture.shape, self._side)
             return self._answer(expression, number, found, denied)
         if self._map is None:
-            self._map, self._denied = torch.zeros(shape, device=logits.device), []
+            self._map, self._denied = torch.zeros(picture.shape, device=logits.device), []
         self._denied.append(bool(denied))
         if not denied:
-            tiling = Tiling(height, width, self._cut.tile, self._cut.overlap)
+            tiling = Tiling(*picture.shape, self._cut.tile, self._cut.overlap)
             tile = tiling.tiles[unit.tile]
             inside = (tile.bottom - tile.top, tile.right - tile.left)
             tiling.blend(self._map, unit.tile, self._postprocess.probabilities(logits, size, inside, self._side))
