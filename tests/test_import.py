@@ -216,6 +216,17 @@ def test_a_sam_keeps_its_tensors(tmp_path, text, capsys):
     back = read_tensors(out)
     assert result["fresh"] == len(back) - len(state)
     assert all(torch.equal(back[n], x) for n, x in state.items())
+    config = load_model(out).config
+    assert (config.data.prompts, config.model.scheme) == (["point", "box"], "default")  # words it has yet to learn
+    for source, says in (
+        ("transformers", "is of a SAM by its own names, not of a SamModel"),
+        ("rela", "no checkpoint of"),
+    ):
+        with pytest.raises(UserError, match=says):
+            import_weights(tmp_path / "sam.pth", tmp_path / "other.safetensors", source, text=str(text_folder))
+    with pytest.raises(UserError, match="what dit-ds export wrote"):
+        import_weights(out, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 class Code:
@@ -226,7 +237,7 @@ class Code:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        ({}, {"source": "lavt"}, "is a checkpoint of DIT's released code, not of lavt: give --from dit"),
+        ({}, {"source": "lavt"}, "is of DIT's released code, not of LAVT: give --from dit, or auto"),
         ({}, {"scheme": None}, "may be E-DIT or L-DIT, whose tensors have the same names"),
         ({"visual_encoder.neck.0.weight": None}, {}, "lacks 1 of the model's"),
         ({"visual_encoder.extra": torch.ones(2)}, {}, "1 tensors that DIT's released code does not have (visual_encoder.extra)"),

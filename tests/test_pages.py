@@ -28,6 +28,8 @@ from dit_ds.pages import html, report, run_folder
 from dit_ds.pages.app import App
 from dit_ds.pages.app_model import AppModel
 
+SCREENSHOTS = Path(__file__).parent / "screenshots"  # to look at; not in git
+
 ATTACK = "</script></td><script>window.attacked = 1</script><img src=x onerror='window.attacked = 1'>{{ 7 * 7 }}"
 
 
@@ -277,6 +279,7 @@ def page() -> Iterator:
     sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        SCREENSHOTS.mkdir(exist_ok=True)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(60_000)
         page.complaints, page.asked = [], []
@@ -295,9 +298,9 @@ def test_a_report_in_a_browser(page, run, attacked_run, tmp_path):
     assert page.locator(".plot svg.marks").count() >= 7
     assert page.locator(".example img").evaluate_all("all => all.every((one) => one.naturalWidth > 0)")
     page.locator(".plot svg.marks").first.hover()
-    page.screenshot(path=tmp_path / "report.png", full_page=True)
+    page.screenshot(path=SCREENSHOTS / "report.png", full_page=True)
     page.emulate_media(color_scheme="dark")
-    page.screenshot(path=tmp_path / "report_dark.png", full_page=True)
+    page.screenshot(path=SCREENSHOTS / "report_dark.png", full_page=True)
     assert page.evaluate("window.attacked") is None and page.complaints == []
     assert {url.split(":")[0] for url in page.asked} <= {"file", "data"} and page.asked.count(out.as_uri()) == 1
 
@@ -308,7 +311,7 @@ def test_the_app_in_a_browser(page, model_file, picture, tmp_path):
         try:
             url = json.loads(server.stdout.readline())["url"]
             page.goto(url)
-            page.screenshot(path=tmp_path / "app_empty.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / "app_empty.png", full_page=True)
             page.locator("[data-sample]").first.click()
             result, mask = page.locator("#result"), page.locator("#mask")
             result.wait_for()
@@ -316,7 +319,7 @@ def test_the_app_in_a_browser(page, model_file, picture, tmp_path):
             assert page.locator("#layers img").count() == 4
             page.locator("#text").fill("the large blue thing at the top")  # a typed expression changes the mask
             page.wait_for_function("first => document.querySelector('#mask').src !== first", arg=first)
-            page.screenshot(path=tmp_path / "app_words.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / "app_words.png", full_page=True)
             page.locator("#file").set_input_files(picture)
             page.locator("#text").fill("")
             result.wait_for(state="hidden")
@@ -330,13 +333,13 @@ def test_the_app_in_a_browser(page, model_file, picture, tmp_path):
             page.mouse.up()
             page.locator("body:not(.waiting)").wait_for()
             assert page.locator("#marks circle").count() == page.locator("#marks rect").count() == 1
-            page.screenshot(path=tmp_path / "app_places.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / "app_places.png", full_page=True)
             assert page.complaints == []
             (tmp_path / "bad.png").write_bytes(b"no picture")
             page.locator("#file").set_input_files(tmp_path / "bad.png")
             page.locator("#error").wait_for()
             assert "cannot read the picture" in page.locator("#error").inner_text()
-            page.screenshot(path=tmp_path / "app_error.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / "app_error.png", full_page=True)
             assert {x.split("/")[2] for x in page.asked if not x.startswith("data:")} == {url.split("/")[2]}
             assert url.startswith("http://127.0.0.1:")
         finally:

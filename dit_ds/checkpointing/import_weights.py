@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from dit_ds.models.sam import SIZES
 from dit_ds.models.sam_checkpoint import load_sam_checkpoint, sam_size
 from dit_ds.models.segmenter import Segmenter
 
-SOURCES = ("auto", "dit", "lavt", "rela", "sam", "transformers")
+_METHODS = ("dit", "lavt", "rela")
+SOURCES = ("auto", *_METHODS, "sam", "transformers")
 
 # What a checkpoint's tensors don't tell: how the authors' code reads images and words, trains, and makes masks.
 _SWIN = {
@@ -49,7 +49,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
                   "gradient_clipping": 0.01},
         "eval": {"every_epochs": 5},
     }),
-    "sam": {},
 }  # fmt: skip
 
 
@@ -82,65 +81,73 @@ def import_weights(
     refuse_overwriting(out, path)
     refuse_overwriting(beside, path)
     names = read_tensors(path, values=False)
-    found = authors.recognise(names) or "sam"
-    wanted = "sam" if source == "transformers" else source
-    if wanted not in ("auto", found):
-        what = {"sam": "a SAM"}.get(found) or author_names.NAMES[found]
-        raise UserError(f"{path} is a checkpoint of {what}, not of {source}: give --from {found}, or auto")
+    if "text_projection.weight" in names:
+        raise UserError(f"{path} is what dit-ds export wrote, which every command takes as it is")
+    found = authors.recognise(names)
+    if found is None and source in _METHODS:
+        raise UserError(f"{path} is no checkpoint of {author_names.NAMES[source]}: see what it is with --from auto")
+    if scheme is not None and found != "dit":
+        raise UserError(f"--scheme is of DIT's checkpoints, and {path} is none: leave it out")
     start = {} if text is None else {"text": {"name": text}}
-    if found == "sam":
-        model, config, report = _sam(path, names, start)
-    else:
-        model, config, report = _authors(path, found, scheme, start)
+    model, config, report = _authors(path, found, scheme, start) if found else _sam(path, names, start)
+    if source not in ("auto", report["source"]):
+        raise UserError(f"{path} is of {_said(report['source'])}, not of {_said(source)}: give --from {report['source']}, or "
+                        "auto")  # fmt: skip
     _write(model, config, out, beside)
+    said = {"file": str(out), "config": str(beside), "source": report.pop("source"), "method": config.model.name}
+    said |= {"scheme": config.model.scheme if config.model.name == "dit_sam" else None, "size": config.model.size}
     parameters = sum(p.numel() for p in model.parameters())
-    kind = {"source": "transformers" if report.pop("translated", False) else found, "method": config.model.name}
-    scheme_of = config.model.scheme if config.model.name == "dit_sam" else None
-    said = {"file": str(out), "config": str(beside)} | kind | {"scheme": scheme_of, "size": config.model.size}
     return said | {"tensors": len(model.state_dict()), "parameters": parameters} | report
+
+
+def _said(source: str) -> str:
+    return author_names.NAMES.get(source) or {"sam": "a SAM by its own names"}.get(source, "a SamModel of transformers")
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result for people."""
     r = result
     scheme = f", {r['scheme']}" if r["scheme"] else ""
-    out = [f"{r['used']} tensors of {author_names.NAMES.get(r['source'], r['source'])} are {r['tensors']} here: "
+    out = [f"{r['used']} tensors of {_said(r['source'])} are {r['tensors']} here: "
            f"{r['method']}{scheme}, {r['size']}, {r['parameters'] / 1e6:.1f} M parameters"]  # fmt: skip
     out += [f"left out: {count} {reason}" for reason, count in r["left_out"].items()]
     if r.get("fresh"):
-        out.append(f"not in a SAM, fresh: {r['fresh']} tensors of the text encoder and the text's projections")
-    go_on = "train" if r.get("fresh") else "eval"
-    target = f"--config {r['config']}" if go_on == "train" else f"{r['file']} --split val --data-root data_shards"
-    return [*out, f"written: {r['file']} and {r['config']}; next: dit-ds {go_on} {target}"]
+        out.append(f"not in a SAM, fresh: {r['fresh']} tensors of the text encoder and the text's projection")
+    prompt = ""
+    if r.get("fresh"):
+        out.append(f"to learn words: dit-ds train --config configs/base.yaml --model.size {r['size']} "
+                   f"--model.checkpoint {r['file']}")  # fmt: skip
+        prompt = " --prompt box"
+    return [*out, f"written: {r['file']} and {r['config']}; "
+            f"next: dit-ds eval {r['file']} --split val{prompt} --data-root data_shards"]  # fmt: skip
 
 
 def _authors(
     path: str | Path, source: str, scheme: str | None, given: dict[str, Any]
 ) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
-    if scheme is not None and source != "dit":
-        raise UserError(f"--scheme is of DIT's checkpoints, and {path} is {author_names.NAMES[source]}'s: leave it out")
     tensors = read_tensors(path)
     found = authors.translate(tensors, path, scheme)
     config = validate(merge(merge(SETTINGS[source], {"model": found.model}), given))
     model = build_model(config, text_weights=False)
     authors.fill(model, found, path)
     left_out = {reason: len(names) for reason, names in found.left_out.items()}
-    return model, config, {"used": len(tensors) - sum(left_out.values()), "left_out": left_out}
+    return model, config, {"used": len(tensors) - sum(left_out.values()), "left_out": left_out, "source": source}
 
 
 def _sam(path: str | Path, names: dict[str, Any], given: dict[str, Any]) -> tuple[Segmenter, RunConfig, dict[str, Any]]:
-    width, depth = sam_size(names, path)
-    size = next(
-        (n for n, s in SIZES.items() if (s.embed_dim, s.depth) == (width, depth)), "vit_b"
-    )  # else refused below
-    config = validate(merge(merge({"model": {"size": size, "word_init": "zero"}}, SETTINGS["sam"]), given))
+    """A SAM reads points and boxes, at its own size and with its own windows; words it has yet to learn."""
+    width, depth, patches = sam_size(names, path)
+    size = next((n for n, s in SIZES.items() if (s.embed_dim, s.depth) == (width, depth)), None)
+    side, window = (size and SIZES[size].pretrained) or (16 * patches or 1024, 0)
+    model_keys = {"size": size or "vit_b", "scheme": "default", "window_size": window}  # another size is refused below
+    config = validate(merge({"data": {"image_size": side, "prompts": ["point", "box"]}, "model": model_keys}, given))
     model = build_model(config)
     report = load_sam_checkpoint(model, path)
-    reasons = Counter("with names that SAM does not have" for _ in report["unexpected"])
     translated = any("transformers" in note for note in report["notes"])
+    left_out = {"with names that SAM does not have": n} if (n := len(report["unexpected"])) else {}
     used = len(report["loaded"])
-    return model, config, {"used": used, "left_out": dict(reasons), "fresh": len(report["missing"]) or
-                           len(model.state_dict()) - used, "translated": translated}  # fmt: skip
+    return model, config, {"used": used, "left_out": left_out, "fresh": len(model.state_dict()) - used,
+                           "source": "transformers" if translated else "sam"}  # fmt: skip
 
 
 def _write(model: Segmenter, config: RunConfig, out: Path, beside: Path) -> None:

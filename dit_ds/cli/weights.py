@@ -12,14 +12,17 @@ from dit_ds.errors import UserError
 def add(commands: Any) -> None:
     """Add `export` and `import` to the parser's commands."""
     _add_import(commands)
-    p = command(commands, "export", _export, "write a checkpoint's model as one file: safetensors or ONNX")
+    p = command(commands, "export", _export, "write a checkpoint's model: as one file, or for others")
     p.add_argument("checkpoint", help="a run's folder, one of its checkpoints/step_*, or an exported file")
-    p.add_argument("--out", required=True, help="file to write, as model.safetensors or model.onnx")
+    p.add_argument(
+        "--out", required=True, help="file to write, as model.safetensors or model.onnx; of transformers, a new folder"
+    )
     p.add_argument(
         "--format",
-        choices=["safetensors", "onnx"],
+        choices=["safetensors", "onnx", "transformers"],
         default="safetensors",
-        help="safetensors (default): for dit-ds, and to train from; onnx: for onnxruntime, compared with the model there",
+        help="safetensors (default): for dit-ds, and to train from; onnx: for onnxruntime, compared with the model there; "
+        "transformers: a folder with a SamModel, of model.scheme default",
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument(
@@ -35,12 +38,12 @@ def add(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.format != "safetensors" and (args.adapter or args.merge or args.base):
+        raise UserError(f"--adapter, --merge and --base make a .safetensors file: leave them out, or export that first, and "
+                        f"then the file with --format {args.format}")  # fmt: skip
     if args.format == "onnx":
         if args.dtype != "fp32":
             raise UserError(f"--format onnx is written in fp32: leave out --dtype {args.dtype}")
-        if args.adapter or args.merge or args.base:
-            raise UserError("--format onnx holds the whole model, LoRA's updates in it: leave out --adapter, --merge and "
-                            "--base, or merge them into a .safetensors first")  # fmt: skip
         from dit_ds.checkpointing.export_onnx import export_onnx
 
         report_and_warn(args, export_onnx(args.checkpoint, args.out))
@@ -50,6 +53,11 @@ def _export(args: argparse.Namespace) -> int:
     from dit_ds.checkpointing.export import export
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    if args.format == "transformers":
+        from dit_ds.checkpointing.export_transformers import export_transformers
+
+        report(args, export_transformers(args.checkpoint, args.out, dtype))
+        return 0
     options = {"adapter": args.adapter, "merge": args.merge, "base": args.base}
     report(args, export(args.checkpoint, args.out, dtype, **options))
     return 0

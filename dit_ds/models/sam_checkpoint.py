@@ -126,13 +126,16 @@ def describe(report: Mapping[str, list[str]]) -> list[str]:
     return lines
 
 
-def sam_size(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[int, int]:
-    """Width and depth of the image encoder in a SAM's file, of whatever names and wrappers; 0 where it does not say.
+def sam_size(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[int, int, int]:
+    """Width, depth and patches a side of the image encoder in a SAM's file, of whatever names and wrappers; 0 where it
+    does not say.
 
     Raises:
         UserError: as of `load_sam_checkpoint`, for names that stand twice.
     """
-    return _size(_of_one_part(_translate(_unwrap(tensors, path)[0])))
+    state = _of_one_part(_translate(_unwrap(tensors, path)[0]))
+    table = state.get("image_encoder.pos_embed")
+    return (*_size(state), table.shape[1] if table is not None and table.ndim == 4 else 0)
 
 
 def _fitting(path: str | Path, target: Mapping[str, Tensor], values: bool) -> tuple[dict[str, Tensor], list[str]]:
@@ -181,23 +184,36 @@ def _unwrap(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, 
     return state, [f"without those under {', '.join(left)}"] if left else []
 
 
-def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names to segment-anything's; other names as they are."""
+def names_of_transformers(names: Iterable[str]) -> dict[str, str]:
+    """For each name of transformers' SamModel what segment-anything calls the same; other names as they are.
+
+    Args:
+        names: all of the model's, as the decoder's MLPs are numbered by their depth.
+    """
+    names = list(names)
     depth: dict[str, int] = {}  # hidden layers of each of the decoder's MLPs
-    for name in state:
+    for name in names:
         if (match := _MLP.match(name)) and match[2] == "proj_in":
             depth.setdefault(match[1], 0)
-    for name in state:
+    for name in names:
         if (match := _MLP.match(name)) and match[3] and match[1] in depth:
             depth[match[1]] = max(depth[match[1]], int(match[3]) + 1)
-    out: dict[str, Tensor] = {}
-    for name, value in state.items():
+    ours: dict[str, str] = {}
+    for name in names:
         if (match := _MLP.match(name)) and match[1] in depth:
             layer = {"proj_in": 0, "proj_out": depth[match[1]] + 1}.get(match[2], int(match[3] or 0) + 1)
-            new = f"{match[1]}.layers.{layer}.{name[match.end() :]}"
+            ours[name] = f"{match[1]}.layers.{layer}.{name[match.end() :]}"
         else:
-            new = next((p.sub(to, name) for p, to in _OF_TRANSFORMERS if p.match(name)), name)
-        out.setdefault(new, value)
+            ours[name] = next((p.sub(to, name) for p, to in _OF_TRANSFORMERS if p.match(name)), name)
+    return ours
+
+
+def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names to segment-anything's; of tied tensors the first."""
+    ours = names_of_transformers(state)
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        out.setdefault(ours[name], value)
     return out
 
 
