@@ -102,7 +102,7 @@ def _read(path: Path, values: bool) -> Any:
     try:
         return _read_safetensors(path, values) if path.suffix == ".safetensors" else _read_pickle(path, values)
     except FileNotFoundError:
-        raise UserError(f"no SAM checkpoint at {path}: download sam_vit_b_01ec64.pth or its larger kin") from None
+        raise UserError(f"no file {path}; of SAM, download sam_vit_b_01ec64.pth or its larger kin") from None
     except PermissionError:
         raise UserError(f"cannot read {path} (permission denied): ask its owner for chmod a+r") from None
     except Exception as e:  # of a damaged file torch.load raises many kinds
