@@ -151,7 +151,10 @@ def connect(timeout: datetime.timedelta = _TIMEOUT) -> World:
     rank, world_size, local_rank = set_environment()
     device = pick_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        # one process alone needs no port, which another program may take meanwhile
+        store = dist.HashStore() if world_size == 1 else None
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
     return World(rank, world_size, local_rank, device)
 
 

@@ -66,6 +66,12 @@ MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | hea
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # a port a job, below the ones that Linux gives out itself
 export MASTER_ADDR MASTER_PORT
 
+if [ -n "${CACHE_DIR:-}" ]; then # what is compiled stays on each node for the next start; a site's own variables win
+    export PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$CACHE_DIR/python} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$CACHE_DIR/triton}
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$CACHE_DIR/torch_extensions}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$CACHE_DIR/inductor}
+fi
+
 dit_ds=("$PYTHON" -m dit_ds.cli)
 rank_logs=$LOG_DIR/$(file_name "$SLURM_JOB_NAME")-$SLURM_JOB_ID
 mkdir -p "$rank_logs"
@@ -188,7 +194,18 @@ wants_requeue() {
 finish() {
     local state
     if ! wants_requeue "$1"; then
+        ended_for_good "$1"
         say "ended with status $1"
+        exit "$1"
+    fi
+    state=$(scontrol show job "$this_job")
+    if [[ $state == *JobState=CANCELLED* ]]; then ended_for_good cancelled; fi
+    if [ -n "$in_chain" ]; then
+        if [ -n "$next_job" ]; then
+            say "ended with status $1: job $next_job comes next"
+        else
+            say "ended with status $1, and was the last of CHAIN=$CHAIN: submit the same command to go on"
+        fi
         exit "$1"
     fi
     if [ "$restarts" -ge "$MAX_REQUEUES" ]; then
@@ -197,7 +214,6 @@ finish() {
         exit "$1"
     fi
     # scancel meant to end the job, and after a node's failure SLURM requeues it itself; at the time limit it does not
-    state=$(scontrol show job "$this_job")
     if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
         say "ended with status $1 as SLURM was ending the job (scancel, or a failed node): not requeued from here"
         exit "$1"
@@ -206,6 +222,9 @@ finish() {
     scontrol requeue "$this_job"
     exit "$1" # reached if SLURM lets this shell live that long; a job that is being requeued has no status
 }
+
+# shellcheck source=slurm/chain.sh
+source slurm/chain.sh
 
 # SLURM itself requeues for failed nodes and preemptions; the cap holds for those, too
 if [ "$restarts" -gt "$MAX_REQUEUES" ]; then
