@@ -142,7 +142,7 @@ def test_doctor_names_the_slow_node_and_no_other(n, measure, data):
         return
     (warning,) = warnings
     assert warning.status == "warn" and warning.found.startswith(f"{bad}: {speed.MEASURES[measure][0]}")
-    assert f"sbatch --exclude={bad}" in warning.remedy and ("other node" in warning.found) == (n == 2)
+    assert f"sbatch --exclude={bad}" in warning.remedy and ("where the other node" in warning.found) == (n == 2)
 
 
 @pytest.mark.parametrize("n", range(2, 10))
