@@ -131,6 +131,27 @@ def read_json(
         raise UserError(f"the {what} {path} is not valid JSON ({e})") from None
 
 
+def json_lines(path: str | Path, tail: int = 1 << 20) -> Iterator[dict[str, Any]]:
+    """The objects in the end of a file of JSON lines; what a kill cut short is passed over, a missing file is empty.
+
+    Args:
+        tail: bytes of the end that are read.
+    """
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, f.seek(0, 2) - tail))
+            text = f.read().decode(errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

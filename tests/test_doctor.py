@@ -73,9 +73,9 @@ def test_all_is_well(config_file, ranks):
     assert_schema(result)
     assert result["ok"] and result["world_size"] == ranks
     expected = {"launch", "versions", "gpu", "attention", "fused adam", "bf16", "deepspeed", "jit lock", "cores", "memory", "shared memory", "temporary", "configuration", "shards", "text encoder",
-                "sam checkpoint", "run folder", "bandwidth", "zero step", "rendezvous", "master address"}  # fmt: skip
+                "sam checkpoint", "run folder", "bandwidth", "node speed", "zero step", "rendezvous", "master address"}  # fmt: skip
     names = {c["name"] for c in result["checks"]}
-    assert expected <= names and names - expected <= {"host name"}
+    assert expected <= names and names - expected <= {"host name", "slow node"}
     assert named(result, "rendezvous")["found"].startswith(f"{ranks} of {ranks} ranks met")
     assert ("GB/s by" in named(result, "bandwidth")["found"]) == (ranks == 2)
 

@@ -1,4 +1,4 @@
-"""The command that says how a run is."""
+"""The commands that say how a run is, and which of its ranks are slow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_ds.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Add `status` to the parser's commands."""
+    """Add `status` and `stragglers` to the parser's commands."""
     p = command(commands, "status", _status, "how a run is: step, loss, rate, finish predicted, checkpoint, restarts")
     p.add_argument("run_dir", metavar="RUN", help="the run's folder")
     p.add_argument(
@@ -25,6 +25,16 @@ def add(commands: Any) -> None:
         metavar="SECONDS",
         help="again every so many seconds (default 5), until the run ends; waits for a run that has not begun",
     )
+    p = command(commands, "stragglers", _stragglers, "which ranks and hosts a run waits for, and how to leave them out")
+    p.add_argument("run_dir", metavar="RUN", help="the run's folder")
+
+
+def _stragglers(args: argparse.Namespace) -> int:
+    from dit_ds.training import stragglers
+
+    result = stragglers.stragglers(args.run_dir)
+    report(args, result, lambda: stragglers.lines(result))
+    return 0
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import set_environment
-from dit_ds.doctor import collective, configured, node, software
+from dit_ds.doctor import collective, configured, node, software, speed
 from dit_ds.doctor.check import THREAD, Check, Context, from_error, run_checks
 from dit_ds.doctor.rendezvous import Rendezvous
 from dit_ds.doctor.report import compare, lines, merge
@@ -32,7 +32,7 @@ _LOCAL = (software.versions, software.gpu, software.attention, software.arithmet
           node.jit_locks, node.cores, node.memory, node.temporary)  # fmt: skip
 _OF_CONFIG = (configured.configuration, configured.shards, configured.sam_checkpoint, configured.text_encoder,
               configured.run_folder)  # fmt: skip
-_TOGETHER = (collective.bandwidth, collective.zero_step)
+_TOGETHER = (collective.bandwidth, speed.node_speed, collective.zero_step)
 _LOCAL_SECONDS = 120  # limit of a rank's local checks together
 
 

@@ -27,7 +27,7 @@ _TCP_LIKE = 2.0  # GB/s: what NCCL stays below across nodes where it found no fa
 
 def bandwidth(c: Context) -> Iterator[Check]:
     """Bus bandwidth of an all-reduce of 64 MiB, over all ranks and inside the nodes; and the slowest link of a ring."""
-    world = connect(_longer(c))
+    world = connect(longer_timeout(c))
     if world.world_size == 1:
         yield Check("bandwidth", "ok", "one rank: nothing to measure")
         return
@@ -47,7 +47,7 @@ def bandwidth(c: Context) -> Iterator[Check]:
         yield from slowest_links(_ring_seconds(world), hosts)
 
 
-def _longer(c: Context) -> datetime.timedelta:
+def longer_timeout(c: Context) -> datetime.timedelta:
     """A collective's time-out, longer than the check's: NCCL's would end the process before it reports."""
     return datetime.timedelta(seconds=2 * c.timeout + 60)
 
@@ -136,7 +136,7 @@ def zero_step(c: Context) -> Iterator[Check]:
         ds = deepspeed_config(c.config, c.world_size)
     except UserError:  # which `configuration` reports
         return
-    world = connect(_longer(c))
+    world = connect(longer_timeout(c))
     torch.manual_seed(0)
     wrapped = engine.initialize(nn.Linear(16, 16), c.config, world)
     for _ in range(ds["gradient_accumulation_steps"]):

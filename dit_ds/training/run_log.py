@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from dit_ds.files import atomic_write, full_disk_is_user_error, parse_json, writ
 from dit_ds.models.sam_checkpoint import describe
 from dit_ds.training.log_files import LineFile, LineFileHandler, ScalarBoard
 from dit_ds.training.run_lock import Owner
+from dit_ds.training.stragglers import NAME as RANKS
+from dit_ds.training.stragglers import StragglerWatch
 
 _PACKAGES = ("dit-ds", "torch", "deepspeed", "transformers", "segment-anything", "webdataset", "xformers", "numpy")
 
@@ -45,12 +48,15 @@ class RunLog:
         self._metrics = LineFile(self.folder / "metrics.jsonl", go_on) if world.main else None
         self._nonfinite = LineFile(self.folder / "nonfinite.jsonl", go_on) if world.main else None
         self._events = LineFile(self.folder / "events.jsonl", go_on=True) if world.main else None
+        self._ranks = LineFile(self.folder / RANKS, go_on) if world.main and world.world_size > 1 else None
+        self._stragglers = StragglerWatch()
         self._samples: LineFile | None = None
         self._board: ScalarBoard | None = None
         self._handler = LineFileHandler(self.folder / "log.txt", go_on) if world.main else None
         if world.main:
             self._open(config, world, resumed_at, evaluated_at)
-        gather_objects(None)  # rank 0 cuts the other ranks' sample logs, too: they wait before they append
+        # rank 0 cuts the other ranks' sample logs, too: they wait before they append
+        self._hosts = gather_objects(socket.gethostname())
         if config.log.samples:
             self._samples = LineFile(self.folder / f"samples/rank_{world.rank:05d}.jsonl", go_on)
 
@@ -61,7 +67,8 @@ class RunLog:
             write_json(self.folder / "environment.json", environment(world))
             path = self.folder / "metrics.jsonl"
             (self.folder / "samples").mkdir(exist_ok=True)
-            for lines in (path, self.folder / "nonfinite.jsonl", *self.folder.glob("samples/rank_*.jsonl")):
+            for lines in (path, self.folder / "nonfinite.jsonl", self.folder / RANKS,
+                          *self.folder.glob("samples/rank_*.jsonl")):  # fmt: skip
                 if lines.exists() or lines == path:
                     _cut(lines, resumed_at, evaluated_at)
             if self._handler is not None:
@@ -83,6 +90,23 @@ class RunLog:
         """One line of this rank's sample log, where `log.samples` asks for it: a step's samples, without padding."""
         if self._samples is not None:
             self._samples.write(json.dumps({"step": step, "epoch": epoch, "samples": samples}))
+
+    def own_times(self, step: int, own_seconds: list[float], step_seconds: float) -> None:
+        """One line of ranks.jsonl; a rank that is slow in many intervals is named in the log, with its host.
+
+        Args:
+            own_seconds: of each rank, for an optimizer step, see `ThroughputMeter.close`.
+            step_seconds: of an optimizer step with all waiting.
+        """
+        if self._ranks is None:
+            return
+        of_hosts: dict[str, dict[str, float]] = {}
+        for rank, (host, seconds) in enumerate(zip(self._hosts, own_seconds, strict=True)):
+            of_hosts.setdefault(host, {})[str(rank)] = float(f"{seconds:.5g}")
+        line = {"step": step, "step_seconds": float(f"{step_seconds:.5g}"), "own_seconds": of_hosts}
+        self._ranks.write(json.dumps(line))
+        times = {(host, rank): s for rank, (host, s) in enumerate(zip(self._hosts, own_seconds))}
+        self._stragglers.add(times, step_seconds)
 
     def nonfinite(self, values: dict[str, Any]) -> None:
         """One line of nonfinite.jsonl: the losses and samples of a step whose gradient was not finite."""
@@ -149,7 +173,7 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close."""
-        for f in (self._metrics, self._nonfinite, self._events, self._board, self._samples):
+        for f in (self._metrics, self._nonfinite, self._events, self._ranks, self._board, self._samples):
             if f is not None:
                 f.close()
         if self._handler is not None:

@@ -6,21 +6,19 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dit_ds.checkpointing.reader import all_checkpoints
 from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
-from dit_ds.files import parse_json
+from dit_ds.files import json_lines, parse_json
 from dit_ds.training.run_lock import INTERVAL, NAME, Owner
 
 _SILENT = (
     6 * INTERVAL
 )  # seconds without a heartbeat after which its process counts as gone, where it can't be looked up
 _NUMBERS = ("time", "step", "total_steps", "world_size")  # in a start's line
-_TAIL = 1 << 20  # bytes of metrics.jsonl that are read
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"no run in {folder}: it has no config.yaml yet; --watch waits for it")
-    config, metrics = load_config(folder / "config.yaml"), list(_lines(folder / "metrics.jsonl"))
+    config, metrics = load_config(folder / "config.yaml"), list(json_lines(folder / "metrics.jsonl"))
     starts = _starts(folder / "events.jsonl")
     train: dict[str, Any] = next((x for x in reversed(metrics) if x.get("kind") == "train"), {})
     evaluation = next((x for x in reversed(metrics) if x.get("kind") == "eval"), None)
@@ -101,27 +99,10 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in the end of a file of JSON lines; what a kill cut short is passed over."""
-    try:
-        with open(path, "rb") as f:
-            f.seek(max(0, f.seek(0, 2) - _TAIL))
-            text = f.read().decode(errors="replace")
-    except OSError:
-        return
-    for line in text.splitlines():
-        try:
-            value = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
 def _starts(path: Path) -> list[dict[str, Any]]:
     """Each start of the training, with how it ended, in words; None for the last one where nothing is known of its end."""
     starts: list[dict[str, Any]] = []
-    for line in _lines(path):
+    for line in json_lines(path):
         if line.get("event") == "start" and all(_number(line.get(k)) is not None for k in _NUMBERS):
             if starts and starts[-1]["ended"] is None:
                 starts[-1] |= {"ended": "killed, or its node was lost", "how": "killed"}

@@ -34,10 +34,20 @@ class ThroughputMeter:
     """Averages over some steps. The loop marks its phases in the order of the methods.
 
     `close` is the only method that synchronises with the device and between ranks.
+
+    A rank's own time is what it does before it waits for another: waiting for its data, and the forward pass (on GPUs
+    between two events of the compute stream, so that a queue on the host does not count). The backward pass and the
+    optimizer step hold the reduction of gradients, in which the fast wait for the slow, and are left out. So own time
+    shows a slow loader, a slow or throttled device, a busy or stopped host; not a slow network, and not what is slow in
+    the backward pass alone. Under ZeRO-3 the forward pass gathers parameters from all ranks and lasts equally long on
+    all: own time is then that of the data alone, and a slow device is not seen (`dit-ds doctor` measures it).
+
+    Args:
+        forward_waits: the forward pass has collectives (ZeRO-3): it is no part of own time.
     """
 
-    def __init__(self, world: World, flops: FlopsPerSample):
-        self.world, self.flops = world, flops
+    def __init__(self, world: World, flops: FlopsPerSample, forward_waits: bool = False):
+        self.world, self.flops, self.forward_waits = world, flops, forward_waits
         self.loss: Tensor | float = 0.0
         self.finite: Tensor | float = 0.0  # how many losses were
         self.samples = 0
@@ -91,18 +101,20 @@ class ThroughputMeter:
         Returns:
             `loss` (the mean of the finite ones), `samples_per_second`, `tokens_per_second`, `mfu` (a GPU's share of its
             peak), `data_wait` (share of the time, mean over ranks), `step_seconds_p50`, `_p95`, `_max`,
-            `slowest_rank` and `slowest_over_median` (time for data and forward, in which ranks don't wait for one
-            another), `peak_memory_gib` and `reserved_memory_gib` (the largest of the ranks'), and `seconds`.
+            `slowest_rank` and `slowest_over_median` (of the ranks' own time), `peak_memory_gib` and
+            `reserved_memory_gib` (the largest of the ranks'), `seconds`, `step_seconds_mean`, and `own_seconds` (of each
+            rank, for an optimizer step).
         """
         seconds = time.perf_counter() - self.start
         device = self.world.device
         if self._events:
             torch.cuda.synchronize()
             self.forward = sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-        mine = [float(self.loss), float(self.finite), self.samples, self.waited, self.waited + self.forward]
+        own = self.waited + (0.0 if self.forward_waits else self.forward)
+        mine = [float(self.loss), float(self.finite), self.samples, self.waited, own]
         rows = gather_values([*mine, *memory_gib(device)], device)
         loss, finite, samples, waited, *_ = rows.sum(0).tolist()
-        busy, rate = rows[:, 4].tolist(), samples / seconds  # of each rank, data and forward
+        busy, rate = rows[:, 4].tolist(), samples / seconds  # own time of each rank
         f, world, steps = self.flops, self.world.world_size, sorted(self.steps)
         median = statistics.median(busy)
         return {
@@ -119,6 +131,8 @@ class ThroughputMeter:
             "peak_memory_gib": float(rows[:, 5].max()),
             "reserved_memory_gib": float(rows[:, 6].max()),
             "seconds": seconds,
+            "step_seconds_mean": statistics.fmean(steps) if steps else 0.0,
+            "own_seconds": [b / max(1, len(steps)) for b in busy],
         }
 
 

@@ -106,7 +106,7 @@ def train_epoch(run: Run) -> None:
     run.batches.start_at(progress.epoch, progress.batch)
     engine.train()
     accumulation = engine.gradient_accumulation_steps()
-    meter, step = ThroughputMeter(run.world, run.flops), StepSamples()
+    meter, step = new_meter(run), StepSamples()
     meter.data_requested()
     run.watchdog.at(progress.step, "loading data")
     for i, batch in enumerate(iterate(run.loader)):
@@ -130,7 +130,7 @@ def train_epoch(run: Run) -> None:
             last = progress.step == run.total_steps
             if progress.step % config.log.every_steps == 0 or last:
                 report(run, meter, lr, norm)
-                meter = ThroughputMeter(run.world, run.flops)
+                meter = new_meter(run)
             if last:
                 break
             start = time.perf_counter()
@@ -140,6 +140,11 @@ def train_epoch(run: Run) -> None:
         meter.data_requested()
         run.watchdog.at(progress.step, "loading data")
     progress.seconds += meter.close()["seconds"]
+
+
+def new_meter(run: Run) -> ThroughputMeter:
+    """A meter of the steps from now on."""
+    return ThroughputMeter(run.world, run.flops, forward_waits=run.engine.zero_optimization_stage() == 3)
 
 
 def _seed_of(*position: int) -> int:
@@ -165,6 +170,7 @@ def report(run: Run, meter: ThroughputMeter, lr: float, norm: float) -> None:
     """Log the averages of the meter's steps. Collective."""
     line = meter.close()
     run.progress.seconds += line.pop("seconds")
+    run.log.own_times(run.progress.step, line.pop("own_seconds"), line.pop("step_seconds_mean"))
     line |= {"lr": lr} | {f"lr/{part}": lr * factor for part, factor in run.part_factors.items()}
     line |= {"grad_norm": norm, "skipped_steps": run.engine.skipped_steps}
     log_metrics(run, "train", line)
