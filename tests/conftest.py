@@ -300,3 +300,19 @@ def read_samples(path: Path) -> dict[str, list]:
     with tarfile.open(path) as tar:
         data = {m.name: tar.extractfile(m).read() for m in tar}
     return {n[:-4]: [d, json.loads(data[n[:-4] + ".json"])] for n, d in data.items() if n.endswith(".jpg")}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory):
+    """A SLURM cluster of two nodes for a file's tests."""
+    from slurm_cluster import start_cluster  # which reads this file
+
+    yield from start_cluster(tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture
+def site(cluster, shards: Path, tmp_path: Path):
+    """A test's own settings, configuration and logs on the cluster."""
+    from slurm_cluster import Site
+
+    return Site(cluster, tmp_path, shards)

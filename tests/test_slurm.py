@@ -8,27 +8,16 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import metrics_of
-from slurm_cluster import NODES, STEPS, Cluster, Site, start_cluster
+from slurm_cluster import NODES, STEPS, Cluster, Site
 
 from dit_ds.training.status import status
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    yield from start_cluster(tmp_path_factory.mktemp("slurm"))
-
-
-@pytest.fixture
-def site(cluster: Cluster, shards: Path, tmp_path: Path) -> Site:
-    return Site(cluster, tmp_path, shards)
 
 
 def own_address() -> str:

@@ -5,24 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import NODES, Cluster, Site, start_cluster
+from slurm_cluster import NODES, Site
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    yield from start_cluster(tmp_path_factory.mktemp("slurm"))
-
-
-@pytest.fixture
-def site(cluster: Cluster, shards: Path, tmp_path: Path) -> Site:
-    return Site(cluster, tmp_path, shards)
 
 
 def experiments(site: Site, *args: object) -> dict:
