@@ -1,0 +1,283 @@
+"""Checkpoints on the nodes' own disks, which are quick to write: `checkpoint.local`.
+
+`LOCAL/run_ID/step_00001200_ATTEMPT/` holds `rank_00000.safetensors` of each of the node's ranks, `rank_00001.copy.safetensors`
+of ranks of the node before it, and beside each file a record of it, `.json`, which is written last. ID is the run's, from
+`local.json` in its folder; ATTEMPT is of one start of the training. A checkpoint is whole if every rank's part of one
+attempt lies on some node, so that nothing is published: `local_resume.py` looks for what is there.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from safetensors.torch import save
+from torch import Tensor
+
+from dit_ds.checkpointing.exchange import Exchange
+from dit_ds.checkpointing.nodes import copy_holders, ranks_by_node
+from dit_ds.checkpointing.parts import HostCopy, Part, chunks, header, part_name, values_of
+from dit_ds.config.schema import RunConfig
+from dit_ds.distributed import World, gather_objects
+from dit_ds.engine.batchnorm import running_statistics
+from dit_ds.engine.zero_state import TrainingState
+from dit_ds.errors import UserError
+from dit_ds.files import full_disk_is_user_error, write_json
+
+RUN_FILE = "local.json"  # in the run's folder: its ID
+KEEP = 2  # whole checkpoints on a node's disk, beside the one that is being written
+
+
+def local_folder(config: RunConfig) -> Path | None:
+    """`checkpoint.local` on this node, with environment variables replaced by their values.
+
+    Raises:
+        UserError: one is not set.
+    """
+    if config.checkpoint.local is None:
+        return None
+    path = os.path.expandvars(config.checkpoint.local)
+    if unset := re.search(r"\$\{?\w+\}?", path):
+        raise UserError(f"checkpoint.local names {unset[0]}, which is not set on this node: set it, or name a folder")
+    return Path(path)
+
+
+def host_statistics(state: TrainingState) -> dict[str, Tensor]:
+    """A copy of BatchNorm's running statistics, which are the same on all ranks."""
+    return {n: x.to("cpu", copy=True) for n, x in running_statistics(state.engine.module).items()}
+
+
+class LocalPart(NamedTuple):
+    """A part that was written to this node's disk."""
+
+    path: Path
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A local checkpoint that all ranks have tried to write.
+
+    Attributes:
+        whole: every rank's part lies on some node.
+        errors: each different one.
+        copies: whether parts can be sent to other nodes from here on.
+    """
+
+    step: int
+    whole: bool
+    errors: list[str]
+    copies: bool
+    bytes: int
+    write_seconds: float
+
+
+class LocalSaver:
+    """Saves to the nodes' disks. Made by all ranks together.
+
+    Args:
+        folder: `local_folder`.
+        run_id: from `run_id`.
+    """
+
+    def __init__(self, config: RunConfig, world: World, state: TrainingState, folder: Path, run_id: str):
+        self.world, self.state, self.copy = world, state, HostCopy(state)
+        self.folder = folder / f"run_{run_id}"
+        self.attempt: str = gather_objects(uuid.uuid4().hex[:8])[0]
+        self.run_id, self._run_file = run_id, Path(config.run_dir) / RUN_FILE
+        self._noted = False  # the run's ID, in its folder
+        self.nodes = ranks_by_node()
+        holders = copy_holders(self.nodes)
+        self._exchange = Exchange(world.rank, holders) if holders else None
+        self._thread: threading.Thread | None = None
+        self._own_done = threading.Event()
+        self._own: LocalPart | None = None
+        self._result: dict[str, Any] = {}
+        self._step = 0
+        self.kept: list[Path] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was begun and not finished."""
+        return self._thread is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether nothing is being written."""
+        return self._thread is None or not self._thread.is_alive()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f"step_{self._step:08d}_{self.attempt}"
+
+    def begin(self, meta: dict[str, Any]) -> Part:
+        """Begin a checkpoint, where none is pending.
+
+        Returns:
+            The host copy of this rank's part, which is read until `written`.
+        """
+        self._step = meta["step"]
+        part = self.copy.take()
+        record = {
+            "step": self._step, "attempt": self.attempt, "rank": self.world.rank, "world_size": self.world.world_size,
+            "meta": meta | {"shapes": self.state.shapes, "adam_step": self.state.adam_step},
+            "statistics": base64.b64encode(save(host_statistics(self.state))).decode(),
+        }  # fmt: skip
+        self._own, self._result = None, {"errors": []}
+        self._own_done.clear()
+        if self.world.main and not self._noted:
+            self._note_run()
+        self._thread = threading.Thread(target=self._write, args=(part, record), name="local-checkpoint", daemon=True)
+        self._thread.start()
+        return part
+
+    def _note_run(self) -> None:
+        """Write the run's ID into its folder: local checkpoints belong to the run whose folder says so."""
+        try:
+            write_json(self._run_file, {"run": self.run_id})
+            self._noted = True
+        except (UserError, OSError) as e:
+            self._result["errors"].append(str(e))
+
+    def _write(self, part: Part, record: dict[str, Any]) -> None:
+        """This rank's part to its node's disk and to another node's, and others' to this one's; into `self._result`."""
+        start, there = time.perf_counter(), []
+        head = header(part)
+        size = len(head) + sum(x.numel() * x.element_size() for _, _, x in part)
+        try:
+            if self._exchange is not None:
+                self._exchange.send(size, [head, *(values_of(x) for _, _, x in part)])
+            own = _PartWriter(self._temporary, part_name(self.world.rank))
+            for data in (head, *(values_of(x) for _, _, x in part)):
+                for piece in chunks(data):
+                    own.write(piece)
+            record |= {"bytes": size, "crc32": own.crc}
+            if own.finish(record):
+                there.append(self.world.rank)
+                self._own = LocalPart(own.path, size, own.crc)
+            errors = [own.error]
+            self._own_done.set()
+            if self._exchange is not None:
+                self._exchange.send_record(json.dumps(record).encode())
+                for rank in self._exchange.sources:
+                    copy = _PartWriter(self._temporary, f"rank_{rank:05d}.copy.safetensors")
+                    if copy.finish(json.loads(self._exchange.receive(rank, copy.write)), checked=True):
+                        there.append(rank)
+                    errors.append(copy.error)
+                self._exchange.wait()
+            self._result["errors"] += [e for e in errors if e]
+        except Exception as e:  # of the network: training goes on, as far as it can without that rank
+            self._result["errors"].append(f"copies to other nodes failed: {e}")
+            self._result["disconnected"] = True
+        self._own_done.set()
+        self._result |= {"there": there, "bytes": size, "seconds": time.perf_counter() - start}
+
+    def wait_for_own(self) -> LocalPart | None:
+        """Wait until this rank's part is on its node's disk; None where it can't be written."""
+        self._own_done.wait()
+        return self._own
+
+    def finish(self) -> Finished | None:
+        """Wait for the pending checkpoint, and remove those that it makes superfluous; None if none is. Collective."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        results = gather_objects(self._result)
+        whole = {r for x in results for r in x["there"]} == set(range(self.world.world_size))
+        if any("disconnected" in x for x in results):
+            self._exchange = None
+        if whole:
+            self.kept = [*self.kept, self._temporary][-KEEP:]
+        else:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        if whole and self.folder.is_dir():
+            self._prune()
+        errors = list(dict.fromkeys(e for x in results for e in x["errors"]))
+        return Finished(
+            self._step, whole, errors, self._exchange is not None,
+            bytes=sum(x["bytes"] for x in results), write_seconds=max(x["seconds"] for x in results),
+        )  # fmt: skip
+
+    def _prune(self) -> None:
+        """Remove what is older, and what former starts of the training left; another rank may be writing the next one."""
+        for path in self.folder.iterdir():
+            later = path.name.endswith(f"_{self.attempt}") and path.name > self._temporary.name
+            if path not in self.kept and not later:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def close(self, remove: bool) -> None:
+        """Wait a while for what is being written.
+
+        Args:
+            remove: the run is done: remove its folder from this node's disk.
+        """
+        if self._thread is not None:
+            self._thread.join(60)
+        if remove and self.written:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _PartWriter:
+    """Writes a part's file; where it can't, it goes on without, as other nodes wait for what this rank sends."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / name
+        self.crc, self.size, self.error = 0, 0, ""
+        self._hidden = folder / f".{name}.tmp"
+        self._file: BinaryIO | None = None
+        with self._noting_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._hidden, "wb", buffering=0)  # noqa: SIM115
+
+    def _failing_quietly(self) -> _NoteError:
+        return _NoteError(self)
+
+    def write(self, data: memoryview) -> None:
+        """Append."""
+        self.crc, self.size = zlib.crc32(data, self.crc), self.size + len(data)
+        if self._file is None:
+            return
+        with self._noting_errors():
+            while data:
+                data = data[self._file.write(data) :]
+
+    def fail(self, error: str) -> None:
+        """Note the first error, and leave nothing of the file."""
+        self.error = self.error or error
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for path in (self._hidden, self.path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def finish(self, record: dict[str, Any], checked: bool = False) -> bool:
+        """Give the file its name, and write its record; whether both are there.
+
+        Args:
+            checked: compare with the record that the sender made.
+        """
+        if checked and (record["bytes"], record["crc32"]) != (self.size, self.crc):
+            self.fail(f"{self.path} did not arrive as it was sent")
+        if self._file is None:
+            return False
+        with self._noting_errors():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._hidden.replace(self.path)
+            write_json(self.path.with_suffix(".json"), record)
+        return not self.error
