@@ -108,6 +108,8 @@ class LocalSaver:
         self._result: dict[str, Any] = {}
         self._step = 0
         self.kept: list[Path] = []
+        self.begun_at = time.monotonic()  # the last one, or this object
+        self.begin_seconds = 0.0  # for which training waited when it was
 
     @property
     def pending(self) -> bool:
@@ -129,7 +131,7 @@ class LocalSaver:
         Returns:
             The host copy of this rank's part, which is read until `written`.
         """
-        self._step = meta["step"]
+        self._step, self.begun_at, start = meta["step"], time.monotonic(), time.perf_counter()
         part = self.copy.take()
         record = {
             "step": self._step, "attempt": self.attempt, "rank": self.world.rank, "world_size": self.world.world_size,
@@ -142,6 +144,7 @@ class LocalSaver:
             self._note_run()
         self._thread = threading.Thread(target=self._write, args=(part, record), name="local-checkpoint", daemon=True)
         self._thread.start()
+        self.begin_seconds = time.perf_counter() - start
         return part
 
     def _note_run(self) -> None:
@@ -161,7 +164,7 @@ class LocalSaver:
             if self._exchange is not None:
                 self._exchange.send(size, [head, *(values_of(x) for _, _, x in part)])
             own = _PartWriter(self._temporary, part_name(self.world.rank))
-            for data in (head, *(values_of(x) for _, _, x in part)):
+            for data in (memoryview(head), *(values_of(x) for _, _, x in part)):
                 for piece in chunks(data):
                     own.write(piece)
             record |= {"bytes": size, "crc32": own.crc}
@@ -226,7 +229,7 @@ class LocalSaver:
             remove: the run is done: remove its folder from this node's disk.
         """
         if self._thread is not None:
-            self._thread.join(60)
+            self._thread.join(20)
         if remove and self.written:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -241,10 +244,15 @@ class _PartWriter:
         self._file: BinaryIO | None = None
         with self._noting_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._hidden, "wb", buffering=0)  # noqa: SIM115
+            self._file = open(self._hidden, "wb", buffering=0)
 
-    def _failing_quietly(self) -> _NoteError:
-        return _NoteError(self)
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            with full_disk_is_user_error(self.path):
+                yield
+        except (UserError, OSError) as e:
+            self.fail(str(e))
 
     def write(self, data: memoryview) -> None:
         """Append."""

@@ -87,19 +87,22 @@ def newest_checkpoint(config: RunConfig, world: World) -> Path | None:
     whole = _whole_parts(list(_parts_of(folder / f"run_{identity}")), world)
     step = whole[0].step if whole else -1
     there = gather_objects([p.name for p in checkpoint.all_checkpoints(config.run_dir)])[0]
-    if there and int(there[-1].removeprefix("step_")) >= step or not whole:
-        newest, error = None, None
+    if not whole or there and _step(there[-1]) >= step:
+        newest = None
         try:
             newest = checkpoint.newest_whole(config.run_dir, world)
-        except UserError as e:  # of all ranks alike
-            error = e
-        if error is not None and not whole:
-            raise error
-        if error is None and newest is not None and int(newest.name.removeprefix("step_")) >= step or not whole:
+        except UserError:  # of all ranks alike
+            if not whole:
+                raise
+        if not whole or newest is not None and _step(newest.name) >= step:
             return newest
     if world.main:
         _log.info(f"the newest checkpoint, of step {step}, is on the nodes' disks: copying it to {config.run_dir}")
     return _bring(config, world, whole)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def _parts_of(folder: Path) -> Iterator[_Found]:
@@ -163,27 +166,31 @@ def _bring(config: RunConfig, world: World, parts: list[_Found]) -> Path:
     folder, step = Path(config.run_dir) / "checkpoints", parts[0].step
     temporary = folder / f".step_{step:08d}.tmp"
     nodes = gather_objects(node_name())
-    error: Exception | None = None
+    error: UserError | None = None
+    try:
+        if world.main:
+            with full_disk_is_user_error(temporary):
+                checkpoint.clear_rests(folder)
+                temporary.mkdir(parents=True, exist_ok=True)
+    except (UserError, OSError) as e:
+        error = UserError(str(e))
+    all_or_none(error)
     entries: list[dict[str, Any]] = []
     first: dict[str, Any] | None = None
     try:
-        with full_disk_is_user_error(temporary):
-            if world.main:
-                checkpoint.clear_rests(folder)
-            gather_objects(None)
-            temporary.mkdir(parents=True, exist_ok=True)
-            for part in (p for p in parts if _reader(p, nodes) == world.rank):
-                file = Path(part.record).with_suffix(".safetensors")
-                with open(file, "rb") as f:
-                    copied = copy_part(f, temporary / part_name(part.rank))
-                entries.append(copied | {"name": part_name(part.rank), "digest": digests_of(file)})
-                if part.rank == 0:
-                    first = read_json(part.record, "record")
-    except (UserError, OSError, SafetensorError, KeyError, ValueError) as e:
+        for part in (p for p in parts if _reader(p, nodes) == world.rank):
+            file = Path(part.record).with_suffix(".safetensors")
+            with full_disk_is_user_error(temporary), open(file, "rb") as f:
+                temporary.mkdir(parents=True, exist_ok=True)  # other hosts may not see it yet
+                copied = copy_part(f, temporary / part_name(part.rank))
+            entries.append(copied | {"name": part_name(part.rank), "digest": digests_of(file)})
+            if part.rank == 0:
+                first = read_json(part.record, "record")
+    except (UserError, OSError, SafetensorError, LookupError, ValueError, TypeError) as e:
         error = UserError(str(e))
     all_or_none(error)
     gathered = gather_objects((entries, first))
-    final, error = None, None
+    final: Path | None = None
     try:
         if world.main:
             record = next(x for _, x in gathered if x is not None)
@@ -201,4 +208,6 @@ def _publish(config: RunConfig, temporary: Path, record: dict[str, Any], entries
     frozen: Path | None = Path(config.run_dir) / f"frozen/{meta['frozen']}.safetensors"
     if config.checkpoint.frozen != "store" or frozen is not None and not frozen.exists():
         frozen = None
-    return publish(config, temporary, meta, sorted(entries, key=lambda e: e["name"]), statistics=statistics, frozen=frozen)
+    return publish(
+        config, temporary, meta, sorted(entries, key=lambda e: e["name"]), statistics=statistics, frozen=frozen
+    )
