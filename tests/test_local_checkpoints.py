@@ -246,7 +246,7 @@ def test_doctor_looks_at_the_local_disk(config, tmp_path):
     assert checks(None) == []
     good = checks(tmp_path / "new")[0]
     assert good.status == "ok" and "can be written" in good.found and not (tmp_path / "new").exists()
-    with small_disk(tmp_path / "small", "100k") as small:
+    with small_disk(tmp_path / "small", "1100k") as small:
         assert checks(small)[0].status == "fail" and "GiB free" in checks(small)[0].found
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from dit_ds.checkpointing.parts import CHUNK, chunks
+
+
+_TIMEOUT = datetime.timedelta(minutes=10)  # the other node may have many parts to write before it receives
 
 
 class Exchange:
@@ -21,7 +25,7 @@ class Exchange:
     """
 
     def __init__(self, rank: int, holders: dict[int, int]):
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._to = holders[rank]
         self.sources = sorted(r for r, holder in holders.items() if holder == rank)
         self._sent: list[tuple[dist.Work | None, torch.Tensor]] = []
