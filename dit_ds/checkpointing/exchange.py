@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from dit_ds.checkpointing.parts import CHUNK, chunks
 
-
 _TIMEOUT = datetime.timedelta(minutes=10)  # the other node may have many parts to write before it receives
 
 
