@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from dit_ds.checkpointing.parts import CHUNK, chunks
+from dit_ds.checkpointing.parts import CHUNK, page_aligned
 
 _TIMEOUT = datetime.timedelta(minutes=10)  # the other node may have many parts to write before it receives
 
@@ -28,14 +28,13 @@ class Exchange:
         self._to = holders[rank]
         self.sources = sorted(r for r, holder in holders.items() if holder == rank)
         self._sent: list[tuple[dist.Work | None, torch.Tensor]] = []
-        self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        self._buffer = page_aligned(CHUNK)
 
-    def send(self, size: int, data: list[bytearray | memoryview]) -> None:
-        """Begin to send `size` bytes, which must stay as they are until `wait`."""
-        self._begin(torch.tensor([size]))
-        for piece in (p for x in data for p in chunks(x)):
-            self._begin(torch.tensor([len(piece)]))
-            self._begin(torch.frombuffer(piece, dtype=torch.uint8))
+    def send(self, image: torch.Tensor) -> None:
+        """Begin to send (bytes,) uint8, which must stay as they are until `wait`."""
+        self._begin(torch.tensor([len(image)]))
+        for piece in image.split(CHUNK):
+            self._begin(piece)
 
     def send_record(self, text: bytes) -> None:
         """Begin to send the record of what was sent."""
@@ -49,24 +48,20 @@ class Exchange:
         """Receive what `rank` sends.
 
         Args:
-            write: called with each piece.
+            write: called with pieces of `CHUNK` bytes, the last one shorter.
         Returns:
             The record.
         """
         size = self._number(rank)
         while size > 0:
-            size -= self._piece(rank, write)
+            piece = self._buffer[:size]
+            dist.recv(piece, rank, group=self._group)
+            write(memoryview(piece.numpy().data))
+            size -= len(piece)
         length = self._number(rank)
         text = torch.empty(length, dtype=torch.uint8)
         dist.recv(text, rank, group=self._group)
         return text.numpy().tobytes()
-
-    def _piece(self, rank: int, write: Callable[[memoryview], None]) -> int:
-        length = self._number(rank)
-        piece = self._buffer[:length]
-        dist.recv(piece, rank, group=self._group)
-        write(memoryview(piece.numpy().data))
-        return length
 
     def _number(self, rank: int) -> int:
         number = torch.empty(1, dtype=torch.int64)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -17,18 +19,17 @@ import shutil
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save
 from torch import Tensor
 
 from dit_ds.checkpointing.exchange import Exchange
 from dit_ds.checkpointing.nodes import copy_holders, ranks_by_node
-from dit_ds.checkpointing.parts import HostCopy, Part, chunks, header, part_name, values_of
+from dit_ds.checkpointing.parts import PAGE, Checksum, HostImage, Part, chunks, part_name
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, gather_objects
 from dit_ds.engine.batchnorm import running_statistics
@@ -64,7 +65,7 @@ class LocalPart(NamedTuple):
 
     path: Path
     bytes: int
-    crc32: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class LocalSaver:
     """
 
     def __init__(self, config: RunConfig, world: World, state: TrainingState, folder: Path, run_id: str):
-        self.world, self.state, self.copy = world, state, HostCopy(state)
+        self.world, self.state, self.copy = world, state, HostImage(state)
         self.folder = folder / f"run_{run_id}"
         self.attempt: str = gather_objects(uuid.uuid4().hex[:8])[0]
         self.run_id, self._run_file = run_id, Path(config.run_dir) / RUN_FILE
@@ -142,7 +143,7 @@ class LocalSaver:
         self._own_done.clear()
         if self.world.main and not self._noted:
             self._note_run()
-        self._thread = threading.Thread(target=self._write, args=(part, record), name="local-checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(record,), name="local-checkpoint", daemon=True)
         self._thread.start()
         self.begin_seconds = time.perf_counter() - start
         return part
@@ -155,22 +156,20 @@ class LocalSaver:
         except (UserError, OSError) as e:
             self._result["errors"].append(str(e))
 
-    def _write(self, part: Part, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         """This rank's part to its node's disk and to another node's, and others' to this one's; into `self._result`."""
         start, there = time.perf_counter(), []
-        head = header(part)
-        size = len(head) + sum(x.numel() * x.element_size() for _, _, x in part)
+        image = self.copy.image
         try:
             if self._exchange is not None:
-                self._exchange.send(size, [head, *(values_of(x) for _, _, x in part)])
+                self._exchange.send(image)
             own = _PartWriter(self._temporary, part_name(self.world.rank))
-            for data in (memoryview(head), *(values_of(x) for _, _, x in part)):
-                for piece in chunks(data):
-                    own.write(piece)
-            record |= {"bytes": size, "crc32": own.crc}
+            for piece in chunks(image.numpy().data):
+                own.write(piece)
+            record |= {"bytes": own.size, "checksum": own.checksum.value}
             if own.finish(record):
                 there.append(self.world.rank)
-                self._own = LocalPart(own.path, size, own.crc)
+                self._own = LocalPart(own.path, own.size, own.checksum.value)
             errors = [own.error]
             self._own_done.set()
             if self._exchange is not None:
@@ -186,7 +185,7 @@ class LocalSaver:
             self._result["errors"].append(f"copies to other nodes failed: {e}")
             self._result["disconnected"] = True
         self._own_done.set()
-        self._result |= {"there": there, "bytes": size, "seconds": time.perf_counter() - start}
+        self._result |= {"there": there, "bytes": len(image), "seconds": time.perf_counter() - start}
 
     def wait_for_own(self) -> LocalPart | None:
         """Wait until this rank's part is on its node's disk; None where it can't be written."""
@@ -239,12 +238,12 @@ class _PartWriter:
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / name
-        self.crc, self.size, self.error = 0, 0, ""
+        self.checksum, self.size, self.error = Checksum(), 0, ""
         self._hidden = folder / f".{name}.tmp"
-        self._file: BinaryIO | None = None
+        self._file: int | None = None  # its descriptor
         with self._noting_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._hidden, "wb", buffering=0)
+            self._file = _open_direct(self._hidden)
 
     @contextlib.contextmanager
     def _noting_errors(self) -> Iterator[None]:
@@ -255,19 +254,23 @@ class _PartWriter:
             self.fail(str(e))
 
     def write(self, data: memoryview) -> None:
-        """Append."""
-        self.crc, self.size = zlib.crc32(data, self.crc), self.size + len(data)
+        """Append `CHUNK` bytes, or the last ones."""
+        self.checksum.add(data)
+        self.size += len(data)
         if self._file is None:
             return
         with self._noting_errors():
-            while data:
-                data = data[self._file.write(data) :]
+            pages = len(data) // PAGE * PAGE
+            _write_all(self._file, data[:pages])
+            if pages < len(data):  # at the end
+                _set_direct(self._file, False)
+                _write_all(self._file, data[pages:])
 
     def fail(self, error: str) -> None:
         """Note the first error, and leave nothing of the file."""
         self.error = self.error or error
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
             self._file = None
         for path in (self._hidden, self.path):
             with contextlib.suppress(OSError):
@@ -279,13 +282,38 @@ class _PartWriter:
         Args:
             checked: compare with the record that the sender made.
         """
-        if checked and (record["bytes"], record["crc32"]) != (self.size, self.crc):
+        if checked and (record["bytes"], record["checksum"]) != (self.size, self.checksum.value):
             self.fail(f"{self.path} did not arrive as it was sent")
         if self._file is None:
             return False
         with self._noting_errors():
-            os.fsync(self._file.fileno())
-            self._file.close()
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
             self._hidden.replace(self.path)
             write_json(self.path.with_suffix(".json"), record)
         return not self.error
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    """Write to a descriptor, directly if it is set so and the file system can."""
+    while data:
+        try:
+            data = data[os.write(file, data) :]
+        except OSError as e:
+            if e.errno != errno.EINVAL or not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+                raise
+            _set_direct(file, False)
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor past the system's page cache: filling that takes more processor time than all else."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    with contextlib.suppress(OSError):  # tmpfs has no other way
+        _set_direct(file, True)
+    return file
+
+
+def _set_direct(file: int, on: bool) -> None:
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)

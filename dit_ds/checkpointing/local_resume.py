@@ -6,7 +6,6 @@ import base64
 import logging
 import re
 import uuid
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from dit_ds.checkpointing.integrity import checked
 from dit_ds.checkpointing.local import RUN_FILE, local_folder
 from dit_ds.checkpointing.meta import Count, check_meta
 from dit_ds.checkpointing.nodes import node_name
-from dit_ds.checkpointing.parts import CHUNK, copy_part, digests_of, part_name
+from dit_ds.checkpointing.parts import CHUNK, Checksum, copy_part, digests_of, part_name
 from dit_ds.checkpointing.writer import publish
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, all_or_none, gather_objects
@@ -41,7 +40,7 @@ class _Record(BaseModel):
     rank: Count
     world_size: Annotated[int, Field(ge=1, lt=2**20)]
     bytes: Count
-    crc32: Count
+    checksum: Count
     meta: dict[str, Any]
     statistics: str
 
@@ -151,12 +150,12 @@ def _reader(part: _Found, nodes: list[str]) -> int:
 
 def _damage(part: _Found) -> str | None:
     """What is wrong with a part's file."""
-    crc, path = 0, Path(part.record)
+    checksum, path = Checksum(), Path(part.record)
     try:
         with open(path.with_suffix(".safetensors"), "rb") as f:
             while data := f.read(CHUNK):
-                crc = zlib.crc32(data, crc)
-        return None if crc == read_json(path, "record")["crc32"] else "its file is not what was written"
+                checksum.add(data)
+        return None if checksum.value == read_json(path, "record")["checksum"] else "its file is not what was written"
     except (OSError, UserError, LookupError, TypeError) as e:
         return str(e)
 

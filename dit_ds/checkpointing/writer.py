@@ -224,7 +224,7 @@ def _copy_of_local(source: LocalPart, path: Path) -> dict[str, Any]:
     with open(source.path, "rb") as file:  # which can be read to its end if it is removed meanwhile
         digests = digests_of(source.path)
         copied = copy_part(file, path)
-    if (copied["bytes"], copied.pop("crc32")) != (source.bytes, source.crc32):
+    if (copied["bytes"], copied.pop("checksum")) != (source.bytes, source.checksum):
         raise UserError(f"{source.path} is not what was written: look at that disk")
     return copied | {"digest": digests}
 
