@@ -83,7 +83,7 @@ class Training:
             waited = time.perf_counter()
             done = self.saver.finish()
             assert done is not None and done.whole, done
-            written = {"bytes": done.bytes, "write_seconds": done.write_seconds}
+            written = {"bytes": done.bytes, "write_seconds": done.write_seconds, "thread_seconds": done.cpu_seconds}
             blocked += time.perf_counter() - waited
         return {
             "seconds_per_step": (time.perf_counter() - start) / count,
@@ -110,6 +110,8 @@ def measure(training: Training, pairs: int, seconds: float) -> dict:
         "trained_parameters": sum(torch.Size(s).numel() for s in training.state.shapes.values()),
         "cost": statistics.median(costs), "cost_quartiles": quartiles(costs),
         "cpu_cost": statistics.median(cost(p, "cpu_seconds_per_step") for p in rows),
+        "thread_seconds": (thread := statistics.median(p["with"]["thread_seconds"] for p in rows)),
+        "expected_cost": (statistics.median(p["with"]["blocked_seconds"] for p in rows) + thread) / seconds,
         "blocked_cost": statistics.median(p["with"]["blocked_seconds"] / seconds for p in rows),
         "seconds_per_step": statistics.median(p["without"]["seconds_per_step"] for p in rows),
         "blocked_seconds": statistics.median(p["with"]["blocked_seconds"] for p in rows),
@@ -146,8 +148,11 @@ What else ran: {r["load"]}.
 | more processor time of a step | {r["cpu_cost"]:.1%} |
 | training waits for a save, s | {r["blocked_seconds"]:.2f} ({r["blocked_cost"]:.1%} of the interval) |
 | written in the background in, s | {r["write_seconds"]:.2f} |
+| processor time of that thread, s | {r["thread_seconds"]:.2f} |
+| waiting and that thread's time, of the interval | {r["expected_cost"]:.1%} |
 
-On CPUs the background thread takes processor time from training, which uses all cores; with GPUs it has cores of its own.
+The first line is what was timed; the last one is what a save can cost where training uses all cores and waits for the
+slowest, as on CPUs, and depends less on what else runs. With GPUs the thread has cores of its own.
 """
 
 

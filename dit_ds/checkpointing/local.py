@@ -76,6 +76,8 @@ class Finished:
         whole: every rank's part lies on some node.
         errors: each different one.
         copies: whether parts can be sent to other nodes from here on.
+        bytes: of all parts.
+        write_seconds, cpu_seconds: of the slowest rank, and its thread's processor time.
     """
 
     step: int
@@ -84,6 +86,7 @@ class Finished:
     copies: bool
     bytes: int
     write_seconds: float
+    cpu_seconds: float
 
 
 class LocalSaver:
@@ -186,6 +189,7 @@ class LocalSaver:
             self._result["disconnected"] = True
         self._own_done.set()
         self._result |= {"there": there, "bytes": len(image), "seconds": time.perf_counter() - start}
+        self._result |= {"cpu_seconds": time.thread_time()}
 
     def wait_for_own(self) -> LocalPart | None:
         """Wait until this rank's part is on its node's disk; None where it can't be written."""
@@ -212,6 +216,7 @@ class LocalSaver:
         return Finished(
             self._step, whole, errors, self._exchange is not None,
             bytes=sum(x["bytes"] for x in results), write_seconds=max(x["seconds"] for x in results),
+            cpu_seconds=max(x["cpu_seconds"] for x in results),
         )  # fmt: skip
 
     def _prune(self) -> None:

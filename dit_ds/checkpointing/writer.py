@@ -3,13 +3,15 @@ on from one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dit_ds.checkpointing import reader as checkpoint
@@ -22,6 +24,10 @@ from dit_ds.engine.engine import set_counters
 from dit_ds.engine.zero_state import TrainingState, digest
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, write_json
+
+
+class LocalDiskFailed(UserError):
+    """A part was written to a node's disk, and can't be copied from there."""
 
 
 class Saver:
@@ -109,17 +115,17 @@ class Saver:
         start = time.perf_counter()
         try:
             name = part_name(self.world.rank)
-            source = local.wait_for_own() if local else None
-            self._reads_copy = source is None
-            with full_disk_is_user_error(self._temporary):
+            with contextlib.ExitStack() as opened, full_disk_is_user_error(self._temporary):
+                source = _open(local.wait_for_own() if local else None, opened)
+                self._reads_copy = source is None
                 self._temporary.mkdir(parents=True, exist_ok=True)
                 if source is None:
                     written = write_part(self._temporary / name, part)
                 else:
-                    written = _copy_of_local(source, self._temporary / name)
+                    written = _copy_of_local(*source, self._temporary / name)
             self._entry = written | {"name": name, "seconds": time.perf_counter() - start}
         except Exception as e:  # whatever it is, the other ranks must hear of it
-            self._entry = {"error": str(e)}
+            self._entry = {"error": str(e), "of_local_disk": isinstance(e, LocalDiskFailed)}
         self._reads_copy = False
 
     @property
@@ -132,7 +138,8 @@ class Saver:
         Returns:
             `bytes` of all parts and `write_seconds` of the slowest.
         Raises:
-            UserError: on every rank, if any couldn't write; the former checkpoints are as they were.
+            UserError: on every rank, if any couldn't write; the former checkpoints are as they were. `LocalDiskFailed`
+                where only nodes' own disks are to blame.
         """
         if self._thread is not None:
             self._thread.join()
@@ -151,7 +158,9 @@ class Saver:
         try:
             all_or_none(error)
         except UserError as e:
-            raise UserError(f"checkpoint of step {meta['step']} not saved: {e}") from None
+            of_disk = all(x.get("of_local_disk", True) for x in entries) and any("error" in x for x in entries)
+            kind = LocalDiskFailed if of_disk else UserError
+            raise kind(f"checkpoint of step {meta['step']} not saved: {e}") from None
         self.published = meta["step"]
         return {"bytes": sum(e["bytes"] for e in entries), "write_seconds": max(e["seconds"] for e in entries)}
 
@@ -160,6 +169,16 @@ class Saver:
             self._frozen_entry = self._frozen_entry or entry(self.frozen)
         publish(self.config, temporary, meta, entries, statistics=self._statistics, frozen=self.frozen,
                 frozen_entry=self._frozen_entry)  # fmt: skip
+
+
+def _open(part: LocalPart | None, opened: contextlib.ExitStack) -> tuple[BinaryIO, LocalPart] | None:
+    """The part's file on the node's disk, to be read; None where there is none, or it is gone."""
+    if part is None:
+        return None
+    try:
+        return opened.enter_context(open(part.path, "rb")), part
+    except OSError:
+        return None
 
 
 def publish(
@@ -215,17 +234,19 @@ def _prune(config: RunConfig, newest: Path, best: Path) -> None:
             checkpoint.remove(path)
 
 
-def _copy_of_local(source: LocalPart, path: Path) -> dict[str, Any]:
-    """Copy a part from the node's disk.
+def _copy_of_local(source: BinaryIO, part: LocalPart, path: Path) -> dict[str, Any]:
+    """Copy a part from the node's disk; it can be read to its end if it is removed meanwhile.
 
     Raises:
-        UserError: it is not what was written there.
+        LocalDiskFailed: it can't be read, or is not what was written there.
     """
-    with open(source.path, "rb") as file:  # which can be read to its end if it is removed meanwhile
-        digests = digests_of(source.path)
-        copied = copy_part(file, path)
-    if (copied["bytes"], copied.pop("checksum")) != (source.bytes, source.checksum):
-        raise UserError(f"{source.path} is not what was written: look at that disk")
+    try:
+        digests = digests_of(Path(f"/proc/self/fd/{source.fileno()}"))
+    except (OSError, SafetensorError, LookupError, ValueError) as e:
+        raise LocalDiskFailed(f"{part.path} can't be read back ({e})") from None
+    copied = copy_part(source, path)
+    if (copied["bytes"], copied.pop("checksum")) != (part.bytes, part.checksum):
+        raise LocalDiskFailed(f"{part.path} is not what was written: look at that disk")
     return copied | {"digest": digests}
 
 

@@ -6,6 +6,7 @@ import copy
 import time
 from typing import Any
 
+from dit_ds.checkpointing.writer import LocalDiskFailed
 from dit_ds.distributed import gather_objects
 from dit_ds.engine import engine as ds
 from dit_ds.errors import Interrupted, UserError
@@ -122,9 +123,11 @@ def finish_local(run: Run) -> None:
     run.log.metrics("local_save", {"step": done.step} | line)
 
 
-def commit(run: Run) -> None:
+def commit(run: Run, anew: bool = True) -> None:
     """Publish the checkpoint that was begun, if one was. Collective.
 
+    Args:
+        anew: where a node's disk does not give back what was to be copied, save the run as it is now, without that disk.
     Raises:
         UserError: it could not be written, and `checkpoint.on_full_disk` is "stop".
     """
@@ -132,7 +135,15 @@ def commit(run: Run) -> None:
         return
     start, step = time.perf_counter(), run.saver.step
     try:
-        line = run.saver.commit()
+        try:
+            line = run.saver.commit()
+        except LocalDiskFailed as e:
+            run.log.log(f"warning: {e}" + ": written anew, without that disk" * anew)
+            if not anew:
+                return
+            finish_local(run)
+            step, run.save_seconds = run.progress.step, run.saver.begin(_meta(run), near=False)
+            line = run.saver.commit()
     except UserError as e:
         if run.config.checkpoint.on_full_disk == "stop":
             raise

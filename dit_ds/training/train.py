@@ -87,7 +87,7 @@ def train_epochs(run: Run) -> dict[str, Any]:
         run.log.ended("stopped", progress.step, e)
         stopped = {"stopped": True}
     except RunFailed as e:  # on all ranks alike: the checkpoint that is being written is published
-        commit(run)
+        commit(run, anew=False)
         run.log.ended("failed", progress.step, e)
         raise
     except BaseException as e:
