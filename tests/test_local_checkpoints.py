@@ -14,10 +14,16 @@ from conftest import ROOT, _worlds, dit_ds, environment, metrics_of, refused, sm
 from warm_ranks import WarmProcess
 
 from dit_ds.checkpointing.integrity import damages
+from dit_ds.checkpointing.local import LocalSaver
+from dit_ds.checkpointing.local_resume import new_run_id
 from dit_ds.checkpointing.nodes import copy_holders
-from dit_ds.config.load import load_config
+from dit_ds.checkpointing.writer import LocalDiskFailed, Saver
+from dit_ds.config.load import load_config, validate
 from dit_ds.doctor.check import Context
 from dit_ds.doctor.configured import local_disk
+from dit_ds.engine import engine as ds
+from dit_ds.engine.zero_state import TrainingState
+from dit_ds.models.build import build_model
 from dit_ds.training.status import lines, status
 
 STEPS = 24  # of two epochs
@@ -227,6 +233,52 @@ def test_disks_that_cannot_be_written_do_not_end_the_run_and_are_tried_again(con
     assert same_end(tmp_path / "run", whole)
     steps = [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())]
     assert steps == ["step_00000016", "step_00000024"]  # checkpoint.keep
+
+
+@pytest.mark.parametrize("harm", ["damaged", "removed"])
+def test_a_part_that_is_gone_from_the_local_disk_costs_no_checkpoint(shards, world, tmp_path, monkeypatch, harm):
+    """It is to be copied into the run's folder: damaged, the checkpoint is refused and can be saved anew; removed before it
+    is opened, it is written from memory."""
+    config = validate(tiny_config(shards, tmp_path / "run"))
+    engine = ds.initialize(build_model(config), config, world)
+    state = TrainingState(engine)
+    state.make_states()
+    (tmp_path / "run").mkdir()
+    local = LocalSaver(config, world, state, tmp_path / "disk", new_run_id())
+    saver = Saver(config, world, state, None, local)
+    meta = {"step": 1, "frozen": "0" * 64, "progress": {"best_step": 0}, "engine": ds.counters(engine)}
+    wait = LocalSaver.wait_for_own
+
+    def harmed(self):
+        part = wait(self)
+        if harm == "removed":
+            part.path.unlink()
+        else:
+            part.path.write_bytes(part.path.read_bytes()[:-8] + b"damaged.")
+        return part
+
+    monkeypatch.setattr(LocalSaver, "wait_for_own", harmed)
+    saver.begin(meta)
+    if harm == "damaged":
+        with pytest.raises(LocalDiskFailed, match="is not what was written"):
+            saver.commit()
+        assert local.finish().whole and saver.copy_is_free
+        saver.begin(meta, near=False)
+    saver.commit()
+    assert damages(tmp_path / "run/checkpoints/step_00000001") == []
+
+
+def test_batchnorm_goes_on_from_the_nodes_disks(config, tmp_path):
+    """LAVT has running statistics."""
+    more = ("--model.name", "lavt", "--model.size", "swin_t_tiny", "--data.resize", "stretch", "--train.ema_decay", "0")
+    whole = tmp_path / "whole"
+    dit_ds("train", "--config", config, "--run_dir", whole, *more, ranks=2)
+    cut = kill_after(config, tmp_path / "cut", *more)
+    for path in (cut / "disks").glob("a/run_*/step_*/rank_00000.safetensors"):
+        path.unlink()  # the statistics are in the record of rank 0's part, and of its copy
+    log = finish(start(config, cut / "run", cut / "disks", *more))
+    assert "is on the nodes' disks" in log and same_end(cut / "run", whole)
+    assert (cut / f"run/checkpoints/step_{STEPS:08d}/statistics.safetensors").exists()
 
 
 def test_settings_that_cannot_be_met_are_one_line(config, tmp_path, monkeypatch):
