@@ -110,7 +110,9 @@ def _parts_of(folder: Path) -> Iterator[_Found]:
         try:
             r = checked(path.parent, _Record, read_json(path, "record"), path.name)
             if path.with_suffix(".safetensors").stat().st_size == r["bytes"] and r["rank"] < r["world_size"]:
-                yield _Found(r["step"], r["attempt"], r["rank"], r["world_size"], node_name(), str(path))
+                yield _Found(
+                    **{k: r[k] for k in ("step", "attempt", "rank", "world_size")}, node=node_name(), record=str(path)
+                )
         except (UserError, OSError) as e:
             _log.warning(f"warning: {path} can't be used ({e})")
 
