@@ -83,7 +83,16 @@ def read_meta(path: Path) -> dict[str, Any]:
     if path.is_file():
         return checked(path, _Exported, _header(path), "its header")
     require_readable(path)
-    meta = checked(path, _Meta, read_json(path / "meta.json", "checkpoint"), "meta.json")
+    return check_meta(path, read_json(path / "meta.json", "checkpoint"), "meta.json")
+
+
+def check_meta(path: Path, value: Any, where: str) -> dict[str, Any]:
+    """The value, of the file `where` of a checkpoint, if a checkpoint says such of itself.
+
+    Raises:
+        UserError: it does not.
+    """
+    meta = checked(path, _Meta, value, where)
     if lacking := {MASTER, *MOMENTS} - meta["digest"].keys():
         raise damaged(path, f"its meta.json has no digest of {', '.join(sorted(lacking))}")
     return meta

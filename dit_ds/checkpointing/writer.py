@@ -3,8 +3,7 @@ on from one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 import shutil
 import threading
@@ -12,21 +11,23 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dit_ds.checkpointing import reader as checkpoint
+from dit_ds.checkpointing.local import LocalPart, LocalSaver, host_statistics
+from dit_ds.checkpointing.parts import HostCopy, Part, copy_part, digests_of, entry, live_part, part_name, write_part
 from dit_ds.checkpointing.weights import save_tensors
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, all_or_none, gather_objects
-from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.engine.engine import set_counters
-from dit_ds.engine.zero_state import Fragment, TrainingState, digest
+from dit_ds.engine.zero_state import TrainingState, digest
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error, sha256_of, write_json
+from dit_ds.files import full_disk_is_user_error, write_json
 
-_CHUNK = 1 << 24  # bytes written and hashed at once
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+class LocalDiskFailed(UserError):
+    """A part was written to a node's disk, and can't be copied from there."""
 
 
 class Saver:
@@ -37,14 +38,23 @@ class Saver:
 
     Args:
         frozen: the file of what doesn't train, from `store_frozen`; None leaves it out.
+        local: saves to the nodes' disks; a checkpoint is then written there first, and copied from there.
     """
 
-    def __init__(self, config: RunConfig, world: World, state: TrainingState, frozen: Path | None):
-        self.config, self.world, self.state, self.frozen = config, world, state, frozen
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        state: TrainingState,
+        frozen: Path | None,
+        local: LocalSaver | None = None,
+    ):
+        self.config, self.world, self.state, self.frozen, self.local = config, world, state, frozen, local
         self.folder = Path(config.run_dir) / "checkpoints"
         self._thread: threading.Thread | None = None
         self._meta: dict[str, Any] | None = None
-        self._copies: dict[str, Tensor] = {}
+        self._copy = local.copy if local else HostCopy(state)
+        self._reads_copy = False  # while this rank's part is written from the host copy
         self._statistics: dict[str, Tensor] = {}  # BatchNorm's, of the pending checkpoint
         self._entry: dict[str, Any] = {}  # this rank's in the pending checkpoint's manifest
         self._frozen_entry: dict[str, Any] | None = None
@@ -71,48 +81,52 @@ class Saver:
         """Whether this rank's part of the pending checkpoint is written, or failed."""
         return self._thread is None or not self._thread.is_alive()
 
-    def begin(self, meta: dict[str, Any]) -> float:
-        """Begin a checkpoint, where none is pending; return the seconds for which training waited."""
+    @property
+    def copy_is_free(self) -> bool:
+        """Whether the host copy may be made anew: nothing is written from it, to whichever disk."""
+        return not self._reads_copy and (self.local is None or self.local.written)
+
+    def begin(self, meta: dict[str, Any], near: bool = True) -> float:
+        """Begin a checkpoint, where none is pending; return the seconds for which training waited.
+
+        Args:
+            near: write to the node's disk first, where that is configured. Needs that no local checkpoint is pending.
+        """
         start = time.perf_counter()
         self._meta = meta | {"shapes": self.state.shapes, "adam_step": self.state.adam_step}
         background = self.config.checkpoint.asynchronous
-        tensor = self._copy if background else self.state.tensor
-        parts = [
-            (kind, f, tensor(kind, f))
-            for kind in self.state.all_kinds()
-            for f in self.state.saved()
-            if kind in self.state.kinds(f)
-        ]
-        self._statistics = {n: x.to("cpu", copy=True) for n, x in running_statistics(self.state.engine.module).items()}
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        local = self.local if near else None
+        if local is not None:
+            part = local.begin(meta)
+        else:
+            part = self._copy.take() if background else live_part(self.state)
+        self._statistics = host_statistics(self.state)
+        self._reads_copy = True
         if background:
-            self._thread = threading.Thread(target=self._write, args=(parts,), name="checkpoint")
+            self._thread = threading.Thread(target=self._write, args=(part, local), name="checkpoint")
             self._thread.start()
         else:
             self._thread = None
-            self._write(parts)
+            self._write(part, None)
         return time.perf_counter() - start
 
-    def _copy(self, kind: str, f: Fragment) -> Tensor:
-        """A host copy, in memory that is kept from one checkpoint to the next."""
-        live = self.state.tensor(kind, f)
-        key = f"{kind}/{f.name}"
-        if key not in self._copies:
-            self._copies[key] = torch.empty(f.numel, dtype=live.dtype, pin_memory=live.is_cuda)
-        return self._copies[key].copy_(live, non_blocking=True)
-
-    def _write(self, parts: list[tuple[str, Fragment, Tensor]]) -> None:
+    def _write(self, part: Part, local: LocalSaver | None) -> None:
         """This rank's file; its manifest entry, or the error, in `self._entry`."""
         start = time.perf_counter()
         try:
-            name = f"rank_{self.world.rank:05d}.safetensors"
-            with full_disk_is_user_error(self._temporary):
+            name = part_name(self.world.rank)
+            with contextlib.ExitStack() as opened, full_disk_is_user_error(self._temporary):
+                source = _open(local.wait_for_own() if local else None, opened)
+                self._reads_copy = source is None
                 self._temporary.mkdir(parents=True, exist_ok=True)
-                entry = _write_ranges(self._temporary / name, parts)
-            self._entry = entry | {"name": name, "seconds": time.perf_counter() - start}
+                if source is None:
+                    written = write_part(self._temporary / name, part)
+                else:
+                    written = _copy_of_local(*source, self._temporary / name)
+            self._entry = written | {"name": name, "seconds": time.perf_counter() - start}
         except Exception as e:  # whatever it is, the other ranks must hear of it
-            self._entry = {"error": str(e)}
+            self._entry = {"error": str(e), "of_local_disk": isinstance(e, LocalDiskFailed)}
+        self._reads_copy = False
 
     @property
     def _temporary(self) -> Path:
@@ -124,7 +138,8 @@ class Saver:
         Returns:
             `bytes` of all parts and `write_seconds` of the slowest.
         Raises:
-            UserError: on every rank, if any couldn't write; the former checkpoints are as they were.
+            UserError: on every rank, if any couldn't write; the former checkpoints are as they were. `LocalDiskFailed`
+                where only nodes' own disks are to blame.
         """
         if self._thread is not None:
             self._thread.join()
@@ -143,85 +158,96 @@ class Saver:
         try:
             all_or_none(error)
         except UserError as e:
-            raise UserError(f"checkpoint of step {meta['step']} not saved: {e}") from None
+            of_disk = all(x.get("of_local_disk", True) for x in entries) and any("error" in x for x in entries)
+            kind = LocalDiskFailed if of_disk else UserError
+            raise kind(f"checkpoint of step {meta['step']} not saved: {e}") from None
         self.published = meta["step"]
         return {"bytes": sum(e["bytes"] for e in entries), "write_seconds": max(e["seconds"] for e in entries)}
 
     def _publish(self, temporary: Path, meta: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-        kinds = dict.fromkeys(k for e in entries for k in e["digest"])
-        totals = {k: sum(e["digest"].get(k, 0) for e in entries) % (1 << 64) for k in kinds}
-        meta["digest"] = {k: f"{v:016x}" for k, v in totals.items()}
-        files = {e["name"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
         if self.frozen is not None:
-            checkpoint.link(self.frozen, temporary / checkpoint.FROZEN)
-            self._frozen_entry = self._frozen_entry or _entry(self.frozen)
-            files[checkpoint.FROZEN] = self._frozen_entry
-        if self._statistics:
-            save_tensors(self._statistics, temporary / checkpoint.STATISTICS)
-            files[checkpoint.STATISTICS] = _entry(temporary / checkpoint.STATISTICS)
-        write_json(temporary / "meta.json", meta)
-        files["meta.json"] = _entry(temporary / "meta.json")
-        write_json(temporary / "manifest.json", {"files": files})
-        _sync_folder(temporary)
-        final = self.folder / f"step_{meta['step']:08d}"
-        checkpoint.replace(final, temporary)
-        _sync_folder(self.folder)
-        progress = meta["progress"]
-        if progress["best_step"]:  # each time: a kill may have come between the best checkpoint and its note
-            name = "giou" if "giou" in progress["metrics"] else "miou"
-            best = {"step": progress["best_step"], name: progress["best_score"]}
-            write_json(self.folder.parent / "best.json", best)
-        self._prune(final, self.folder / f"step_{progress['best_step']:08d}")
-
-    def _prune(self, newest: Path, best: Path) -> None:
-        """Keep the best and the newest so many; later ones are damaged, as the run went on from before them."""
-        there = checkpoint.all_checkpoints(self.config.run_dir)
-        keep = [p for p in there if p <= newest][-self.config.checkpoint.keep :]
-        for path in there:
-            if path not in keep and path != best:
-                checkpoint.remove(path)
+            self._frozen_entry = self._frozen_entry or entry(self.frozen)
+        publish(self.config, temporary, meta, entries, statistics=self._statistics, frozen=self.frozen,
+                frozen_entry=self._frozen_entry)  # fmt: skip
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _open(part: LocalPart | None, opened: contextlib.ExitStack) -> tuple[BinaryIO, LocalPart] | None:
+    """The part's file on the node's disk, to be read; None where there is none, or it is gone."""
+    if part is None:
+        return None
+    try:
+        return opened.enter_context(open(part.path, "rb")), part
+    except OSError:
+        return None
 
 
-def _write_ranges(path: Path, parts: list[tuple[str, Fragment, Tensor]]) -> dict[str, Any]:
-    """Stream tensors to a safetensors file, hashed on the way: no copy of them all is made.
+def publish(
+    config: RunConfig,
+    temporary: Path,
+    meta: dict[str, Any],
+    entries: list[dict[str, Any]],
+    *,
+    statistics: dict[str, Tensor],
+    frozen: Path | None,
+    frozen_entry: dict[str, Any] | None = None,
+) -> Path:
+    """Make a checkpoint of a folder with all ranks' parts: the rest is added, and it gets its name. On rank 0.
 
-    Returns:
-        `bytes`, `sha256`, and by kind the `digest` of the values.
+    Args:
+        entries: of the parts, each with `name`, `bytes`, `sha256` and `digest`.
+        statistics: BatchNorm's.
+        frozen: the file of what doesn't train, to be linked.
+        frozen_entry: its entry in the manifest, if that is known.
     """
-    header: dict[str, Any] = {"__metadata__": {"ranges": json.dumps({f.name: [f.start, f.numel] for _, f, _ in parts})}}
-    end = 0
-    for kind, f, x in parts:
-        size = x.numel() * x.element_size()
-        header[f"{kind}/{f.name}"] = {"dtype": _DTYPES[x.dtype], "shape": [f.numel], "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digests: dict[str, int] = {}
-    with open(path, "wb") as file:
-        out = _Hashed(file)
-        out.write(len(text).to_bytes(8, "little") + text)
-        for kind, f, x in parts:
-            x = x.cpu()
-            digests[kind] = digests.get(kind, 0) + digest(f.name, f.start, x)
-            out.write(memoryview(x.view(torch.uint8).numpy().data))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": out.sha.hexdigest(), "digest": digests}
+    kinds = dict.fromkeys(k for e in entries for k in e["digest"])
+    totals = {k: sum(e["digest"].get(k, 0) for e in entries) % (1 << 64) for k in kinds}
+    meta["digest"] = {k: f"{v:016x}" for k, v in totals.items()}
+    files = {e["name"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
+    if frozen is not None:
+        checkpoint.link(frozen, temporary / checkpoint.FROZEN)
+        files[checkpoint.FROZEN] = frozen_entry or entry(frozen)
+    if statistics:
+        save_tensors(statistics, temporary / checkpoint.STATISTICS)
+        files[checkpoint.STATISTICS] = entry(temporary / checkpoint.STATISTICS)
+    write_json(temporary / "meta.json", meta)
+    files["meta.json"] = entry(temporary / "meta.json")
+    write_json(temporary / "manifest.json", {"files": files})
+    _sync_folder(temporary)
+    folder = Path(config.run_dir) / "checkpoints"
+    final = folder / f"step_{meta['step']:08d}"
+    checkpoint.replace(final, temporary)
+    _sync_folder(folder)
+    progress = meta["progress"]
+    if progress["best_step"]:  # each time: a kill may have come between the best checkpoint and its note
+        name = "giou" if "giou" in progress["metrics"] else "miou"
+        write_json(folder.parent / "best.json", {"step": progress["best_step"], name: progress["best_score"]})
+    _prune(config, final, folder / f"step_{progress['best_step']:08d}")
+    return final
 
 
-class _Hashed:
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha = file, hashlib.sha256()
+def _prune(config: RunConfig, newest: Path, best: Path) -> None:
+    """Keep the best and the newest so many; later ones are damaged, as the run went on from before them."""
+    there = checkpoint.all_checkpoints(config.run_dir)
+    keep = [p for p in there if p <= newest][-config.checkpoint.keep :]
+    for path in there:
+        if path not in keep and path != best:
+            checkpoint.remove(path)
 
-    def write(self, data: bytes | memoryview) -> None:
-        for at in range(0, len(data), _CHUNK):
-            piece = data[at : at + _CHUNK]
-            self.file.write(piece)
-            self.sha.update(piece)
+
+def _copy_of_local(source: BinaryIO, part: LocalPart, path: Path) -> dict[str, Any]:
+    """Copy a part from the node's disk; it can be read to its end if it is removed meanwhile.
+
+    Raises:
+        LocalDiskFailed: it can't be read, or is not what was written there.
+    """
+    try:
+        digests = digests_of(Path(f"/proc/self/fd/{source.fileno()}"))
+    except (OSError, SafetensorError, LookupError, ValueError) as e:
+        raise LocalDiskFailed(f"{part.path} can't be read back ({e})") from None
+    copied = copy_part(source, path)
+    if (copied["bytes"], copied.pop("checksum")) != (part.bytes, part.checksum):
+        raise LocalDiskFailed(f"{part.path} is not what was written: look at that disk")
+    return copied | {"digest": digests}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -302,6 +302,15 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         True, description="write in the background, from a copy in host memory; false: training waits for the disk"
     )
+    local: str | None = Field(
+        None,
+        description="folder on each node's own disk (/scratch/$USER, with variables of the environment) where checkpoints are "
+        "written first, with a copy of each rank's part on another node; run_dir gets its checkpoints from there, in the "
+        "background; none: run_dir alone",
+    )
+    local_every_minutes: float = Field(
+        1.0, gt=0, le=_LONGEST, description="minutes between two saves to checkpoint.local, beside those to run_dir"
+    )
     frozen: Literal["store", "leave_out"] = Field(
         "store",
         description="weights that don't train: one file a run, by its hash, linked into each checkpoint; or left out, and "

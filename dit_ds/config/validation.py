@@ -25,6 +25,11 @@ def validate_combinations(config: RunConfig) -> None:
     """
     _check_data(config)
     _check_rates(config.train)
+    if config.checkpoint.local is not None and not config.checkpoint.asynchronous:
+        raise UserError(
+            "checkpoint.local is written in the background, and checkpoint.asynchronous is false: set it true, or leave "
+            "checkpoint.local out"
+        )
     swin = config.model.size.startswith("swin")
     if swin == (config.model.name == "dit_sam"):
         fitting = "vit_t, vit_b, vit_l or vit_h" if swin else "swin_b or swin_t_tiny"

@@ -31,7 +31,7 @@ _FIRST = (node.launch, node.names)
 _LOCAL = (software.versions, software.gpu, software.attention, software.arithmetic, software.deepspeed,
           node.jit_locks, node.cores, node.memory, node.temporary)  # fmt: skip
 _OF_CONFIG = (configured.configuration, configured.shards, configured.sam_checkpoint, configured.text_encoder,
-              configured.run_folder)  # fmt: skip
+              configured.run_folder, configured.local_disk)  # fmt: skip
 _TOGETHER = (collective.bandwidth, speed.node_speed, collective.zero_step)
 _LOCAL_SECONDS = 120  # limit of a rank's local checks together
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dit_ds.checkpointing.local import KEEP, local_folder
 from dit_ds.config.schema import RunConfig, TextConfig
 from dit_ds.doctor.check import Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
@@ -148,10 +149,7 @@ def _on_disk(name: str, file: str) -> bool:
 def run_folder(c: Context) -> Iterator[Check]:
     """Whether this rank can write there, and whether there is space for the checkpoints."""
     run = Path(c.run_config.run_dir).absolute()
-    folder = next(p for p in [run, *run.parents] if p.exists())
-    with full_disk_is_user_error(folder):
-        write_and_remove(folder, c.rank)
-    free, each = shutil.disk_usage(folder).free / GIB, _checkpoint_bytes(c) / GIB
+    free, each = _writable_gib(run, c), _checkpoint_bytes(c) / GIB
     text = f"{run} can be written, {free:.1f} GiB free"
     count = c.run_config.checkpoint.keep + 2  # the best, and the one being written
     if each:
@@ -159,6 +157,35 @@ def run_folder(c: Context) -> Iterator[Check]:
     status = "fail" if free < each else "warn" if free < each * count else "ok"
     remedy = "" if status == "ok" else "free some, choose another --run_dir, or lower checkpoint.keep"
     yield Check("run folder", status, text, remedy)
+
+
+def local_disk(c: Context) -> Iterator[Check]:
+    """`checkpoint.local`: whether this rank can write there, and whether there is space."""
+    folder = local_folder(c.run_config)
+    if folder is None:
+        return
+    free = _writable_gib(folder.absolute(), c)
+    share = _checkpoint_bytes(c) * c.local_ranks / max(1, c.world_size) / GIB  # of the node's ranks
+    copies = 2 if c.nodes > 1 else 1
+    each, count = share * copies, KEEP + 1  # one is being written
+    text = f"{folder} can be written, {free:.1f} GiB free"
+    if each:
+        text += f" for {count} checkpoints of about {each:.2f} on this node"
+        text += ", another node's copies included" * (copies > 1)
+    status = "fail" if free < each else "warn" if free < each * count else "ok"
+    yield Check("local disk", status, text, "" if status == "ok" else "free some, or choose another checkpoint.local")
+
+
+def _writable_gib(folder: Path, c: Context) -> float:
+    """The free space where `folder` is or will be made, in GiB.
+
+    Raises:
+        UserError: this rank can't write there.
+    """
+    there = next(p for p in [folder, *folder.parents] if p.exists())
+    with full_disk_is_user_error(there):
+        write_and_remove(there, c.rank)
+    return shutil.disk_usage(there).free / GIB
 
 
 def _checkpoint_bytes(c: Context) -> int:

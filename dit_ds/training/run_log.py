@@ -190,7 +190,7 @@ def trace_of_run(run_dir: str | Path) -> str | None:
     """The first trace that a training left in a folder, beside its configuration and log; None where there is none."""
     folder = Path(run_dir)
     lines = (folder / "metrics.jsonl", folder / "nonfinite.jsonl", *sorted(folder.glob("samples/rank_*.jsonl")))
-    traces = [*sorted(folder.glob("checkpoints/*")), folder / "best.json"]
+    traces = [*sorted(folder.glob("checkpoints/*")), folder / "best.json", folder / "local.json"]
     found = [p for p in traces if p.exists()] + [p for p in lines if p.is_file() and p.stat().st_size]
     return str(found[0].relative_to(folder)) if found else None
 

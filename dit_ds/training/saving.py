@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from typing import Any
 
+from dit_ds.checkpointing.writer import LocalDiskFailed
 from dit_ds.distributed import gather_objects
 from dit_ds.engine import engine as ds
 from dit_ds.errors import Interrupted, UserError
@@ -28,13 +31,19 @@ def act_on_flags(run: Run) -> bool:
     asked = run.requests.take() if run.world.main else set()
     if c.every_minutes is not None and run.world.main and time.monotonic() - run.saved_at > 60 * c.every_minutes:
         asked.add("save")
-    flags = run.stop_signal.agree(asked, written=run.saver.written)
+    if run.local is not None and run.world.main and time.monotonic() - run.local.begun_at > 60 * c.local_every_minutes:
+        asked.add("local")
+    flags = run.stop_signal.agree(asked, written=run.saver.written, copy_is_free=run.saver.copy_is_free)
     if flags.written:
         commit(run)
+    if flags.copy_is_free:
+        finish_local(run)
     if flags.interrupt or flags.stop:
         save_and_leave(run)
     if flags.save or (c.every_steps and progress.step % c.every_steps == 0):
         save(run)
+    elif flags.local and flags.copy_is_free:
+        save_to_local_disk(run)
     return flags.evaluate
 
 
@@ -45,7 +54,7 @@ def save_and_leave(run: Run) -> None:
         Interrupted: a rank got a signal.
         Stopped: none did.
     """
-    save(run)
+    save(run, to_local_disk=False)  # there may be little time, and the next start on other nodes
     commit(run)
     signal = next((name for name in gather_objects(run.stop_signal.signal) if name), None)
     step, last = run.progress.step, run.saver.published
@@ -54,25 +63,71 @@ def save_and_leave(run: Run) -> None:
     raise Interrupted(line) if signal else Stopped(line)
 
 
-def save(run: Run) -> None:
-    """Begin a checkpoint of this step; publish it, too, unless it is written in the background. Collective."""
-    progress, config = run.progress, run.config
+def save(run: Run, to_local_disk: bool = True) -> None:
+    """Begin a checkpoint of this step; publish it, too, unless it is written in the background. Collective.
+
+    Args:
+        to_local_disk: write it to the nodes' disks first, where that is configured.
+    """
     commit(run)
-    run.watchdog.at(progress.step, "saving")
+    finish_local(run)
+    run.watchdog.at(run.progress.step, "saving")
+    run.save_seconds, run.saved_at = run.saver.begin(_meta(run), to_local_disk), time.monotonic()
+    if not run.config.checkpoint.asynchronous:
+        commit(run)
+
+
+def save_to_local_disk(run: Run) -> None:
+    """Begin a checkpoint of this step on the nodes' disks alone. Collective."""
+    assert run.local is not None
+    run.watchdog.at(run.progress.step, "saving")
+    run.local.begin(_meta(run))
+
+
+def _meta(run: Run) -> dict[str, Any]:
+    progress = run.progress
     meta = run.resume_keys | {"step": progress.step} | run.batches.state(progress.epoch, progress.batch)
-    meta |= {"progress": dict(vars(progress)), "config": config.model_dump(mode="json"), "frozen": run.frozen_digest}
+    meta |= {
+        "progress": copy.deepcopy(vars(progress)),
+        "config": run.config.model_dump(mode="json"),
+        "frozen": run.frozen_digest,
+    }
     meta |= {"engine": ds.counters(run.engine), "world_size": run.world.world_size}
     meta |= {"zero_stage": run.engine.zero_optimization_stage()}
     if run.datasets.val is not None:
         meta |= {"val_manifest_sha": run.datasets.val.index.manifest_sha}
-    run.save_seconds, run.saved_at = run.saver.begin(meta), time.monotonic()
-    if not config.checkpoint.asynchronous:
-        commit(run)
+    return meta
 
 
-def commit(run: Run) -> None:
+def finish_local(run: Run) -> None:
+    """Note how the checkpoint on the nodes' disks went that was begun, if one was. Collective."""
+    start = time.perf_counter()
+    if run.local is None or (done := run.local.finish()) is None:
+        return
+    if done.errors and not run.local_fails:
+        kept = "" if done.whole else f" not saved to {run.config.checkpoint.local}"
+        run.log.log(f"warning: checkpoint of step {done.step}{kept}: {done.errors[0]}: going on, and trying again")
+        if not done.copies:
+            run.log.log("warning: no more copies on other nodes in this start of the training")
+    elif run.local_fails and not done.errors:
+        run.log.log(f"checkpoint of step {done.step} saved to {run.config.checkpoint.local}, as before")
+    run.local_fails = bool(done.errors)
+    run.local_failures += not done.whole
+    line = {
+        "bytes": done.bytes,
+        "write_seconds": done.write_seconds,
+        "whole": done.whole,
+        "failures": run.local_failures,
+    }
+    line |= {"blocked_seconds": run.local.begin_seconds + time.perf_counter() - start}
+    run.log.metrics("local_save", {"step": done.step} | line)
+
+
+def commit(run: Run, anew: bool = True) -> None:
     """Publish the checkpoint that was begun, if one was. Collective.
 
+    Args:
+        anew: where a node's disk does not give back what was to be copied, save the run as it is now, without that disk.
     Raises:
         UserError: it could not be written, and `checkpoint.on_full_disk` is "stop".
     """
@@ -80,7 +135,15 @@ def commit(run: Run) -> None:
         return
     start, step = time.perf_counter(), run.saver.step
     try:
-        line = run.saver.commit()
+        try:
+            line = run.saver.commit()
+        except LocalDiskFailed as e:
+            run.log.log(f"warning: {e}" + ": written anew, without that disk" * anew)
+            if not anew:
+                return
+            finish_local(run)
+            step, run.save_seconds = run.progress.step, run.saver.begin(_meta(run), near=False)
+            line = run.saver.commit()
     except UserError as e:
         if run.config.checkpoint.on_full_disk == "stop":
             raise

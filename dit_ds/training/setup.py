@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
+from dit_ds.checkpointing.local import LocalSaver, local_folder
+from dit_ds.checkpointing.local_resume import new_run_id, newest_checkpoint, run_id
 from dit_ds.checkpointing.writer import Saver, restore
 from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.data.build import build_train_dataset, build_val_dataset
@@ -20,7 +22,7 @@ from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.loader import Loader, make_loader
 from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.progress import progress_bar
-from dit_ds.distributed import World, all_or_none, share_cores
+from dit_ds.distributed import World, all_or_none, gather_objects, share_cores
 from dit_ds.engine import engine as ds
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
@@ -83,6 +85,7 @@ class Run:
     part_factors: dict[str, float]  # of the learning rate, see `part_rates`; empty where all parameters have one rate
     log: RunLog
     saver: Saver
+    local: LocalSaver | None  # saves to the nodes' disks; also in `saver`
     resume_keys: dict[str, Any]  # what must be the same when the run is resumed
     frozen_digest: str  # of the weights that are not trained; on rank 0
     progress: Progress
@@ -92,6 +95,8 @@ class Run:
     skipped_in_a_row: int = 0  # optimizer steps whose gradient was not finite, since the last that was
     save_seconds: float = 0.0  # for which the loop waited when the pending checkpoint was begun
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was begun, or the run was set up
+    local_fails: bool = False  # the last checkpoint on the nodes' disks met an error
+    local_failures: int = 0  # of those checkpoints, how many are not whole
 
 
 def check_request(config: RunConfig, world_size: int) -> Datasets:
@@ -101,6 +106,7 @@ def check_request(config: RunConfig, world_size: int) -> Datasets:
         UserError: a file is missing, or parts of the configuration contradict each other.
     """
     require_monitors(deepspeed_config(config, world_size))
+    local_folder(config)
     text_config(config.text.name, config.text.layers, config.data.tokens)
     return Datasets(build_train_dataset(config), build_val_dataset(config))
 
@@ -116,7 +122,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     threads = share_cores(world.world_size, config.data.workers)
     dtype = DeepSpeedJson(deepspeed_config(config, world.world_size)).dtype
     require(config.model.attention, world.device.type, dtype)
-    newest = checkpoint.newest_whole(config.run_dir, world)
+    newest = newest_checkpoint(config, world)
     resume_keys = _resume_keys(config, datasets.train, dtype)
     model, progress, loaded = _load_model(config, newest, resume_keys)
     rates, part_factors = _rates(model, config.train)
@@ -142,7 +148,8 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
         log.log(f"resumed from {newest} at step {progress.step} ({time.perf_counter() - start:.1f} s to load)")
         for change in _changed_rates(checkpoint.read_meta(newest)["config"], config.train):
             log.log(change)
-    saver = Saver(config, world, state, frozen)
+    local = _local_saver(config, world, state, log, newest)
+    saver = Saver(config, world, state, frozen, local)
     batches = _make_batches(config, datasets.train, world, engine, log)
     if newest is not None:
         batches.resume(checkpoint.read_meta(newest))
@@ -156,7 +163,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
         config, world, stop_signal, datasets, engine,
         state=state, batchnorm=batchnorm, batches=batches, loader=loader, total_steps=total_steps,
         flops=_flops_per_sample(config, world, dtype), part_factors=part_factors, log=log, saver=saver,
-        resume_keys=resume_keys, frozen_digest=frozen_digest, progress=progress,
+        local=local, resume_keys=resume_keys, frozen_digest=frozen_digest, progress=progress,
         progress_bar=_progress_bar(world, progress.step, total_steps),
         watchdog=Watchdog(world, config.log.stall_seconds, lambda why: log.ended("stalled", progress.step, why)),
         requests=Requests(config.run_dir),
@@ -238,6 +245,22 @@ def _store_frozen(model: Segmenter, config: RunConfig, world: World, digest: str
         error = e
     all_or_none(error)
     return path
+
+
+def _local_saver(
+    config: RunConfig, world: World, state: TrainingState, log: RunLog, newest: Path | None
+) -> LocalSaver | None:
+    """For `checkpoint.local`. A run that starts anew has a new ID: what lies on disks of a former one isn't its. Collective."""
+    folder = local_folder(config)
+    if folder is None:
+        return None
+    known = run_id(config.run_dir) if newest is not None else None
+    identity = gather_objects(known or new_run_id())[0]
+    local = LocalSaver(config, world, state, folder, identity)
+    copies = "with copies on the next node" if len(local.nodes) > 1 else "one node, so without copies on another"
+    minutes = config.checkpoint.local_every_minutes
+    log.log(f"checkpoints to {local.folder} on {len(local.nodes)} nodes every {minutes:g} minutes, {copies}")
+    return local
 
 
 def _make_batches(

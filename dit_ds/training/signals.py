@@ -27,7 +27,9 @@ class SyncedFlags(NamedTuple):
     save: bool  # by rank 0's clock, or asked for
     stop: bool  # asked for
     evaluate: bool  # asked for
+    local: bool  # a checkpoint on the nodes' disks, by rank 0's clock
     written: bool  # every rank has written its part of the pending checkpoint
+    copy_is_free: bool  # no rank writes from its host copy
 
 
 class StopSignal:
@@ -71,15 +73,18 @@ class StopSignal:
         """Call before the first `agree`. On GPUs flags go over gloo, so that no kernel is waited for. Collective."""
         self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
 
-    def agree(self, asked: Collection[str] = (), written: bool = True) -> SyncedFlags:
-        """Synchronize the flags by one all-reduce of five integers. Collective.
+    def agree(self, asked: Collection[str] = (), written: bool = True, copy_is_free: bool = True) -> SyncedFlags:
+        """Synchronize the flags by one all-reduce of seven integers. Collective.
 
         Args:
-            asked: of save, stop and evaluate, what is due; on any rank, for all.
+            asked: of save, stop, evaluate and local, what is due; on any rank, for all.
             written: this rank has no part of a checkpoint still to write.
+            copy_is_free: this rank writes nothing from its host copy.
         """
-        mine = [self.signal is not None, "save" in asked, "stop" in asked, "evaluate" in asked, not written]
-        flags = torch.tensor(mine, dtype=torch.int32)
+        mine = [self.signal is not None, *(x in asked for x in ("save", "stop", "evaluate", "local"))]
+        flags = torch.tensor([*mine, not written, not copy_is_free], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        interrupt, save, stop, evaluate, unwritten = (bool(x) for x in flags.tolist())
-        return SyncedFlags(interrupt, save, stop, evaluate, written=not unwritten)
+        interrupt, save, stop, evaluate, local, unwritten, copy_in_use = (bool(x) for x in flags.tolist())
+        return SyncedFlags(
+            interrupt, save, stop, evaluate, local, written=not unwritten, copy_is_free=not copy_in_use
+        )  # fmt: skip

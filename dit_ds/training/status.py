@@ -28,7 +28,8 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         `run`; `state`: queued, running, done, stopped, interrupted, failed, refused, stalled, killed or none; `step`,
         `total_steps`, `epoch`, `loss`, `samples_per_second`; `seconds_left` of training, predicted from the last rate,
         and `finish`, the local time at which it then ends, both None unless it runs; `evaluation`, the last one;
-        `best_step`; `checkpoint`: the newest one's `step` and its age in `seconds`; `starts`, each with `time`, `step`,
+        `best_step`; `checkpoint`: the newest one's `step` and its age in `seconds`; `local_checkpoint`: the
+        step of the last one on the nodes' disks, None without `checkpoint.local`; `starts`, each with `time`, `step`,
         `host`, `job`, and `ended`: how and why it did; `slurm`: the job's state in SLURM's words.
     Raises:
         UserError: there is no such folder, or it holds no run.
@@ -63,6 +64,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
             "step": int(newest.name.rpartition("_")[2]),
             "seconds": round(time.time() - newest.stat().st_mtime),
         },
+        "local_checkpoint": next((_number(x.get("step")) for x in reversed(metrics) if _is_local(x)), None),
         "starts": starts,
         "slurm": job,
     }  # fmt: skip
@@ -87,11 +89,17 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append(f"evaluated   step {e.get('step')}: {scores}; best: step {r['best_step']}")
     c = r["checkpoint"]
     out.append(f"checkpoint  step {c['step']:,}, {_duration(c['seconds'])} ago" if c else "checkpoint  none yet")
+    if r["local_checkpoint"] is not None:
+        out.append(f"on disks    step {r['local_checkpoint']:,}, on the nodes' own")
     out.append(f"restarts    {max(0, len(r['starts']) - 1)}")
     for start in r["starts"][-6:]:
         out.append(f"  {time.strftime('%F %T', time.localtime(start['time']))} from step {start['step']:,} on "
                    f"{start['host']}: {start['ended'] or 'goes on'}")  # fmt: skip
     return out
+
+
+def _is_local(line: dict[str, Any]) -> bool:
+    return line.get("kind") == "local_save" and line.get("whole") is True
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ from dit_ds.evaluation.postprocess import MaskPostprocess, model_inputs
 from dit_ds.training.nonfinite import StepSamples, check_gradient, count_damaged
 from dit_ds.training.run_lock import lock_run
 from dit_ds.training.run_log import trace_of_run
-from dit_ds.training.saving import Stopped, act_on_flags, commit, save, save_and_leave
+from dit_ds.training.saving import Stopped, act_on_flags, commit, finish_local, save, save_and_leave
 from dit_ds.training.schedule import learning_rate, set_learning_rate
 from dit_ds.training.setup import Run, check_request, set_up
 from dit_ds.training.signals import StopSignal
@@ -65,7 +65,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
 def train_epochs(run: Run) -> dict[str, Any]:
     """Epoch by epoch: train, evaluate, save. Returns what `train` does."""
-    config, progress, stopped = run.config, run.progress, {}
+    config, progress, stopped, done = run.config, run.progress, {}, False
     try:
         if evaluate_if_due(run):  # a signal had ended it, or the run before it
             save(run)
@@ -79,13 +79,15 @@ def train_epochs(run: Run) -> dict[str, Any]:
                 save(run)
         run.progress_bar.close()
         commit(run)
+        finish_local(run)
+        done = True
         run.log.ended("done", progress.step)
     except Stopped as e:
         run.log.log(str(e))
         run.log.ended("stopped", progress.step, e)
         stopped = {"stopped": True}
     except RunFailed as e:  # on all ranks alike: the checkpoint that is being written is published
-        commit(run)
+        commit(run, anew=False)
         run.log.ended("failed", progress.step, e)
         raise
     except BaseException as e:
@@ -93,6 +95,8 @@ def train_epochs(run: Run) -> dict[str, Any]:
         run.log.ended("interrupted" if left else "refused" if isinstance(e, UserError) else "failed", progress.step, e)
         raise
     finally:
+        if run.local is not None:
+            run.local.close(remove=done)
         run.watchdog.close()
         run.log.close()
     skipped = {"bad_samples": len(progress.bad_samples)} if config.data.max_bad_samples else {}
