@@ -62,6 +62,7 @@ cpus_per_task=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))
 [ "$cpus_per_task" -gt 0 ] || cpus_per_task=1
 unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK # srun refuses them beside --cpus-per-task
 
+# shellcheck disable=SC2034 # of spares.sh
 site_address=${MASTER_ADDR:-}
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # a port a job, below the ones that Linux gives out itself

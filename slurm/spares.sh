@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # shares common.sh's variables
 # On which of the job's nodes a training runs: SPARES of them wait, and take the place of those that fail. Read by
 # train.sbatch after common.sh.
 
@@ -90,7 +90,7 @@ failed_node() {
 
 # note_failure: a node on which training fails twice in a short time is excluded, if another can take its place
 note_failure() {
-    local node now good=0 other
+    local node now free=0 other
     node=$(failed_node)
     [ -n "$node" ] || return 0
     now=$(date +%s)
@@ -98,10 +98,10 @@ note_failure() {
     [ "$(awk -v node="$node" -v since=$((now - 60 * fails_within)) '$2 == node && $1 >= since' "$failures" | wc -l)" -ge 2 ] ||
         return 0
     for other in "${all_nodes[@]}"; do
-        if [ "$other" != "$node" ] && [ -z "${lost[$other]:-}" ] && ! is_bad "$other"; then good=$((good + 1)); fi
+        if [ "$other" != "$node" ] && [ -z "${lost[$other]:-}" ] && ! is_bad "$other"; then free=$((free + 1)); fi
     done
     for other in "$wanted" $node_counts; do
-        if [ "$good" -ge "$other" ]; then
+        if [ "$free" -ge "$other" ]; then
             exclude_node "$node" "failed twice in $fails_within minutes"
             return 0
         fi
