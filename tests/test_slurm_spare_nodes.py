@@ -43,7 +43,9 @@ chosen() {{ echo "chosen $step_nodes ${{step_on[*]}} $MASTER_ADDR"; }}
 def chosen(folder: Path, then: str, nodes: str = "n1,n2,n3", **settings: str) -> subprocess.CompletedProcess:
     """What bash does `then` after it has read the scripts, as in a job on these nodes."""
     site = folder / "site.env"
-    site.write_text(SITE.format(folder=folder, python=sys.executable) + "".join(f"{k}={v}\n" for k, v in settings.items()))
+    site.write_text(
+        SITE.format(folder=folder, python=sys.executable) + "".join(f"{k}={v}\n" for k, v in settings.items())
+    )
     (folder / "down").touch()
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_JOB_NUM_NODES": str(nodes.count(",") + 1),
            "SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": nodes, "CLUSTER_ENV": str(site)}  # fmt: skip
@@ -68,7 +70,9 @@ def test_the_address_follows_the_first_node_in_use(tmp_path):
     assert lines(done) == ["2 --exclude=n1 --overlap n2"], done.stderr
 
 
-@pytest.mark.parametrize(("status", "again"), [(137, True), (76, True), (1, False), (2, False), (75, False), (0, False)])
+@pytest.mark.parametrize(
+    ("status", "again"), [(137, True), (76, True), (1, False), (2, False), (75, False), (0, False)]
+)
 def test_what_starts_again_on_nodes_that_all_answer(tmp_path, status, again):
     done = chosen(tmp_path, f"choose_nodes; rank_said; starts_again {status} && chosen", SPARES="1")
     assert lines(done) == (["2 --exclude=n3 n1"] if again else []), done.stderr
@@ -113,7 +117,9 @@ def config_of(folder: Path, batch: int) -> str:
 
 def test_elastic_takes_the_largest_number_of_nodes_that_the_batch_divides_over(tmp_path):
     config = config_of(tmp_path, 8)
-    then = f"check_elastic {config}; choose_nodes; chosen; echo n2 >{tmp_path}/down; rank_said; starts_again 1 && chosen"
+    then = (
+        f"check_elastic {config}; choose_nodes; chosen; echo n2 >{tmp_path}/down; rank_said; starts_again 1 && chosen"
+    )
     done = chosen(tmp_path, then, "n1,n2,n3,n4", ELASTIC="1")
     assert lines(done) == ["4  n1", "2 --exclude=n2,n4 --overlap n1"], done.stderr  # 8 do not divide over 3
 
@@ -126,7 +132,9 @@ def test_elastic_refuses_beforehand_what_does_not_divide(tmp_path):
     assert len(errors) == 1 and "with fewer than 3 nodes train.batch_size 3 is not a multiple" in errors[0], done.stderr
 
 
-@pytest.mark.parametrize("wrong", [{"SPARES": "3"}, {"SPARES": "one"}, {"ELASTIC": "yes"}, {"FAILS_WITHIN_MINUTES": "-1"}])
+@pytest.mark.parametrize(
+    "wrong", [{"SPARES": "3"}, {"SPARES": "one"}, {"ELASTIC": "yes"}, {"FAILS_WITHIN_MINUTES": "-1"}]
+)
 def test_a_wrong_setting_is_one_line(tmp_path, wrong):
     done = chosen(tmp_path, "echo went on", **wrong)
     assert done.returncode == 2 and "went on" not in done.stdout and done.stderr.count("\n") == 1, done.stderr

@@ -47,7 +47,9 @@ def digits(site: Site) -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", ["kill_slurmd", "kill_node"])
-def test_a_spare_takes_a_lost_nodes_place_and_computes_the_same(undisturbed, cluster, shards, tmp_path, node_back, kill):
+def test_a_spare_takes_a_lost_nodes_place_and_computes_the_same(
+    undisturbed, cluster, shards, tmp_path, node_back, kill
+):
     site = Site(cluster, tmp_path, shards, SPARES="1")
     # so long that a rank out of SLURM's reach can't end before SLURM has seen that its node is lost
     job = site.train("--checkpoint.every_steps", "5", nodes=3)
