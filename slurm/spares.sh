@@ -19,6 +19,8 @@ mapfile -t all_nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 declare -A lost=() # nodes that no longer answer in this start of the job
 node_counts=       # with ELASTIC: the numbers of nodes that the batch divides over, the largest first
 
+can_do_without() { [ "$spares" != 0 ] || [ "$elastic" = 1 ]; } # a failed node; else it is the queue's
+
 is_bad() { [ -f "$bad_nodes" ] && awk -v node="$1" '$1 == node { found = 1 } END { exit !found }' "$bad_nodes"; }
 
 exclude_node() { # exclude_node NODE WHY
@@ -65,24 +67,27 @@ choose_nodes() {
 
 # find_lost_nodes: asks each node for an answer, all at once; whether one no longer gives it
 find_lost_nodes() {
-    local node found=1 pids=()
+    local node found=1 pids=() patience=90
+    ! can_do_without || patience=20
     for node in "${all_nodes[@]}"; do
         if [ -n "${lost[$node]:-}" ]; then continue; fi
-        timeout -k 5 20 srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap true 2>/dev/null &
+        timeout -k 5 "$patience" srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap true 2>/dev/null &
         pids+=("$node $!")
     done
     for node in "${pids[@]}"; do
         wait "${node#* }" && continue
         node=${node% *} found=0
         lost[$node]=1
-        exclude_node "$node" "does not answer"
+        if can_do_without; then exclude_node "$node" "does not answer"; else say "$node does not answer"; fi
     done
     return "$found"
 }
 
-# failed_node: of the last step, the node of the rank that first died of a signal, or else hung (76)
+# failed_node: of the last step, the node that SLURM lost and has back, else that of the rank that first died of a signal,
+# or else hung (76)
 failed_node() {
-    awk '!/^[0-9]+ srun: error: [^ ]+: tasks? [0-9,-]+: / || /: Terminated/ { next }
+    awk '/ srun: error: Node failure on / { died = $NF }
+        !/^[0-9]+ srun: error: [^ ]+: tasks? [0-9,-]+: / || /: Terminated/ { next }
         /: Exited with exit code/ { if ($NF == 76 && !hung) hung = $4; next }
         !died { died = $4 }
         END { name = died ? died : hung; sub(/:$/, "", name); print name }' "$rank_logs/srun.log"
@@ -111,8 +116,11 @@ note_failure() {
 # nodes_for_another_start STATUS: whether a step that ended so can start again in this job, and on which nodes. A
 # rank whose peer is lost with its node ends with 1, as one with an error of its own does.
 nodes_for_another_start() {
-    find_lost_nodes || [ "$1" -gt 128 ] || [ "$1" = 76 ] || return 1
-    [ "${#lost[@]}" = 0 ] || [ "$spares" != 0 ] || [ "$elastic" = 1 ] || return 1
-    note_failure
+    if find_lost_nodes; then
+        can_do_without || return 1
+    else
+        [ "$1" -gt 128 ] || [ "$1" = 76 ] || return 1
+        note_failure # where a node is lost, SLURM kills the others' ranks, which tells nothing about their nodes
+    fi
     choose_nodes
 }

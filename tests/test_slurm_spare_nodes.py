@@ -89,7 +89,10 @@ KILLED = '"5 srun: error: n2: task 1: Killed" "5 srun: error: n1: task 0: Exited
 HUNG = '"5 srun: error: n2: task 1: Exited with exit code 76" "5 srun: error: n1: task 0: Terminated"'
 
 
-@pytest.mark.parametrize("said", [KILLED, HUNG])
+LOST_AND_BACK = '"5 srun: error: Node failure on n2" "5 srun: error: n1: task 0: Killed"'
+
+
+@pytest.mark.parametrize("said", [KILLED, HUNG, LOST_AND_BACK])
 def test_a_node_that_fails_twice_in_a_short_time_is_left_out_also_after_a_requeue(tmp_path, said):
     fail = f"rank_said {said}; starts_again 137; chosen\n"
     done = chosen(tmp_path, f"choose_nodes\n{fail}{fail}", SPARES="1")
@@ -98,6 +101,13 @@ def test_a_node_that_fails_twice_in_a_short_time_is_left_out_also_after_a_requeu
     assert lines(chosen(tmp_path, "choose_nodes; chosen", SPARES="1")) == ["2 --exclude=n2 n1"]
     (tmp_path / "logs/train-7/bad_nodes").write_text("")  # as a user clears it
     assert lines(chosen(tmp_path, "choose_nodes; chosen", SPARES="1")) == ["2 --exclude=n3 n1"]
+
+
+def test_ranks_that_are_killed_for_a_lost_node_do_not_count_against_their_own(tmp_path):
+    done = chosen(
+        tmp_path, f"choose_nodes; rank_said {KILLED}; echo n1 >{tmp_path}/down; starts_again 137 && chosen", SPARES="1"
+    )
+    assert lines(done) == ["2 --exclude=n1 --overlap n2"] and not (tmp_path / "logs/train-7/failures").exists()
 
 
 def test_failures_long_apart_or_without_a_spare_exclude_none(tmp_path):
