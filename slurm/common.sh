@@ -160,6 +160,7 @@ doctor() {
 }
 
 nodes_answer() { # whether every node that steps run on still runs a task
+    [ -z "${node_lost:-}" ] || return 1 # spares.sh has asked, and srun waits long for a node that the job has lost
     timeout 90 srun --nodes="$step_nodes" "${step_on[@]}" --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 true
 }
 

@@ -57,7 +57,7 @@ choose_nodes() {
     [ "${#good[@]}" -ge "$count" ] || return 1
     nodes=("${good[@]:0:count}")
     for node in "${all_nodes[@]}"; do [[ " ${nodes[*]} " == *" $node "* ]] || others+=("$node"); done
-    step_nodes=$count step_on=()
+    step_nodes=$count step_on=() node_lost=
     [ "${#others[@]}" = 0 ] || step_on+=(--exclude="$(IFS=, && echo "${others[*]}")")
     # the step that lost a node holds the others' cores until SLURM has given that node up
     [ "${#lost[@]}" = 0 ] || step_on+=(--overlap)
@@ -77,7 +77,7 @@ find_lost_nodes() {
     for node in "${pids[@]}"; do
         wait "${node#* }" && continue
         node=${node% *} found=0
-        lost[$node]=1
+        lost[$node]=1 node_lost=1
         if can_do_without; then exclude_node "$node" "does not answer"; else say "$node does not answer"; fi
     done
     return "$found"
