@@ -62,6 +62,8 @@ cpus_per_task=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))
 [ "$cpus_per_task" -gt 0 ] || cpus_per_task=1
 unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK # srun refuses them beside --cpus-per-task
 
+# shellcheck disable=SC2034 # of spares.sh
+site_address=${MASTER_ADDR:-}
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # a port a job, below the ones that Linux gives out itself
 export MASTER_ADDR MASTER_PORT
@@ -72,6 +74,7 @@ if [ -n "${CACHE_DIR:-}" ]; then # what is compiled stays on each node for the n
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$CACHE_DIR/inductor}
 fi
 
+step_nodes=$SLURM_JOB_NUM_NODES step_on=() # of each step: how many nodes, and srun's options that say which (spares.sh)
 dit_ds=("$PYTHON" -m dit_ds.cli)
 rank_logs=$LOG_DIR/$(file_name "$SLURM_JOB_NAME")-$SLURM_JOB_ID
 mkdir -p "$rank_logs"
@@ -84,7 +87,7 @@ say "job $SLURM_JOB_ID, restart $restarts, $SLURM_JOB_NUM_NODES x $TASKS_PER_NOD
 # on_ranks [srun's options] -- COMMAND: one task a GPU; when one fails, none waits for it
 on_ranks() {
     local said=$rank_logs/srun.log status line
-    local options=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$cpus_per_task"
+    local options=(--nodes="$step_nodes" "${step_on[@]}" --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$cpus_per_task"
         --kill-on-bad-exit=1 --wait=60)
     [ -z "$CPU_BIND" ] || options+=(--cpu-bind="$CPU_BIND")
     while [ "$1" != -- ]; do options+=("$1") && shift; done
@@ -138,10 +141,7 @@ logged() {
 }
 
 # on_each_node COMMAND: one task a node
-on_each_node() {
-    srun "${SRUN_OPTIONS[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus_per_task" \
-        --kill-on-bad-exit=1 --wait=60 "${CONTAINER[@]}" "$@"
-}
+on_each_node() { on_ranks --ntasks-per-node=1 -- "$@"; }
 
 # option NAME ARGUMENTS: the value of --NAME among them
 option() {
@@ -162,19 +162,20 @@ doctor() {
     on_ranks -- "${dit_ds[@]}" doctor "$@"
 }
 
-nodes_answer() { # whether every node of the job still runs a task
-    timeout 90 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 true
+nodes_answer() { # whether every node that steps run on still runs a task
+    [ -z "${node_lost:-}" ] || return 1 # spares.sh has asked, and srun waits long for a node that the job has lost
+    timeout 90 srun --nodes="$step_nodes" "${step_on[@]}" --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 true
 }
 
 job_is_running() { [[ $(scontrol show job "$this_job") == *JobState=RUNNING* ]]; }
 
-# starts_again STATUS: whether a step that ended so is started again in this job: a rank died of a signal or hung (76), and
-# all nodes are there. What was interrupted, or is being cancelled, is not.
+# starts_again STATUS: whether a step that ended so is started again in this job: a rank died of a signal, hung (76) or was
+# lost with its node, and nodes enough are there (spares.sh). What was interrupted, or is being cancelled, is not.
 started_again=0
 starts_again() {
-    [ "$1" -gt 128 ] || [ "$1" = 76 ] || return 1
+    case $1 in 0 | 2 | 75) return 1 ;; esac
     [ "$started_again" -lt "${RESTARTS:-0}" ] || return 1
-    job_is_running && nodes_answer || return 1
+    job_is_running && nodes_for_another_start "$1" || return 1
     started_again=$((started_again + 1))
     MASTER_PORT=$((MASTER_PORT + 1)) # the former one may still be taken for a while
     say "ended with status $1: started again in this job ($started_again of $RESTARTS)"

@@ -1,5 +1,5 @@
-"""A real SLURM cluster on this machine, for a test session: munged, slurmctld and two slurmd on ports of their own; and a
-test's site on it."""
+"""A real SLURM cluster on this machine, for a test session: munged, slurmctld and a slurmd for each node on ports of their
+own; and a test's site on it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from conftest import ROOT, metrics_of, tiny_config
 STEPS = 48  # of a site's training on two ranks: long enough to be hit in the middle
 # as names these resolve on every Linux machine, unlike n1 and n2: ranks find the first node as they would elsewhere
 NODES = ("127.0.0.1", "127.0.0.2")
+THREE_NODES = (*NODES, "127.0.0.3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 
 CONF = """\
@@ -38,10 +39,9 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-# two nodes of two cores, whatever this machine has
+# nodes of two cores, whatever this machine has
 SlurmdParameters=config_overrides
-NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000
+{nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 JobRequeue=1
 ReturnToService=2
@@ -57,12 +57,14 @@ SlurmdLogFile={folder}/%n.log
 SlurmctldLogFile={folder}/slurmctld.log
 """
 
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000"
+
 
 class Cluster:
     """The cluster, and what its users do with it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, nodes: tuple[str, ...] = NODES):
+        self.folder, self.nodes = folder, nodes
         world = ("SLURM", "SBATCH", "SRUN", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CLUSTER_ENV")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(world)}
         self.env["PATH"] += ":/usr/sbin:/sbin"
@@ -70,11 +72,13 @@ class Cluster:
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
-        """Start the daemons; return when both nodes are idle."""
+        """Start the daemons; return when all nodes are idle."""
         (self.folder / "state").mkdir()
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (self.folder / "munge.key").chmod(0o600)
-        conf = CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0], ports=_ports(3), nodes=NODES)
+        host, ports = socket.gethostname().split(".")[0], _ports(1 + len(self.nodes))
+        nodes = "\n".join(NODE.format(name=n, host=host, port=p) for n, p in zip(self.nodes, ports[1:], strict=True))
+        conf = CONF.format(folder=self.folder, host=host, ports=ports, nodes=nodes)
         (self.folder / "slurm.conf").write_text(conf)
         # --force: the socket's folder need not be open to other users
         at = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log",
@@ -82,7 +86,7 @@ class Cluster:
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={self.folder / v}" for k, v in at.items()))
         _wait_until(lambda: (self.folder / "munge.socket").exists(), 20, "munged", self.folder / "munged.log")
         self._daemon("slurmctld", "-D", "-i")
-        for node in NODES:
+        for node in self.nodes:
             self.start_node(node)
         self.wait_idle()
 
@@ -106,13 +110,18 @@ class Cluster:
             _kill(pid)
         self.daemons[node].wait()
 
+    def kill_slurmd(self, node: str) -> None:
+        """kill -9 of a node's slurmd alone: its step daemons and tasks live on, out of SLURM's reach."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+
     def wait_idle(self, timeout: float = 60) -> None:
-        """Wait until both nodes can take a job."""
+        """Wait until all nodes can take a job."""
 
         def idle() -> bool:
-            return self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES)
+            return self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(self.nodes)
 
-        _wait_until(idle, timeout, "two idle nodes", self.folder / "slurmctld.log")
+        _wait_until(idle, timeout, f"{len(self.nodes)} idle nodes", self.folder / "slurmctld.log")
 
     def stop(self) -> None:
         """Stop everything that was started, and whatever it left behind."""
@@ -188,8 +197,8 @@ class Site:
         options = [] if script == "shard" else [f"--nodes={nodes}"]
         return self.cluster.submit(self.settings, *options, f"slurm/{script}.sbatch", *args, env=env)
 
-    def train(self, *args: str) -> str:
-        return self.submit("train", "--config", self.config, *args)
+    def train(self, *args: str, nodes: int = 2) -> str:
+        return self.submit("train", "--config", self.config, *args, nodes=nodes)
 
     def train_until_ready(self) -> str:
         """A job of which a rank has touched $READY."""
@@ -227,7 +236,7 @@ class Site:
         self.cluster.wait_for(there, f"step {step}", self.log(job))
 
 
-def start_cluster(folder: Path) -> Iterator[Cluster]:
+def start_cluster(folder: Path, nodes: tuple[str, ...] = NODES) -> Iterator[Cluster]:
     """The cluster for a session; skips where it can't be had, but not in continuous integration."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [p for p in PROGRAMS if shutil.which(p, path=path) is None]
@@ -235,7 +244,7 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     if reason:
         reason = f"no SLURM cluster: {reason} (apt-get install slurm-wlm munge)"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, nodes)
     try:
         cluster.start()
         yield cluster

@@ -23,7 +23,7 @@ def hurry(monkeypatch):
     """Heartbeats every 0.1 s, one second of patience."""
     for name, seconds in (("INTERVAL", 0.1), ("PATIENCE", 1.0), ("SETTLE", 0.3)):
         monkeypatch.setattr(run_lock, name, seconds)
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -126,6 +126,34 @@ def test_a_requeued_job_takes_its_own_lock_at_once(tmp_path, monkeypatch):
     for job in ("here/120.0", "there/12.0", "here/12.1", ""):  # another job, another cluster, this very one, none
         owner = written(tmp_path, job=job)
         assert owner.alive() is None
+
+
+def test_a_later_step_of_a_job_fences_the_rank_that_a_lost_node_left_alive(tmp_path, monkeypatch):
+    """It neither writes beside it nor is refused: when the new one has the lock, the old one has ended."""
+    for name, value in (("CLUSTER_NAME", "here"), ("JOB_ID", "12"), ("STEP_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    pid = hold(tmp_path)
+    with pytest.raises(UserError, match="is being trained by"):
+        RunLock(tmp_path)  # of the same step: a second training
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
+    with pytest.raises(UserError, match="is being trained by"):
+        RunLock(tmp_path)  # an earlier one
+    monkeypatch.setenv("SLURM_STEP_ID", "10")
+    monkeypatch.setattr(run_lock, "INTERVAL", 20.0)  # of this process's patience; the child's heartbeat is in 0.1 s
+    lock = RunLock(tmp_path)
+    assert os.waitpid(pid, os.WNOHANG)[0] == pid  # ended by itself before this one went on
+    lock.close()
+
+
+def test_a_fenced_owner_that_cannot_be_looked_up_is_given_time_to_end(tmp_path, monkeypatch):
+    written(tmp_path, job="here/12.0", step="3")
+    for name, value in (("CLUSTER_NAME", "here"), ("JOB_ID", "12"), ("STEP_ID", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(run_lock, "INTERVAL", 1.0)
+    monkeypatch.setattr(run_lock, "PATIENCE", 60)
+    start = time.monotonic()
+    RunLock(tmp_path).close()
+    assert 1.5 <= time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("links", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -40,6 +40,7 @@ class Owner:
         machine: which kernel and which process table the pid is of.
         started: when the process started, in the kernel's ticks, as pids are used anew.
         job: of SLURM, with its restarts, as "cluster/1234.0"; empty outside.
+        step: the job's step, numbered in each of its restarts anew; empty outside.
     """
 
     token: str
@@ -48,6 +49,7 @@ class Owner:
     machine: str
     started: str
     job: str
+    step: str = ""
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -55,7 +57,8 @@ class Owner:
         env, pid = os.environ, os.getpid()
         job = f"{env.get('SLURM_CLUSTER_NAME', '')}/{env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
         job += f".{env.get('SLURM_RESTART_COUNT', 0)}" if job else ""
-        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _machine(), _started(pid), job)
+        step = env.get("SLURM_STEP_ID", "") if job else ""
+        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _machine(), _started(pid), job, step)
 
     def said(self) -> str:
         """For messages: process, host and job."""
@@ -69,6 +72,16 @@ class Owner:
         if self.job and here and self.job != here and self.job.rpartition(".")[0] == here.rpartition(".")[0]:
             return False  # SLURM ended the job's processes before it started the job anew
         return None
+
+    def superseded(self) -> bool:
+        """Whether this process runs in a later step of the owner's job: the job starts one only when the other ended.
+
+        The owner may live all the same where SLURM has lost its node.
+        """
+        here = Owner.this_process()
+        if not self.job or self.job != here.job or not (self.step.isdigit() and here.step.isdigit()):
+            return False
+        return int(self.step) < int(here.step)
 
 
 class RunLock:
@@ -107,7 +120,8 @@ class RunLock:
                     owner = _read(self.path)
                 if owner is None and not self.path.exists():
                     continue
-                if owner is not None and _still_held(self.path, owner):
+                fence = owner is not None and owner.superseded() and owner.alive() is not False
+                if owner is not None and not fence and _still_held(self.path, owner):
                     raise UserError(
                         f"{self.path.parent} is being trained by {owner.said()}: wait for it, or choose another "
                         f"--run_dir (if that process is gone, remove {self.path})"
@@ -117,10 +131,19 @@ class RunLock:
                     " which has ended without closing it: taken over"
                 )
                 self._write()
+                if fence and owner is not None:
+                    self._wait_for_end(owner)
                 time.sleep(SETTLE)
                 now = _read(self.path)
                 if now is not None and now.token == self.owner.token:
                     return
+
+    def _wait_for_end(self, owner: Owner) -> None:
+        """Until an owner whose lock was taken has ended: it finds that out at its next heartbeat, and leaves unsaved."""
+        end = time.monotonic() + 1.5 * INTERVAL
+        while owner.alive() is not False and time.monotonic() < end:
+            os.utime(self.path)
+            time.sleep(INTERVAL / 20)
 
     def _create(self) -> bool:
         """Write the lock where there is none: a link is made by one process only, on NFS, too."""
