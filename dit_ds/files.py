@@ -6,27 +6,37 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from dit_ds.errors import UserError
 
 GIB = 2**30  # bytes
+PATIENCE = 300.0  # seconds for which a shared file system that is away is waited for
+# what a file system says that can't be reached for now
+_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO)
+T = TypeVar("T")
+_log = logging.getLogger("dit_ds")
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, make_folder: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success sync it and rename it to `path`, on failure remove it.
 
+    Args:
+        make_folder: make the file's folder where it is missing.
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
     refuse_device(path)
     with full_disk_is_user_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with replace_on_success(path) as temporary, open(temporary, "wb") as f:
             yield f
             f.flush()
@@ -72,6 +82,42 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
         raise
 
 
+def is_away(error: Exception, folder: str | Path) -> bool:
+    """Whether writing failed as the file system can't be reached for now.
+
+    Args:
+        error: of the operating system, or the `UserError` that was made of it.
+        folder: was there before.
+    """
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if not isinstance(cause, OSError):
+        return False
+    return cause.errno in _AWAY or cause.errno == errno.ENOENT and not os.path.isdir(folder)
+
+
+def patiently(write: Callable[[], T], folder: str | Path, seconds: float = PATIENCE) -> T:
+    """Call `write`, and again while the file system with `folder` is away.
+
+    Args:
+        write: can be called anew after it failed, and does not make `folder`.
+        seconds: after which its error is raised; as other errors are at once.
+    """
+    end, said, missing = time.monotonic() + seconds, False, 0
+    while True:
+        try:
+            return write()
+        except (OSError, UserError) as e:
+            cause = e.__cause__ if isinstance(e, UserError) else e
+            missing += isinstance(cause, OSError) and cause.errno == errno.ENOENT
+            back = 0 < missing <= 3  # it may have come back before `is_away` looked
+            if time.monotonic() > end or not (is_away(e, folder) or back):
+                raise
+            if not said and is_away(e, folder):
+                said = True
+                _log.warning(f"warning: {folder} can't be reached ({e}): trying again for up to {seconds:.0f} s")
+        time.sleep(1)
+
+
 def refuse_overwriting(out: str | Path, *inputs: str | Path) -> None:
     """See that an output is none of the files to be read, under whatever name, is in no checkpoint's folder, and no device.
 
@@ -87,13 +133,15 @@ def refuse_overwriting(out: str | Path, *inputs: str | Path) -> None:
         raise UserError(f"--out {out} is in a checkpoint's folder: choose another")
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+def write_json(path: str | Path, value: Any, indent: int | None = 1, make_folder: bool = True) -> None:
     """Write `value` as JSON, atomically, with sorted keys (the same value gives the same bytes).
 
+    Args:
+        make_folder: as of `atomic_write`.
     Raises:
         UserError: as of `atomic_write`.
     """
-    with atomic_write(path) as f:
+    with atomic_write(path, make_folder) as f:
         f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n")
 
 

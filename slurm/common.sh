@@ -78,6 +78,8 @@ step_nodes=$SLURM_JOB_NUM_NODES step_on=() # of each step: how many nodes, and s
 dit_ds=("$PYTHON" -m dit_ds.cli)
 rank_logs=$LOG_DIR/$(file_name "$SLURM_JOB_NAME")-$SLURM_JOB_ID
 mkdir -p "$rank_logs"
+export DIT_DS_JOB_FOLDER=$PWD/$rank_logs
+[[ $rank_logs != /* ]] || DIT_DS_JOB_FOLDER=$rank_logs
 [ ! -f "$LOG_DIR/$SLURM_JOB_ID.log" ] || ln -sfn "$SLURM_JOB_ID.log" "$rank_logs.log"
 
 say() { echo "$(date '+%F %T') $SLURM_JOB_NAME: $*"; }

@@ -154,7 +154,7 @@ class LocalSaver:
     def _note_run(self) -> None:
         """Write the run's ID into its folder: local checkpoints belong to the run whose folder says so."""
         try:
-            write_json(self._run_file, {"run": self.run_id})
+            write_json(self._run_file, {"run": self.run_id}, make_folder=False)
             self._noted = True
         except (UserError, OSError) as e:
             self._result["errors"].append(str(e))

@@ -135,6 +135,7 @@ def relink_frozen(run_dir: str | Path, frozen: Path) -> None:
 
 def link(source: Path, target: Path) -> None:
     """A hard link, so that a copied checkpoint is complete; a symbolic one where the file system has none."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

@@ -23,7 +23,7 @@ from dit_ds.distributed import World, all_or_none, gather_objects
 from dit_ds.engine.engine import set_counters
 from dit_ds.engine.zero_state import TrainingState, digest
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error, write_json
+from dit_ds.files import full_disk_is_user_error, patiently, write_json
 
 
 class LocalDiskFailed(UserError):
@@ -35,6 +35,7 @@ class Saver:
 
     Each rank writes its own ranges into a hidden folder, rank 0 adds meta data and manifest and gives the folder its
     name. In the background a rank's ranges are first copied to host memory, which is all that training waits for.
+    While the run's folder can't be reached, it is waited for (`files.PATIENCE`).
 
     Args:
         frozen: the file of what doesn't train, from `store_frozen`; None leaves it out.
@@ -118,15 +119,20 @@ class Saver:
             with contextlib.ExitStack() as opened, full_disk_is_user_error(self._temporary):
                 source = _open(local.wait_for_own() if local else None, opened)
                 self._reads_copy = source is None
-                self._temporary.mkdir(parents=True, exist_ok=True)
-                if source is None:
-                    written = write_part(self._temporary / name, part)
-                else:
-                    written = _copy_of_local(*source, self._temporary / name)
+                file = self._temporary / name
+                written = patiently(lambda: self._write_file(file, part, source), self.folder.parent)
             self._entry = written | {"name": name, "seconds": time.perf_counter() - start}
         except Exception as e:  # whatever it is, the other ranks must hear of it
             self._entry = {"error": str(e), "of_local_disk": isinstance(e, LocalDiskFailed)}
         self._reads_copy = False
+
+    def _write_file(self, path: Path, part: Part, source: tuple[BinaryIO, LocalPart] | None) -> dict[str, Any]:
+        self.folder.mkdir(exist_ok=True)  # not the run's folder: where that is missing, its file system is away
+        path.parent.mkdir(exist_ok=True)
+        if source is None:
+            return write_part(path, part)
+        source[0].seek(0)
+        return _copy_of_local(*source, path)
 
     @property
     def _temporary(self) -> Path:
@@ -167,8 +173,8 @@ class Saver:
     def _publish(self, temporary: Path, meta: dict[str, Any], entries: list[dict[str, Any]]) -> None:
         if self.frozen is not None:
             self._frozen_entry = self._frozen_entry or entry(self.frozen)
-        publish(self.config, temporary, meta, entries, statistics=self._statistics, frozen=self.frozen,
-                frozen_entry=self._frozen_entry)  # fmt: skip
+        patiently(lambda: publish(self.config, temporary, meta, entries, statistics=self._statistics,
+                                  frozen=self.frozen, frozen_entry=self._frozen_entry), self.folder.parent)  # fmt: skip
 
 
 def _open(part: LocalPart | None, opened: contextlib.ExitStack) -> tuple[BinaryIO, LocalPart] | None:
@@ -193,6 +199,8 @@ def publish(
 ) -> Path:
     """Make a checkpoint of a folder with all ranks' parts: the rest is added, and it gets its name. On rank 0.
 
+    Can be called again with the same where it was interrupted.
+
     Args:
         entries: of the parts, each with `name`, `bytes`, `sha256` and `digest`.
         statistics: BatchNorm's.
@@ -203,26 +211,40 @@ def publish(
     totals = {k: sum(e["digest"].get(k, 0) for e in entries) % (1 << 64) for k in kinds}
     meta["digest"] = {k: f"{v:016x}" for k, v in totals.items()}
     files = {e["name"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
+    folder = Path(config.run_dir) / "checkpoints"
+    final = folder / f"step_{meta['step']:08d}"
+    if temporary.is_dir() or not final.is_dir():
+        _complete(temporary, meta, files, statistics, frozen, frozen_entry)
+        checkpoint.replace(final, temporary)
+    _sync_folder(folder)
+    progress = meta["progress"]
+    if progress["best_step"]:  # each time: a kill may have come between the best checkpoint and its note
+        name = "giou" if "giou" in progress["metrics"] else "miou"
+        best = {"step": progress["best_step"], name: progress["best_score"]}
+        write_json(folder.parent / "best.json", best, make_folder=False)
+    _prune(config, final, folder / f"step_{progress['best_step']:08d}")
+    return final
+
+
+def _complete(
+    temporary: Path,
+    meta: dict[str, Any],
+    files: dict[str, Any],
+    statistics: dict[str, Tensor],
+    frozen: Path | None,
+    frozen_entry: dict[str, Any] | None,
+) -> None:
+    """Add what is no rank's own, and the manifest of `files` and these."""
     if frozen is not None:
         checkpoint.link(frozen, temporary / checkpoint.FROZEN)
         files[checkpoint.FROZEN] = frozen_entry or entry(frozen)
     if statistics:
         save_tensors(statistics, temporary / checkpoint.STATISTICS)
         files[checkpoint.STATISTICS] = entry(temporary / checkpoint.STATISTICS)
-    write_json(temporary / "meta.json", meta)
+    write_json(temporary / "meta.json", meta, make_folder=False)
     files["meta.json"] = entry(temporary / "meta.json")
-    write_json(temporary / "manifest.json", {"files": files})
+    write_json(temporary / "manifest.json", {"files": files}, make_folder=False)
     _sync_folder(temporary)
-    folder = Path(config.run_dir) / "checkpoints"
-    final = folder / f"step_{meta['step']:08d}"
-    checkpoint.replace(final, temporary)
-    _sync_folder(folder)
-    progress = meta["progress"]
-    if progress["best_step"]:  # each time: a kill may have come between the best checkpoint and its note
-        name = "giou" if "giou" in progress["metrics"] else "miou"
-        write_json(folder.parent / "best.json", {"step": progress["best_step"], name: progress["best_score"]})
-    _prune(config, final, folder / f"step_{progress['best_step']:08d}")
-    return final
 
 
 def _prune(config: RunConfig, newest: Path, best: Path) -> None:

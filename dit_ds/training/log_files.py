@@ -1,7 +1,8 @@
-"""Files that a run appends to: lines and TensorBoard's scalars, on disks that may be full for a while."""
+"""Files that a run appends to: lines and TensorBoard's scalars, on disks that may be full or out of reach for a while."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_ds.errors import UserError
+from dit_ds.files import is_away
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,17 +25,19 @@ _log = logging.getLogger("dit_ds")
 class LineFile:
     """Appends whole lines to a file.
 
-    While the disk is full, lines wait in memory and are written as soon as there is room, in their order.
+    While the disk is full or can't be reached, lines wait in memory. They are written as soon as that is possible, in
+    their order.
 
     Args:
-        go_on: warn once when the disk is full; else that is an error.
+        go_on: warn once when the disk is full; else that is an error. One that can't be reached never is.
     """
 
     def __init__(self, path: Path, go_on: bool):
         self.path, self.go_on = path, go_on
         self._file: int | None = None
         self._waiting: deque[bytes] = deque(maxlen=_MOST)
-        self._full = False
+        self._waits = False
+        self._whole: int | None = None  # bytes of whole lines, while one is being written
 
     def write(self, line: str) -> None:
         """Append a line.
@@ -42,23 +46,27 @@ class LineFile:
             UserError: the disk is full, and the run shall not go on without the line.
         """
         if len(self._waiting) == _MOST:
-            self._waiting[1] = b'{"kind": "lost", "reason": "the disk was full"}\n'
+            self._waiting[1] = b'{"kind": "lost", "reason": "the disk was full or out of reach"}\n'
         self._waiting.append(line.encode() + b"\n")
         try:
             self.flush()
         except OSError as e:
-            if e.errno not in _FULL:
+            away = is_away(e, self.path.parent)
+            if not away and e.errno not in _FULL:
                 raise
-            if not self.go_on:
+            if not away and not self.go_on:
                 self._waiting.clear()
                 raise UserError(f"no space left while writing {self.path}: free some, and go on with --resume") from e
-            if not self._full:
-                self._full = True  # before the warning, which may be a line of this very file
-                _log.warning(
-                    f"warning: no space left while writing {self.path}: going on, its lines wait until there is some"
+            if not self._waits:
+                self._waits = True  # before the warning, which may be a line of this very file
+                wrong = (
+                    f"{self.path} can't be reached ({e.strerror})"
+                    if away
+                    else f"no space left while writing {self.path}"
                 )
+                _log.warning(f"warning: {wrong}: going on, its lines wait until that is over")
         else:
-            self._full = False
+            self._waits = False
 
     def flush(self) -> None:
         """Write the lines that wait.
@@ -66,18 +74,32 @@ class LineFile:
         Raises:
             OSError: it can't be written; the file then ends with a whole line.
         """
-        if self._file is None:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                if self._whole is not None:  # what it was cut off in
+                    os.ftruncate(self._file, self._whole)
+            self._write_waiting(self._file)
+        except OSError as e:
+            if is_away(e, self.path.parent) and self._file is not None:
+                with contextlib.suppress(OSError):
+                    os.close(self._file)
+                self._file = None
+            raise
+
+    def _write_waiting(self, file: int) -> None:
         while self._waiting:
-            end, line = os.fstat(self._file).st_size, self._waiting[0]
+            self._whole, line = os.fstat(file).st_size, self._waiting[0]
             try:
-                written = os.write(self._file, line)
+                written = os.write(file, line)
                 if written < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                os.ftruncate(self._file, end)
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, self._whole)
                 raise
             self._waiting.popleft()
+        self._whole = None
 
     def close(self) -> None:
         """Write what waits, if there is room now, and close."""
@@ -111,7 +133,7 @@ class LineFileHandler(logging.Handler):
 class ScalarBoard:
     """TensorBoard's scalars of a run.
 
-    While the disk is full they are left out; a new file of events is begun when there is room.
+    While the disk is full or can't be reached they are left out; a new file of events is begun afterwards.
 
     Args:
         folder: for the files of events.
@@ -138,6 +160,7 @@ class ScalarBoard:
         """
         try:
             if self._writer is None:
+                os.stat(self.folder.parent)  # TensorBoard would make it
                 self._open(None)
             assert self._writer is not None
             for name, value in values.items():
@@ -151,15 +174,19 @@ class ScalarBoard:
 
     def _failed(self, e: OSError) -> None:
         self._writer = None  # its thread has ended with the error
-        if e.errno not in _FULL:
+        away = is_away(e, self.folder.parent)
+        if not away and e.errno not in _FULL:
             raise e
-        if not self.go_on:
+        if not away and not self.go_on:
             raise UserError(f"no space left while writing {self.folder}: free some, and go on with --resume") from e
         if not self._full:
             self._full = True
-            _log.warning(
-                f"warning: no space left while writing {self.folder}: going on without TensorBoard until there is"
+            wrong = (
+                f"{self.folder} can't be reached ({e.strerror})"
+                if away
+                else f"no space left while writing {self.folder}"
             )
+            _log.warning(f"warning: {wrong}: going on without TensorBoard until that is over")
 
     def close(self) -> None:
         """Flush and close."""

@@ -22,6 +22,7 @@ from typing import Any
 from dit_ds.distributed import World, all_or_none
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, parse_json, replace_on_success
+from dit_ds.training.run_folder import wait_for_known_folder
 
 NAME = "run.lock"
 INTERVAL = 10.0  # seconds between two heartbeats
@@ -196,8 +197,9 @@ def lock_run(run_dir: str | Path, world: World) -> RunLock | None:
     lock, error = None, None
     try:
         if world.main:
+            wait_for_known_folder(run_dir)
             _require_own_files(Path(run_dir))
-        lock = RunLock(run_dir) if world.main else None
+            lock = RunLock(run_dir)
     except UserError as e:
         error = e
     all_or_none(error)

@@ -22,6 +22,7 @@ from dit_ds.distributed import World, gather_objects
 from dit_ds.files import atomic_write, full_disk_is_user_error, parse_json, write_json
 from dit_ds.models.sam_checkpoint import describe
 from dit_ds.training.log_files import LineFile, LineFileHandler, ScalarBoard
+from dit_ds.training.run_folder import note_folder
 from dit_ds.training.run_lock import Owner
 from dit_ds.training.stragglers import NAME as RANKS
 from dit_ds.training.stragglers import StragglerWatch
@@ -64,6 +65,7 @@ class RunLog:
         with full_disk_is_user_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             config.save(self.folder / "config.yaml")
+            note_folder(self.folder)
             write_json(self.folder / "environment.json", environment(world))
             path = self.folder / "metrics.jsonl"
             (self.folder / "samples").mkdir(exist_ok=True)

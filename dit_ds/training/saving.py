@@ -134,6 +134,7 @@ def commit(run: Run, anew: bool = True) -> None:
     if not run.saver.pending:
         return
     start, step = time.perf_counter(), run.saver.step
+    run.watchdog.at(run.progress.step, "saving")
     try:
         try:
             line = run.saver.commit()
