@@ -81,7 +81,17 @@ def test_lines_wait_for_the_folder(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("local", [False, True])
 def test_a_run_goes_on_when_its_folder_was_away(config_file, tmp_path, local):
     disk = ["--checkpoint.local", tmp_path / "disk", "--checkpoint.local_every_minutes", "0.0001"] if local else []
-    words = ["--train.epochs", 12, "--checkpoint.every_steps", 4, "--eval.every_epochs", 6, "--log.tensorboard", True, *disk]
+    words = [
+        "--train.epochs",
+        12,
+        "--checkpoint.every_steps",
+        4,
+        "--eval.every_epochs",
+        6,
+        "--log.tensorboard",
+        True,
+        *disk,
+    ]
     dit_ds("train", "--config", config_file, "--run_dir", tmp_path / "shared/want", *words, ranks=2)
     run, away = tmp_path / "shared/run", tmp_path / "away"
     ranks = start_ranks(2, "train", "--config", config_file, "--run_dir", run, *words)

@@ -20,7 +20,9 @@ import json, os, sys
 with open(os.environ["NOTED"], "a") as file:
     print(json.dumps(sys.argv[1:]), file=file)
 """
-SCONTROL = "#!/bin/bash\n[ \"$1 $2\" != 'show job' ] || echo 'JobId=7 JobState=RUNNING'\n"
+SCONTROL = """#!/bin/bash
+case "$1 $2" in 'show job') echo JobId=7 JobState=RUNNING ;; 'show hostnames') echo "$3" ;; esac
+"""
 
 
 def steps(tmp_path: Path, script: str, *arguments: str, **settings: str) -> list[list[str]]:
