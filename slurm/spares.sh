@@ -65,6 +65,15 @@ choose_nodes() {
     [ "${#others[@]}" = 0 ] || say "training on ${nodes[*]}, not on ${others[*]}; first node $MASTER_ADDR"
 }
 
+# guard_first_node: two other nodes, so far as there are, see to it that the job is requeued if the first is lost
+guard_first_node() {
+    local node
+    for node in "${all_nodes[@]:1:2}"; do
+        srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --output=none \
+            bash slurm/guard.sh "$this_job" "$DIT_DS_JOB_FOLDER" &
+    done
+}
+
 # find_lost_nodes: asks each node for an answer, all at once; whether one no longer gives it
 find_lost_nodes() {
     local node found=1 pids=() patience=90

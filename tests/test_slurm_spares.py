@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +37,11 @@ def undisturbed(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def node_back(cluster: Cluster) -> Iterator[None]:
-    """Starts the lost node for the next test."""
+    """Starts the lost nodes for the next test."""
     yield
-    if cluster.daemons[LOST].poll() is not None:
-        cluster.start_node(LOST)
+    for node in THREE_NODES:
+        if cluster.daemons[node].poll() is not None:
+            cluster.start_node(node)
     cluster.wait_idle()
 
 
@@ -67,6 +70,45 @@ def test_a_spare_takes_a_lost_nodes_place_and_computes_the_same(
     print(f"{kill}: training again {starts[1]['time'] - lost:.1f} s after")
     assert len(starts) == 2 and starts[1]["time"] - lost < 60, starts
     assert digits(site) == undisturbed and len(undisturbed[0]) == STEPS
+
+
+@pytest.mark.slow
+def test_without_a_spare_an_elastic_training_goes_on_with_fewer_nodes(
+    undisturbed, cluster, shards, tmp_path, node_back
+):
+    site = Site(cluster, tmp_path, shards, ELASTIC="1")
+    words = ["--train.max_steps", str(STEPS), "--checkpoint.every_steps", "5", "--log.samples", "true"]
+    job = site.train(*words)
+    site.reach(job, 12)
+    cluster.kill_slurmd(LOST)
+    info = site.completed(job, timeout=240)
+    log = site.read(job)
+    assert info["Restarts"] == "0" and f"training on {THREE_NODES[0]}, not on {LOST}" in log, log
+    assert [x["world_size"] for x in status(site.run_dir)["starts"]] == [2, 1]
+    train, want = metrics_of(site.run_dir), undisturbed[0]
+    assert [x["step"] for x in train] == [step for step, *_ in want]
+    assert [x["loss"] for x in train] == pytest.approx([loss for _, loss, *_ in want], rel=1e-3)
+    # of each epoch every sample once, whichever rank took it
+    taken = Counter()
+    for file in (site.run_dir / "samples").glob("rank_*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            taken.update((line["epoch"], sample) for sample in line["samples"])
+    assert set(taken.values()) == {1} and len({s for _, s in taken}) > 8
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_first_node_is_the_queues(pretend, cluster, tmp_path):
+    site = pretend(START.format(tmp_path) + 'touch "$READY"; exec sleep 120', SPARES="1")
+    with open(site.settings, "a") as f:
+        f.write(f"export READY={tmp_path}/ready\n")
+    job = site.train(nodes=3)
+    cluster.wait_for((tmp_path / "ready").exists, "rank", site.log(job))
+    time.sleep(1)
+    cluster.kill_node(THREE_NODES[0])
+    cluster.wait_for(lambda: cluster.job(job)["JobState"] != "RUNNING", "end of the job", site.log(job), timeout=90)
+    cluster.start_node(THREE_NODES[0])
+    cluster.wait_for(lambda: cluster.restart(job), "requeued job", site.log(job), timeout=90)
+    assert site.completed(job)["Restarts"] == "1"
 
 
 # What the scripts do with a lost node needs no training: here each rank is a small script in Python's place.
