@@ -83,7 +83,7 @@ def full_disk_is_user_error(path: str | Path) -> Iterator[None]:
 
 
 def is_away(error: Exception, folder: str | Path) -> bool:
-    """Whether writing failed as the file system can't be reached for now.
+    """Whether reading or writing failed as the file system can't be reached for now.
 
     Args:
         error: of the operating system, or the `UserError` that was made of it.
@@ -95,21 +95,21 @@ def is_away(error: Exception, folder: str | Path) -> bool:
     return cause.errno in _AWAY or cause.errno == errno.ENOENT and not os.path.isdir(folder)
 
 
-def patiently(write: Callable[[], T], folder: str | Path, seconds: float = PATIENCE) -> T:
-    """Call `write`, and again while the file system with `folder` is away.
+def patiently(action: Callable[[], T], folder: str | Path, seconds: float = PATIENCE) -> T:
+    """Call `action`, and again while the file system with `folder` is away.
 
     Args:
-        write: can be called anew after it failed, and does not make `folder`.
+        action: can be called anew after it failed, and does not make `folder`.
         seconds: after which its error is raised; as other errors are at once.
     """
     end, said, missing = time.monotonic() + seconds, False, 0
     while True:
         try:
-            return write()
+            return action()
         except (OSError, UserError) as e:
             cause = e.__cause__ if isinstance(e, UserError) else e
             missing += isinstance(cause, OSError) and cause.errno == errno.ENOENT
-            back = 0 < missing <= 3  # it may have come back before `is_away` looked
+            back = missing == 1  # it may have come back before `is_away` looked
             if time.monotonic() > end or not (is_away(e, folder) or back):
                 raise
             if not said and is_away(e, folder):

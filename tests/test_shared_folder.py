@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import dit_ds, metrics_of, start_ranks, wait_for_step
 
+from dit_ds.data.loading.index import JPG, SplitIndex
+from dit_ds.data.loading.readers import MemberReader
 from dit_ds.errors import UserError
 from dit_ds.files import full_disk_is_user_error, patiently, write_json
 from dit_ds.training import run_folder
@@ -113,6 +115,14 @@ def test_a_run_goes_on_when_its_folder_was_away(config_file, tmp_path, local):
         ]
         assert drop == [{k: v for k, v in x.items() if k in drop[0]} for x in metrics_of(want, kind)]
     assert (run / "best.json").read_text() == (want / "best.json").read_text()
+
+
+def test_shards_that_are_away_are_waited_for(folder, caplog):
+    index = SplitIndex.load(folder, "val")
+    reader, away = MemberReader(index), folder.with_name("away")
+    folder.rename(away)
+    threading.Timer(1.5, away.rename, [folder]).start()
+    assert reader.read(0, JPG)[:2] == b"\xff\xd8" and len(caplog.records) == 1
 
 
 @pytest.fixture

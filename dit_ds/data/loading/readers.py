@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import resource
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 
 from dit_ds.data.loading.index import SplitIndex
 from dit_ds.errors import UserError
+from dit_ds.files import patiently
 
 _PREFETCH = 24  # micro-batches: how early a shard's download starts
 _ATTEMPTS = 3  # to read a shard whose stream breaks off
@@ -35,17 +37,25 @@ class MemberReader:
 
         Raises:
             BadSample: they are damaged.
-            UserError: the shard is missing, or can't be read.
+            UserError: the shard is missing, or can't be read; a file system that is away is waited for.
         """
         shard = int(self.index.images[image, 0])
         offset, length, _ = (int(x) for x in self.index.images[image, member : member + 3])
         try:
-            data = os.pread(self._open(shard), length, offset)
+            data = patiently(lambda: self._pread(shard, length, offset), Path(self.index.shards[shard]).parent)
         except OSError as e:
             raise UserError(
                 f"cannot read {self.index.shards[shard]} ({e.strerror}): see that it can be reached"
             ) from None
         return self.index.check(image, member, data)
+
+    def _pread(self, shard: int, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._open(shard), length, offset)
+        except OSError:
+            with contextlib.suppress(OSError, KeyError):  # a descriptor can be of no use any more
+                os.close(self._files.pop(shard))
+            raise
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:
