@@ -36,7 +36,7 @@ import slurm_cluster  # noqa: E402
 EPOCHS_A_FAULT = 2.5  # of twelve steps, so that the run is not over before all faults were
 LIMIT = 300  # seconds for one fault to be overcome
 AWAY = 20  # seconds without the shared folder
-DISK = "48m"  # of a node, for three checkpoints of a rank and of its neighbour
+DISK = "96m"  # of a node, for three checkpoints of a rank and of its neighbour
 # how often of ten; the first is done to a rank of the training, and so on
 KINDS = {
     "rank killed": 4,

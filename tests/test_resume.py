@@ -118,12 +118,14 @@ def test_a_resume_that_finds_no_whole_checkpoint_stops(config, tmp_path, harm):
 def test_lines_that_will_be_repeated_are_moved_aside(config, tmp_path):
     cut = tmp_path / "cut"
     run = ["train", "--config", config, "--run_dir", cut, "--resume", "--eval.every_epochs", "0"]
-    dit_ds(*run, "--train.max_steps", "6", "--checkpoint.every_steps", "4")
+    dit_ds(*run, "--train.max_steps", "6", "--checkpoint.every_steps", "4", ranks=2)
     shutil.rmtree(cut / "checkpoints/step_00000006")
     with open(cut / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "st')  # as a kill leaves it
     before = (cut / "metrics.jsonl").read_text().splitlines()
-    dit_ds(*run, "--train.max_steps", "6")
+    dit_ds(*run, "--train.max_steps", "6", ranks=2)
+    assert [json.loads(x)["step"] for x in (cut / "ranks.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(x)["step"] for x in (cut / "ranks.jsonl.superseded").read_text().splitlines()] == [5, 6]
     moved = (cut / "metrics.jsonl.superseded").read_text().splitlines()
     assert moved[-1] == before[-1] and [json.loads(x)["step"] for x in moved[:-1]] == [5, 6, 6]
     assert set(before) <= set(moved) | set((cut / "metrics.jsonl").read_text().splitlines())
