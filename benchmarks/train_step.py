@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks import common  # noqa: E402
+from benchmarks import common, step_parts  # noqa: E402
 from dit_ds.config.load import validate  # noqa: E402
 from dit_ds.config.schema import RunConfig  # noqa: E402
 from dit_ds.distributed import connect, disconnect  # noqa: E402
@@ -194,7 +194,7 @@ def report(result: dict) -> str:
     rate = result["rows"][0]["mfu_of"] / 1e12
     text += f"{rate:.0f} TFLOP/s.\n\n" if rate >= 10 else "the rate of a large matrix product here.\n\n"
     text += common.table(result["rows"], TIMED)
-    return text
+    return text + step_parts.report(result["parts"])
 
 
 def main() -> None:
@@ -224,6 +224,7 @@ def main() -> None:
                 rows.append(timed_row(width, size, mode, batch, args, world, flop_rate))
                 print(common.table(rows[-1:], TIMED).splitlines()[-1], file=sys.stderr, flush=True)
     result = common.conditions(device) | {"benchmark": "train_step", "rows": rows}
+    result["parts"] = step_parts.measure(device, args.rounds)
     common.write(args.out, args.name, result, report(result))
     common.plot(
         args.out / f"{args.name}.png",

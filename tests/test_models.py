@@ -10,10 +10,11 @@ import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.errors import UserError
 from dit_ds.models.dit_sam import DITSAM
 from dit_ds.models.image_encoder import ImageEncoder, JointBlock
-from dit_ds.models.losses import segmentation_loss
-from dit_ds.models.sam import SIZES, BatchedMaskDecoder, TextPromptEncoder, resize_positions
+from dit_ds.models.losses import of_samples, segmentation_loss
+from dit_ds.models.sam import SIZES, BatchedMaskDecoder, DecoderAttention, TextPromptEncoder, resize_positions
 from dit_ds.models.sam_checkpoint import load_sam_checkpoint
 from dit_ds.models.text_encoder import TextEncoder, load_tokenizer
+from dit_ds.planning.memory.live_tensors import LiveTensors
 
 
 def sam_encoder(image_size, depth=3, dim=48, heads=4, **windows):
@@ -310,3 +311,44 @@ def test_a_text_encoder_that_is_not_there_is_one_line(tmp_path):
                 load(name)
     with pytest.raises(UserError, match="text.layers 9"):
         TextEncoder(MINILM, layers=9)
+
+
+@pytest.mark.parametrize(
+    ("size", "dice", "dtype"), [(64, 0.0, torch.float32), (700, 1.0, torch.float32), (64, 1.0, torch.bfloat16)]
+)
+def test_the_loss_a_few_samples_at_a_time_is_the_plain_one(size, dice, dtype):
+    logits, mask = torch.randn(5, 16, 16).to(dtype), (torch.rand(5, size, size) > 0.6).to(torch.uint8)
+    weight = torch.tensor([1.0, 0.0, 1.0, 2.0, 1.0])
+    x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    ours = segmentation_loss(x, mask, weight, dice)
+    plain = (of_samples(y, mask.double(), dice, False) * weight).mean()
+    (ours * 3).backward()
+    (plain * 3).backward()
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert (x.grad.double() - y.grad).abs().max() <= tolerance * y.grad.abs().max() and x.grad.dtype == dtype
+    with torch.no_grad():
+        assert segmentation_loss(logits, mask, weight, dice) == ours
+
+
+def test_the_loss_keeps_no_map_of_the_images_size():
+    logits, mask = torch.randn(32, 128, 128, requires_grad=True), torch.zeros(32, 512, 512, dtype=torch.uint8)
+    with LiveTensors() as live:
+        loss = segmentation_loss(logits, mask, torch.ones(32))
+        kept = live.now
+        loss.backward()
+    assert kept < 2 * logits.nbytes and live.peak < 32 * 512 * 512 * 4  # one map of the batch
+
+
+@pytest.mark.parametrize("rate", [1, 2])
+def test_the_decoders_fused_attention_is_the_plain_one(rate):
+    attention = DecoderAttention(64, 8, downsample_rate=rate).double()
+    q, k = torch.randn(2, 7, 64, dtype=torch.double), torch.randn(2, 30, 64, dtype=torch.double)
+    results = []
+    for attend in (attention.forward, attention.fused):
+        x, y = q.clone().requires_grad_(), k.clone().requires_grad_()
+        out = attend(x, y, y + 1)
+        out.square().sum().backward()
+        results.append((out, x.grad, y.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
 from dit_ds.models.positions import absolute_positions, is_other_length, relative_positions
@@ -123,11 +125,41 @@ class TextPromptEncoder(PromptEncoder):
                 e.requires_grad_(("point" in kinds and i == 1) or ("box" in kinds and i in (2, 3)))
 
 
+class DecoderAttention(Attention):
+    """The mask decoder's `Attention`, on a GPU by PyTorch's fused kernels, which keep no attention map for backward."""
+
+    @classmethod
+    def of(cls, attention: Attention) -> DecoderAttention:
+        """With the layers of a plain one."""
+        with torch.device("meta"):
+            new = cls(attention.embedding_dim, attention.num_heads, attention.embedding_dim // attention.internal_dim)
+        for name, layer in attention.named_children():
+            setattr(new, name, layer)
+        return new
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, Q, C), (B, K, C) and (B, K, C) to (B, Q, C)."""
+        if q.device.type != "cuda":  # SAM's own bits
+            return super().forward(q, k, v)
+        return self.fused(q, k, v)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `forward`, by `scaled_dot_product_attention`."""
+        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, Q, d)
+        return self.out_proj(rearrange(out, "b heads n d -> b n (heads d)"))
+
+
 class BatchedMaskDecoder(MaskDecoder):
     """SAM's `MaskDecoder` with one set of prompts for each of B images; only the first mask token is decoded."""
 
     def __init__(self, size: Size, layers: int):
         transformer = TwoWayTransformer(layers, size.prompt_dim, num_heads=8, mlp_dim=size.decoder_mlp_dim)
+        for module in list(transformer.modules()):
+            for name, child in module.named_children():
+                if type(child) is Attention:
+                    setattr(module, name, DecoderAttention.of(child))
         super().__init__(transformer_dim=size.prompt_dim, transformer=transformer)
 
     def forward(self, image: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> Tensor:
