@@ -120,6 +120,8 @@ class Saver:
                 self._reads_copy = source is None
                 self._temporary.mkdir(parents=True, exist_ok=True)
                 if source is None:
+                    if local is not None:
+                        local.copy.fill()
                     written = write_part(self._temporary / name, part)
                 else:
                     written = _copy_of_local(*source, self._temporary / name)
