@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dit_ds.checkpointing.local import KEEP, local_folder, other_runs
+from dit_ds.checkpointing.local_resume import run_id
 from dit_ds.config.schema import RunConfig, TextConfig
 from dit_ds.doctor.check import Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove

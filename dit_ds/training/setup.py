@@ -15,6 +15,7 @@ from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
 from dit_ds.checkpointing.local import LocalSaver, local_folder, other_runs
 from dit_ds.checkpointing.local_resume import new_run_id, newest_checkpoint, run_id
+from dit_ds.checkpointing.nodes import node_name
 from dit_ds.checkpointing.writer import Saver, restore
 from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.data.build import build_train_dataset, build_val_dataset
@@ -31,6 +32,7 @@ from dit_ds.engine.optimizers import muon_matrices
 from dit_ds.engine.rates import part_rates, rate_factors
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
+from dit_ds.files import GIB
 from dit_ds.models.attention import require
 from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
