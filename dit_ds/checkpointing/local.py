@@ -206,7 +206,8 @@ class LocalSaver:
 
     def _write(self, record: dict[str, Any]) -> None:
         """Copy, write and send this rank's part, and write those that other ranks send; into `self._result`."""
-        start, exchange, there = time.perf_counter(), self._exchange, []
+        start, exchange = time.perf_counter(), self._exchange
+        there: list[int] = []
         self._result |= {"there": there, "bytes": len(self.copy.image), "disconnected": False}
         try:
             if self._write_own(record):
