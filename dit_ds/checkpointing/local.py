@@ -9,9 +9,6 @@ attempt lies on some node, so that nothing is published: `local_resume.py` looks
 from __future__ import annotations
 
 import base64
-import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
@@ -29,13 +26,14 @@ from torch import Tensor
 
 from dit_ds.checkpointing.exchange import Exchange
 from dit_ds.checkpointing.nodes import copy_holders, ranks_by_node
-from dit_ds.checkpointing.parts import CHUNK, PAGE, Checksum, HostImage, Part, part_name
+from dit_ds.checkpointing.part_writer import PartWriter
+from dit_ds.checkpointing.parts import CHUNK, HostImage, Part, part_name
 from dit_ds.config.schema import RunConfig
 from dit_ds.distributed import World, gather_objects
 from dit_ds.engine.batchnorm import running_statistics
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
-from dit_ds.files import full_disk_is_user_error, write_json
+from dit_ds.files import write_json
 
 RUN_FILE = "local.json"  # in the run's folder: its ID, `checkpoint.local`, and the step of the last one there
 KEEP = 2  # whole checkpoints on a node's disk, beside the one that is being written
@@ -210,6 +208,7 @@ class LocalSaver:
         there: list[int] = []
         self._result |= {"there": there, "bytes": len(self.copy.image), "disconnected": False}
         try:
+            self._prune()
             if self._write_own(record):
                 there.append(self.world.rank)
             self._own_done.set()
@@ -232,7 +231,7 @@ class LocalSaver:
     def _write_own(self, record: dict[str, Any]) -> bool:
         """This rank's part to its node's disk and to another node; `record` gets its size and checksum."""
         image, exchange = self.copy.image, self._exchange
-        own = _PartWriter(self._temporary, part_name(self.world.rank))
+        own = PartWriter(self._temporary, part_name(self.world.rank))
         if exchange is not None:
             exchange.send_size(len(image))
         for at in range(0, len(image), CHUNK):
@@ -249,7 +248,7 @@ class LocalSaver:
 
     def _write_copy(self, exchange: Exchange, rank: int) -> bool:
         """Another rank's part to this node's disk; whether it is there."""
-        copy = _PartWriter(self._temporary, f"rank_{rank:05d}.copy.safetensors")
+        copy = PartWriter(self._temporary, f"rank_{rank:05d}.copy.safetensors")
         text = exchange.receive(rank, copy.write)
         if text is None:
             copy.abandon()
@@ -264,7 +263,7 @@ class LocalSaver:
         return self._own
 
     def finish(self) -> Finished | None:
-        """Wait for the pending checkpoint, and remove those that it makes superfluous; None if none is. Collective."""
+        """Wait for the pending checkpoint; None if none is. Collective."""
         if self._thread is None:
             return None
         self._thread.join()
@@ -277,8 +276,6 @@ class LocalSaver:
             self.kept = [*self.kept, self._temporary][-KEEP:]
         else:
             shutil.rmtree(self._temporary, ignore_errors=True)
-        if whole and self.folder.is_dir():
-            self._prune()
         errors = list(dict.fromkeys(e for x in results for e in x["errors"]))
         return Finished(
             self._step, whole, errors, self._exchange is not None or not self._holders,
@@ -287,10 +284,15 @@ class LocalSaver:
         )  # fmt: skip
 
     def _prune(self) -> None:
-        """Remove what is older, and what former starts of the training left; another rank may be writing the next one."""
-        for path in self.folder.iterdir():
-            later = path.name.endswith(f"_{self.attempt}") and path.name > self._temporary.name
-            if path not in self.kept and not later:
+        """Remove what whole checkpoints make superfluous, and what former starts of the training left.
+
+        Not in the thread that trains: a file system takes a while to free gigabytes.
+        """
+        if not self.kept or not self.folder.is_dir():
+            return
+        for path in self.folder.glob("step_*"):
+            being_written = path.name.endswith(f"_{self.attempt}") and path.name >= self._temporary.name
+            if path not in self.kept and not being_written:
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self, remove: bool) -> None:
@@ -303,93 +305,3 @@ class LocalSaver:
             self._thread.join(20)
         if remove and self.written:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class _PartWriter:
-    """Writes a part's file; where it can't, it goes on without, as other nodes wait for what this rank sends."""
-
-    def __init__(self, folder: Path, name: str):
-        self.path = folder / name
-        self.checksum, self.size, self.error = Checksum(), 0, ""
-        self._hidden = folder / f".{name}.tmp"
-        self._file: int | None = None  # its descriptor
-        with self._noting_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = _open_direct(self._hidden)
-
-    @contextlib.contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        try:
-            with full_disk_is_user_error(self.path):
-                yield
-        except (UserError, OSError) as e:
-            self.fail(str(e))
-
-    def write(self, data: memoryview) -> None:
-        """Append `CHUNK` bytes, or the last ones."""
-        self.checksum.add(data)
-        self.size += len(data)
-        if self._file is None:
-            return
-        with self._noting_errors():
-            pages = len(data) // PAGE * PAGE
-            _write_all(self._file, data[:pages])
-            if pages < len(data):  # at the end
-                _set_direct(self._file, False)
-                _write_all(self._file, data[pages:])
-
-    def fail(self, error: str) -> None:
-        """Note the first error, and leave nothing of the file."""
-        self.error = self.error or error
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Leave nothing of the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-        for path in (self._hidden, self.path):
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-    def finish(self, record: dict[str, Any], checked: bool = False) -> bool:
-        """Give the file its name, and write its record; whether both are there.
-
-        Args:
-            checked: compare with the record that the sender made.
-        """
-        if checked and (record["bytes"], record["checksum"]) != (self.size, self.checksum.value):
-            self.fail(f"{self.path} did not arrive as it was sent")
-        if self._file is None:
-            return False
-        with self._noting_errors():
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = None
-            self._hidden.replace(self.path)
-            write_json(self.path.with_suffix(".json"), record)
-        return not self.error
-
-
-def _write_all(file: int, data: memoryview) -> None:
-    """Write to a descriptor, directly if it is set so and the file system can."""
-    while data:
-        try:
-            data = data[os.write(file, data) :]
-        except OSError as e:
-            if e.errno != errno.EINVAL or not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
-                raise
-            _set_direct(file, False)
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor past the system's page cache: filling that takes more processor time than all else."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    with contextlib.suppress(OSError):  # tmpfs has no other way
-        _set_direct(file, True)
-    return file
-
-
-def _set_direct(file: int, on: bool) -> None:
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
