@@ -18,17 +18,17 @@ class Exchange:
     """This rank's sending to the rank that keeps its copy, and its receiving from those whose copies it keeps.
 
     All that is sent is begun before anything is waited for, so that ranks never wait for each other in a circle. Made by
-    all ranks together; used by one thread at a time. After an error of the network it does nothing any more, and its
-    connections are closed, so that the other ranks don't wait for it.
+    all ranks together; used by one thread at a time. An error of a connection ends that one at both of its ends; the others
+    are used to the end, as ranks wait for what is sent on them. Then `close` it, together.
 
     Args:
         holders: from `copy_holders`.
     Attributes:
-        error: what went wrong, or "".
+        error: what went wrong first, or "".
     """
 
     def __init__(self, rank: int, holders: dict[int, int]):
-        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._to = holders[rank]
         self.sources = sorted(r for r, holder in holders.items() if holder == rank)
         self.error = ""
@@ -40,16 +40,13 @@ class Exchange:
         try:
             yield
         except Exception as e:  # training goes on without copies
-            self.close(f"copies to other nodes failed: {e}")
+            self.error = self.error or f"copies to other nodes failed: {e}"
 
-    def close(self, error: str = "") -> None:
+    def close(self) -> None:
         """Leave the group."""
-        self.error = self.error or error or "closed"
         self._sent.clear()
-        group, self._group = self._group, None
-        if group is not None:
-            with contextlib.suppress(Exception):
-                dist.destroy_process_group(group)
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(self._group)
 
     def send_size(self, size: int) -> None:
         """Begin to send the number of bytes that follow."""
@@ -65,8 +62,6 @@ class Exchange:
         self._begin(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
     def _begin(self, x: torch.Tensor) -> None:
-        if self._group is None:
-            return
         with self._noting_errors():
             self._sent.append((dist.isend(x, self._to, group=self._group), x))
 
@@ -78,8 +73,6 @@ class Exchange:
         Returns:
             The record; None after an error.
         """
-        if self._group is None:
-            return None
         with self._noting_errors():
             size = self._number(rank)
             while size > 0:
@@ -99,8 +92,8 @@ class Exchange:
 
     def wait(self) -> None:
         """Wait until all has been sent."""
-        with self._noting_errors():
-            for work, _ in self._sent:
+        for work, _ in self._sent:
+            with self._noting_errors():
                 if work is not None:
                     work.wait()
-            self._sent.clear()
+        self._sent.clear()

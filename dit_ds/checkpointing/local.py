@@ -222,9 +222,9 @@ class LocalSaver:
                 self._result["errors"] += [exchange.error] if exchange.error else []
         except Exception as e:  # training goes on, as far as it can without this checkpoint
             self._result["errors"].append(f"{type(e).__name__}: {e}")
-            if exchange is not None:  # what it has not received would be taken for the next one's
-                exchange.close()
-                self._result["disconnected"] = True
+            self._result["disconnected"] = (
+                exchange is not None
+            )  # what was not received would be taken for the next one's
         self._own_done.set()
         self._result |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.thread_time()}
 
