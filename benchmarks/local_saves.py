@@ -74,7 +74,6 @@ class Training:
         blocked = 0.0
         if save:
             self.saver.begin({"step": self.steps})
-            blocked = self.saver.begin_seconds
         while time.perf_counter() - start < seconds:
             self.step()
             count += 1
@@ -84,7 +83,7 @@ class Training:
             done = self.saver.finish()
             assert done is not None and done.whole, done
             written = {"bytes": done.bytes, "write_seconds": done.write_seconds, "thread_seconds": done.cpu_seconds}
-            blocked += time.perf_counter() - waited
+            blocked = self.saver.waited_seconds + time.perf_counter() - waited
         return {
             "seconds_per_step": (time.perf_counter() - start) / count,
             "cpu_seconds_per_step": (time.process_time() - cpu) / count,

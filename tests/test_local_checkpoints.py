@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import warm_ranks
 import yaml
 from conftest import ROOT, _worlds, dit_ds, environment, metrics_of, refused, small_disk, tiny_config
+from safetensors import safe_open
 from warm_ranks import WarmProcess
 
 from dit_ds.checkpointing.integrity import damages
-from dit_ds.checkpointing.local import LocalSaver
+from dit_ds.checkpointing.local import LocalSaver, other_runs
 from dit_ds.checkpointing.local_resume import new_run_id
 from dit_ds.checkpointing.nodes import copy_holders
+from dit_ds.checkpointing.parts import live_part
 from dit_ds.checkpointing.writer import LocalDiskFailed, Saver
 from dit_ds.config.load import load_config, validate
 from dit_ds.doctor.check import Context
@@ -24,6 +29,7 @@ from dit_ds.doctor.configured import local_disk
 from dit_ds.engine import engine as ds
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.models.build import build_model
+from dit_ds.planning.memory.profiled_step import fake_batch
 from dit_ds.training.status import lines, status
 
 STEPS = 24  # of two epochs
@@ -42,10 +48,15 @@ def config(shards, tmp_path_factory) -> Path:
 
 
 def start(
-    config: Path, run: Path, disks: Path, *more: object, nodes: tuple[str, ...] = ("a", "b")
+    config: Path,
+    run: Path,
+    disks: Path,
+    *more: object,
+    nodes: tuple[str, ...] = ("a", "b"),
+    command: tuple[object, ...] = ("dit-ds",),
 ) -> list[WarmProcess]:
     """One rank on each node, whose disk is `disks/NODE`."""
-    words = ["dit-ds", "train", "--config", config, "--run_dir", run, "--resume", "--checkpoint.local",
+    words = [*command, "train", "--config", config, "--run_dir", run, "--resume", "--checkpoint.local",
              f"{disks}/$SLURMD_NODENAME", "--checkpoint.local_every_minutes", "0.00001", *more]  # fmt: skip
     return [
         WarmProcess(list(map(str, words)), environment() | world | {"SLURMD_NODENAME": node}, ROOT, out)
@@ -149,6 +160,72 @@ def test_a_killed_run_goes_on_from_its_nodes_disks(config, whole, cut, harm):
     assert damages(cut / f"run/checkpoints/step_{STEPS:08d}") == []
 
 
+def test_copies_are_tried_again_after_an_error_of_the_network(config, whole, tmp_path):
+    worker = (ROOT / "tests/local_saves_worker.py", 1)
+    log = finish(start(config, tmp_path / "run", tmp_path / "disks", command=worker))
+    assert (
+        log.count("copies to other nodes failed") == 1
+        and "copies on other nodes are tried again at a later save" in log
+    )
+    saves = metrics_of(tmp_path / "run", "local_save")
+    assert [x["copy_failures"] for x in saves] == [0] + [1] * (len(saves) - 1) and len(saves) > 2, saves
+    assert all(x["whole"] for x in saves) and "as before" in log
+    assert same_end(tmp_path / "run", whole)
+
+
+def test_a_resume_without_local_disks_says_what_it_does_not_look_at(config, cut):
+    step = newest_whole_step(cut)
+    done = dit_ds("train", "--config", config, "--run_dir", cut / "run", "--resume", ranks=2)
+    said = [x for x in done.stderr.splitlines() if "where nothing is looked for without --checkpoint.local" in x]
+    assert len(said) == 1 and f"{cut.parent}" not in said[0] and "$SLURMD_NODENAME" in said[0], done.stderr
+    assert step >= int(re.search(r"of step (\d+)", said[0])[1]) >= 11 and "at step 8 (" in done.stderr
+    done = dit_ds("train", "--config", config, "--run_dir", cut / "run", "--resume", ranks=2)
+    assert "where nothing is looked for" not in done.stderr, "the run's folder has a later one now"
+
+
+@pytest.mark.parametrize("stage, more", [
+    (0, {}), (1, {}), (2, {}), (3, {}), ("2_offload", {}), (2, {"optimizer": "muon", "gradient_clipping": 0}),
+])  # fmt: skip
+@pytest.mark.parametrize("change", ["step", "evaluation"])
+def test_what_is_saved_is_of_the_step_it_was_begun_at(shards, world, tmp_path, monkeypatch, stage, more, change):
+    """Its copy is made while training goes on: here by training, as the writer comes too late for any of it."""
+    values = tiny_config(shards, tmp_path / "run")
+    values["train"] |= {"ema_decay": 0.9} | more
+    values["deepspeed"]["config"] = str(ROOT / f"configs/deepspeed/zero{stage}.json")
+    config = validate(values)
+    engine = ds.initialize(build_model(config), config, world)
+    state = TrainingState(engine, config.train.ema_decay)
+    (tmp_path / "run").mkdir()
+    local = LocalSaver(config, world, state, tmp_path / "disk", new_run_id())
+    train_step(engine, state, config)
+    may_write, write = threading.Event(), LocalSaver._write_own
+    monkeypatch.setattr(LocalSaver, "_write_own", lambda *args: may_write.wait(60) and write(*args))
+    now = {(kind, f.name): x.clone() for kind, f, x in live_part(state)}
+    local.begin({"step": 1})
+    if change == "step":
+        train_step(engine, state, config)
+        changed = [not torch.equal(x, now[kind, f.name]) for kind, f, x in live_part(state)]
+        assert sum(changed) > 0.9 * len(changed)  # some gradients are zero
+    else:
+        with ds.averaged(state):
+            may_write.set()
+            local.wait_for_own()
+    may_write.set()
+    assert local.finish().whole
+    with safe_open(next((tmp_path / "disk").glob("*/*/*.safetensors")), "pt") as saved:
+        assert {f"{kind}/{name}" for kind, name in now} == set(saved.keys())
+        assert [k for k, x in now.items() if not torch.equal(saved.get_tensor("/".join(k)), x)] == []
+
+
+def train_step(engine, state, config) -> None:
+    """An update, and the weights' average."""
+    inputs, mask, weight = fake_batch(4, 64, config.data.tokens)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine.module.loss(engine(**inputs), mask, weight))
+        ds.step(engine)
+    state.update_average()
+
+
 @pytest.mark.parametrize("harm", ["both lost", "both damaged", "older than the shared one"])
 def test_else_the_shared_one_is_taken(config, whole, cut, harm):
     if harm == "both lost":
@@ -171,8 +248,8 @@ def test_parts_of_two_starts_are_not_mixed(config, cut):
         for path in cut.glob(f"disks/{node}/run_*/step_*"):
             for file in path.glob("*.copy.*"):
                 file.unlink()
-            if node == "b":
-                record = path / f"{part}.json"
+            record = path / f"{part}.json"
+            if node == "b" and record.exists():  # the kill may have come before it was written
                 record.write_text(json.dumps(json.loads(record.read_text()) | {"attempt": "0" * 8}))
     assert "at step 8 (" in finish(start(config, cut / "run", cut / "disks"))
 
@@ -298,6 +375,11 @@ def test_doctor_looks_at_the_local_disk(config, tmp_path):
     assert checks(None) == []
     good = checks(tmp_path / "new")[0]
     assert good.status == "ok" and "can be written" in good.found and not (tmp_path / "new").exists()
+    for name in ("run_" + "a" * 32, "run_" + "b" * 32):
+        (tmp_path / f"disk/{name}/step_00000001_0").mkdir(parents=True)
+    (tmp_path / f"disk/{name}/step_00000001_0/rank_00000.safetensors").write_bytes(bytes(2**20))
+    assert other_runs(tmp_path / "disk", "a" * 32) == (1, 2**20)
+    assert "2 other runs' run_* take 0.00" in checks(tmp_path / "disk")[0].found
     with small_disk(tmp_path / "small", "1100k") as small:
         assert checks(small)[0].status == "fail" and "GiB free" in checks(small)[0].found
 

@@ -81,6 +81,8 @@ def newest_checkpoint(config: RunConfig, world: World) -> Path | None:
     """
     folder = local_folder(config)
     identity = gather_objects(run_id(config.run_dir))[0]
+    if folder is None and world.main:
+        _say_what_is_not_looked_at(config)
     if folder is None or identity is None:
         return checkpoint.newest_whole(config.run_dir, world)
     whole = _whole_parts(list(_parts_of(folder / f"run_{identity}")), world)
@@ -98,6 +100,19 @@ def newest_checkpoint(config: RunConfig, world: World) -> Path | None:
     if world.main:
         _log.info(f"the newest checkpoint, of step {step}, is on the nodes' disks: copying it to {config.run_dir}")
     return _bring(config, world, whole)
+
+
+def _say_what_is_not_looked_at(config: RunConfig) -> None:
+    """Where this run saved to nodes' disks later than to its folder, and is resumed without `checkpoint.local`."""
+    try:
+        noted = read_json(Path(config.run_dir) / RUN_FILE, "run's ID")
+        folder, step = str(noted["folder"]), int(noted["step"])
+    except (UserError, LookupError, TypeError, ValueError):  # there were none
+        return
+    there = checkpoint.all_checkpoints(config.run_dir)
+    if not there or _step(there[-1].name) < step:
+        _log.warning(f"warning: a checkpoint of step {step} was written to {folder} on the run's nodes, where nothing is "
+                     f"looked for without --checkpoint.local '{folder}'")  # fmt: skip
 
 
 def _step(name: str) -> int:

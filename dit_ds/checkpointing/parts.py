@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+import time
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,13 +59,52 @@ class HostCopy:
 class HostImage(HostCopy):
     """A copy that lies in memory as in its file, so that the file is written, and sent, without another copy.
 
+    From host memory it is made behind training's back, by the thread that writes it: forward and backward passes do not
+    change what is copied. Before the optimizer does, training copies what is left.
+
     Attributes:
         image: (bytes,) the file; it begins at a whole page, and so do the values in it.
+        waited: seconds for which training has waited for copies since `begin`.
     """
 
     def __init__(self, state: TrainingState):
         super().__init__(state)
         self.image = torch.empty(0, dtype=torch.uint8)
+        self.waited = 0.0
+        self._left: deque[tuple[int, Tensor, Tensor]] = deque()  # offset in the image, its tensor, the live one
+        self._copying = threading.Lock()
+        state.before_change(self._finish)
+
+    def begin(self) -> Part:
+        """As `take`, but what lies in host memory is there only after `fill`."""
+        start, live = time.perf_counter(), live_part(self.state)
+        if any(x.is_cuda for _, _, x in live):
+            part = self.take()  # from a GPU a copy is quick
+        else:
+            self._allocate(live)
+            part = [(kind, f, self._tensors[_key(kind, f)]) for kind, f, _ in live]
+            left = []
+            for (kind, _, to), (_, _, x) in zip(part, live, strict=True):
+                if kind in self.state.optimizer.changed_in_backward:
+                    _copy(to, x)
+                else:
+                    left.append((to.data_ptr() - self.image.data_ptr(), to, x))
+            self._left.extend(sorted(left, key=lambda c: c[0]))
+        self.waited = time.perf_counter() - start
+        return part
+
+    def fill(self, end: int | None = None) -> None:
+        """Copy all values, or those that begin before this byte of the image, where that is not done."""
+        with self._copying:
+            while self._left and (end is None or self._left[0][0] < end):
+                _copy(*self._left[0][1:])
+                self._left.popleft()
+
+    def _finish(self) -> None:
+        """Copy what is left, as it is about to change."""
+        start = time.perf_counter()
+        self.fill()
+        self.waited += time.perf_counter() - start
 
     def _allocate(self, live: Part) -> None:
         if self._tensors.keys() == {_key(kind, f) for kind, f, _ in live}:
@@ -77,6 +119,11 @@ class HostImage(HostCopy):
             end = at + x.numel() * x.element_size()
             self._tensors[_key(kind, f)] = self.image[at:end].view(x.dtype)
             at = end
+
+
+def _copy(to: Tensor, x: Tensor) -> None:
+    """In this thread alone: PyTorch would start others beside those that train."""
+    np.copyto(to.view(torch.uint8).numpy(), x.detach().view(torch.uint8).numpy())
 
 
 def _key(kind: str, f: Fragment) -> str:

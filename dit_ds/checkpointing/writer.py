@@ -119,6 +119,8 @@ class Saver:
             with contextlib.ExitStack() as opened, full_disk_is_user_error(self._temporary):
                 source = _open(local.wait_for_own() if local else None, opened)
                 self._reads_copy = source is None
+                if source is None and local is not None:
+                    local.copy.fill()
                 file = self._temporary / name
                 written = patiently(lambda: self._write_file(file, part, source), self.folder.parent)
             self._entry = written | {"name": name, "seconds": time.perf_counter() - start}

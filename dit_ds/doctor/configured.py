@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit_ds.checkpointing.local import KEEP, local_folder
+from dit_ds.checkpointing.local import KEEP, local_folder, other_runs
+from dit_ds.checkpointing.local_resume import run_id
 from dit_ds.config.schema import RunConfig, TextConfig
 from dit_ds.doctor.check import Check, Context
 from dit_ds.doctor.node import addresses, write_and_remove
@@ -172,6 +173,9 @@ def local_disk(c: Context) -> Iterator[Check]:
     if each:
         text += f" for {count} checkpoints of about {each:.2f} on this node"
         text += ", another node's copies included" * (copies > 1)
+    others, size = other_runs(folder, run_id(c.run_config.run_dir))
+    if others:
+        text += f"; {others} other runs' run_* take {size / GIB:.2f}: remove those of runs that were given up"
     status = "fail" if free < each else "warn" if free < each * count else "ok"
     yield Check("local disk", status, text, "" if status == "ok" else "free some, or choose another checkpoint.local")
 

@@ -20,9 +20,11 @@ class AdamWStates:
 
     Attributes:
         rounded: the kinds that are stored in fewer bits: what is loaded may differ from what is then read.
+        changed_in_backward: the kinds that the backward pass changes already; all others change in the step alone.
     """
 
     rounded: frozenset[str] = frozenset()
+    changed_in_backward: frozenset[str] = frozenset()
 
     def __init__(self, engine: Any):
         self.engine = engine
@@ -64,8 +66,10 @@ class MuonStates(AdamWStates):
     """Muon's momentum of its matrices, AdamW's moments of all else, at ZeRO stages 1 and 2.
 
     A rank keeps the whole momentum of each matrix of which its partition holds a part: one group's in one buffer, end to
-    end, in the gradients' type.
+    end, in the gradients' type. DeepSpeed updates it where it reduces the gradients.
     """
+
+    changed_in_backward = frozenset((MOMENTUM,))
 
     def __init__(self, engine: Any):
         super().__init__(engine)

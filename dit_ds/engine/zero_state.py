@@ -49,6 +49,7 @@ class TrainingState:
         flats = {id(f.flat): f.flat.detach() for f in self.fragments}
         self._masters = list(flats.values())
         self._average = {i: x.clone() for i, x in flats.items()} if decay else {}
+        self._before_change: Callable[[], None] = lambda: None
 
     def kinds(self, fragment: Fragment) -> tuple[str, ...]:
         """The kinds of tensor that a fragment has."""
@@ -65,6 +66,12 @@ class TrainingState:
         if kind == AVERAGE:
             return fragment.view(self._average[id(fragment.flat)])
         return self.optimizer.tensor(kind, fragment)
+
+    def before_change(self, call: Callable[[], None]) -> None:
+        """Have `call` called whenever these tensors are about to change: before each update, loading, or lending of the
+        weights' memory. Forward and backward passes change none but `optimizer.changed_in_backward`."""
+        self._before_change = call
+        self.engine.basic_optimizer.register_step_pre_hook(lambda *_: call())
 
     def make_states(self) -> None:
         """Allocate the optimizer's states of all fragments, zero, as its first step would."""
@@ -132,6 +139,7 @@ class TrainingState:
             kinds: those that `read` has; without a moving average, it starts from the master weights.
             adam_step: the number of updates that AdamW had made.
         """
+        self._before_change()
         for f in self.fragments:
             for kind in (MASTER, AVERAGE) if self.decay else (MASTER,):
                 self.tensor(kind, f).copy_(read(kind if kind in kinds else MASTER, f.name, f.start, f.numel))
@@ -145,6 +153,7 @@ class TrainingState:
     def update_average(self) -> None:
         """After an optimizer step: average += (1 - decay) * (master - average)."""
         if self.decay:
+            self._before_change()
             torch._foreach_lerp_(list(self._average.values()), self._masters, 1 - self.decay)
 
     def full_tensor(self, kind: str, name: str) -> Tensor:
@@ -170,6 +179,7 @@ class TrainingState:
         if not self.decay:
             yield
             return
+        self._before_change()
         # in fp32 the module's weights may be the masters themselves, and are overwritten
         masters = [self.tensor(MASTER, f).clone() for f in self.fragments]
         self._set_module(AVERAGE, gather)

@@ -108,18 +108,20 @@ def finish_local(run: Run) -> None:
         kept = "" if done.whole else f" not saved to {run.config.checkpoint.local}"
         run.log.log(f"warning: checkpoint of step {done.step}{kept}: {done.errors[0]}: going on, and trying again")
         if not done.copies:
-            run.log.log("warning: no more copies on other nodes in this start of the training")
+            run.log.log("warning: copies on other nodes are tried again at a later save")
     elif run.local_fails and not done.errors:
         run.log.log(f"checkpoint of step {done.step} saved to {run.config.checkpoint.local}, as before")
     run.local_fails = bool(done.errors)
     run.local_failures += not done.whole
+    run.copy_failures += not done.copies
     line = {
         "bytes": done.bytes,
         "write_seconds": done.write_seconds,
         "whole": done.whole,
         "failures": run.local_failures,
+        "copy_failures": run.copy_failures,
     }
-    line |= {"blocked_seconds": run.local.begin_seconds + time.perf_counter() - start}
+    line |= {"blocked_seconds": run.local.waited_seconds + time.perf_counter() - start}
     run.log.metrics("local_save", {"step": done.step} | line)
 
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from dit_ds.checkpointing import reader as checkpoint
 from dit_ds.checkpointing import weights
-from dit_ds.checkpointing.local import LocalSaver, local_folder
+from dit_ds.checkpointing.local import LocalSaver, local_folder, other_runs
 from dit_ds.checkpointing.local_resume import new_run_id, newest_checkpoint, run_id
+from dit_ds.checkpointing.nodes import node_name
 from dit_ds.checkpointing.writer import Saver, restore
 from dit_ds.config.schema import RunConfig, TrainConfig
 from dit_ds.data.build import build_train_dataset, build_val_dataset
@@ -31,6 +32,7 @@ from dit_ds.engine.optimizers import muon_matrices
 from dit_ds.engine.rates import part_rates, rate_factors
 from dit_ds.engine.zero_state import TrainingState
 from dit_ds.errors import UserError
+from dit_ds.files import GIB
 from dit_ds.models.attention import require
 from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
@@ -97,6 +99,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was begun, or the run was set up
     local_fails: bool = False  # the last checkpoint on the nodes' disks met an error
     local_failures: int = 0  # of those checkpoints, how many are not whole
+    copy_failures: int = 0  # and how many could not be copied to other nodes
 
 
 def check_request(config: RunConfig, world_size: int) -> Datasets:
@@ -260,6 +263,10 @@ def _local_saver(
     copies = "with copies on the next node" if len(local.nodes) > 1 else "one node, so without copies on another"
     minutes = config.checkpoint.local_every_minutes
     log.log(f"checkpoints to {local.folder} on {len(local.nodes)} nodes every {minutes:g} minutes, {copies}")
+    for node, (count, size) in dict(gather_objects((node_name(), other_runs(folder, identity)))).items():
+        if count:
+            log.log(f"{count} other runs' checkpoints take {size / GIB:.2f} GiB of {folder} on {node}: remove those of "
+                    "runs that were given up")  # fmt: skip
     return local
 
 
