@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.errors import UserError
+from dit_ds.models import attention_triton
 from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
 from dit_ds.models.positions import relative_positions
 
@@ -210,7 +211,11 @@ def attention_forward(
     device = qkv.device.type
     out = qkv.new_empty(b, n, heads, d)
     lse = qkv.new_empty(b, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    for s in _batch_slices(b, heads * n, device):
+    slices = _batch_slices(b, heads * n, device)
+    if kernel == "triton":
+        attention_triton.forward(qkv, rel_h, rel_w, text_kv, text_mask, slices=slices, out=out, lse=lse)
+        return out, lse
+    for s in slices:
         x = _operands(qkv[s], rel_h, rel_w, _at(text_kv, s), _at(text_mask, s))
         out[s], lse[s] = KERNELS[kernel](device).forward(x)
     return out, lse
@@ -242,7 +247,14 @@ def attention_backward(
     grad_text = qkv.new_empty(0 if text_kv is None else text_kv.shape)
     # summed over the batch in fp32 at least
     grad_rel_h, grad_rel_w = (x.new_zeros(x.shape if need_rel else 0, dtype=lse.dtype) for x in (rel_h, rel_w))
-    for s in _batch_slices(b, heads * n, device):
+    slices = _batch_slices(b, heads * n, device)
+    if kernel == "triton":
+        results = attention_triton.Gradients(grad_qkv, grad_text, rel_h=grad_rel_h, rel_w=grad_rel_w)
+        attention_triton.backward(
+            qkv, rel_h, rel_w, text_kv, text_mask, slices=slices, out=out, lse=lse, grad=grad, grads=results
+        )
+        slices = []
+    for s in slices:
         x = _operands(qkv[s], rel_h, rel_w, _at(text_kv, s), _at(text_mask, s))
         grads = KERNELS[kernel](device).backward(x, grad[s], out[s], lse[s])
         # (B, H, W, heads, H) and (B, H, W, heads, W)
