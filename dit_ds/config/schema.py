@@ -198,10 +198,12 @@ class ModelConfig(Section):
         False, description="of the logits' bilinear upsampling; true in the paper's released code; lavt's always are"
     )
     attention: Literal[
-        "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "naive"
-    ] = Field(
+        "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash3", "flash4", "xformers",
+        "triton", "naive",
+    ] = Field(  # fmt: skip
         "auto",
-        description="attention backend; auto: the fastest here; naive: layers over the whole concatenation, as the "
+        description="attention backend; auto: the fastest here, on GPUs by measurement; sdpa: on GPUs the fastest of its "
+        "three; triton: kernels of our own, not yet run on a GPU; naive: layers over the whole concatenation, as the "
         "paper's released code, to compare with; of lavt and rela: auto, eager or sdpa",
     )
     window_size: int = Field(

@@ -6,10 +6,10 @@ Shapes: B samples, T text tokens, N = H*W visual tokens, `heads` heads of width 
 
 Backends:
     eager: SAM's own arithmetic; materialises the (B, heads, N, T+N) attention map. The reference.
-    chunked, sdpa, xformers (and sdpa_flash, sdpa_efficient, sdpa_cudnn, to compare): kernels that keep no map, see
-        `attention_kernels`. They run on a few samples at a time, and the backward pass recomputes their operands: saved
-        for it are q, k, v, the small position tables, the output and the log-sum-exp of each row.
-    auto: see `best_backend`.
+    triton, xformers, sdpa, flash3, chunked, ...: kernels that keep no map, see `attention_kernels`. They run on a few
+        samples at a time, and the backward pass recomputes their operands: saved for it are q, k, v, the small position
+        tables, the output and the log-sum-exp of each row.
+    auto: see `best_backend`; training on a GPU measures instead.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.errors import UserError
 from dit_ds.models import attention_triton
-from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
+from dit_ds.models.attention_kernels import FUSED, KERNELS, Operands, why_not
 from dit_ds.models.positions import relative_positions
 
-BACKENDS = ("auto", "eager", *KERNELS)
+BACKENDS = ("auto", "eager", *FUSED)
 # Query rows (samples x heads x N) given to a kernel at once: on a GPU enough to fill it, on a CPU few enough to stay in its cache.
 _ROWS = {"cuda": 1 << 17, "cpu": 1 << 14}
 
@@ -111,7 +111,7 @@ def require(backend: str, device: str, dtype: torch.dtype) -> None:
     Raises:
         UserError: it can't; the message says why.
     """
-    reason = why_not(backend, device, dtype) if backend in KERNELS else None
+    reason = why_not(backend, device, dtype) if backend in FUSED else None
     if reason:
         raise UserError(f"model.attention {backend} can't run here: {reason}: set model.attention auto")
 
@@ -205,7 +205,7 @@ def attention_forward(
     Args:
         qkv, text_kv, text_mask: as in `relative_position_attention`.
         rel_h, rel_w: (H, H, d) and (W, W, d) of `relative_table`.
-        kernel: a key of `KERNELS`.
+        kernel: one of `FUSED`.
     """
     b, n, _, heads, d = qkv.shape
     device = qkv.device.type

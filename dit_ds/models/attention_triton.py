@@ -33,12 +33,25 @@ class Tile(NamedTuple):
         """As in 128x64 w8 s2."""
         return f"{self.queries}x{self.keys} w{self.warps} s{self.stages}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
-# By the bytes of an element; the first is taken where none was measured, see `choose`.
-TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "forward": {2: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 4, 3)), 4: (Tile(64, 32, 4, 1),)},
-    "queries": {2: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)), 4: (Tile(32, 32, 4, 1),)},
-    "keys": {2: (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)), 4: (Tile(32, 32, 4, 1),)},
+
+# By kernel and bytes of an element; the first is taken where none was measured, see `choose`. Hopper's products are of 64
+# rows and more, from shared memory; before it their operands are in registers, which do for smaller tiles.
+_HOPPER: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("forward", 2): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3)),
+    ("queries", 2): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    ("keys", 2): (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
+    ("forward", 4): (Tile(32, 32, 8, 1),),
+    ("queries", 4): (Tile(16, 32, 8, 1),),
+    ("keys", 4): (Tile(32, 32, 8, 1),),
+}
+_AMPERE: dict[tuple[str, int], tuple[Tile, ...]] = _HOPPER | {
+    ("queries", 2): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("keys", 2): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
 }
 
 
@@ -51,8 +64,10 @@ class Problem(NamedTuple):
     words: int  # T
     masked: bool  # whether some text may be padding
     dtype: torch.dtype
+    capability: int  # of the GPU: 80, 90, ...
 
 
+KINDS = ("forward", "queries", "keys")
 _chosen: dict[tuple[str, Problem], Tile] = {}
 
 
@@ -63,7 +78,17 @@ def choose(kernel: str, problem: Problem, tile: Tile) -> None:
 
 def tile_of(kernel: str, problem: Problem) -> Tile:
     """The tile that `choose` set, or the default."""
-    return _chosen.get((kernel, _any_words(problem))) or TILES[kernel][problem.dtype.itemsize][0]
+    return _chosen.get((kernel, _any_words(problem))) or tiles(kernel, problem)[0]
+
+
+def tiles(kernel: str, problem: Problem) -> tuple[Tile, ...]:
+    """Those that may be chosen."""
+    return (_HOPPER if _like_hopper(problem) else _AMPERE)[kernel, problem.dtype.itemsize]
+
+
+def _like_hopper(problem: Problem) -> bool:
+    """The data centre's GPUs from Hopper on; GeForce's since then have less shared memory and Ampere's products."""
+    return 90 <= problem.capability < 120
 
 
 def _any_words(p: Problem) -> Problem:
@@ -79,18 +104,18 @@ def constants(kernel: str, problem: Problem, tile: Tile, of_text: bool = False) 
     """
     (h, w), d = problem.grid, problem.d
     columns = _power_of_two(w)
-    # a product has 16 keys or more; more than 4 rows of the grid would take more selections than products
-    rows = max(-(-16 // columns), min(4, max(1, tile.keys // columns)))
+    # a product has 16 keys or more; more than 2 rows of the grid would take more selections and registers than they save
+    rows = max(-(-16 // columns), min(2, max(1, tile.keys // columns)))
     first = 1 << (d.bit_length() - 1) if d >= 16 else 16
     second = 0 if d <= first else max(16, _power_of_two(d - first))
-    # tf32x3: products of fp32 on tensor cores, three for one, as precise but for the last bit or two
-    tf32 = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
     interpreted = _interpreted()
+    # gradients of 64 keys in 16 bits are products of Hopper's widest instruction, of fewer of a narrower one with more registers
+    least = 64 if of_text and problem.dtype.itemsize == 2 and _like_hopper(problem) else 16
     return {
         "H": h, "W": w, "HEADS": problem.heads, "D": d, "D0": first, "D1": second,
-        "BM": tile.queries, "R": rows, "WP": columns, "BT": min(64, max(16, _power_of_two(problem.words))),
+        "BM": tile.queries, "R": rows, "WP": columns, "BT": min(64, max(least, _power_of_two(problem.words))),
         "TEXT": of_text if kernel == "keys" else problem.words > 0, "MASK": problem.masked,
-        "PRECISION": "ieee" if interpreted else tf32,
+        "PRECISION": "ieee",  # of fp32
         "UPCAST": interpreted and problem.dtype == torch.bfloat16,
     }  # fmt: skip
 
@@ -125,8 +150,17 @@ def refuse_grid(grid: tuple[int, int]) -> None:
         )
 
 
+def capability(device: torch.device) -> int:
+    """90 for 9.0; in the interpreter, too."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _problem(qkv: Tensor, grid: tuple[int, int], text_kv: Tensor | None, masked: bool) -> Problem:
-    return Problem(grid, qkv.shape[3], qkv.shape[4], 0 if text_kv is None else text_kv.shape[1], masked, qkv.dtype)
+    words = 0 if text_kv is None else text_kv.shape[1]
+    return Problem(grid, *qkv.shape[3:], words, masked=masked, dtype=qkv.dtype, capability=capability(qkv.device))
 
 
 def _launch(kernel: str, problem: Problem, tensors: Sequence[Tensor], batch: int, of_text: bool = False) -> None:
@@ -138,7 +172,7 @@ def _launch(kernel: str, problem: Problem, tensors: Sequence[Tensor], batch: int
     tiles = -(-problem.words // values["BT"]) if of_text else -(-h // values["R"])
     grid = (tiles if kernel == "keys" else -(-h * w // tile.queries), batch * problem.heads)
     run = getattr(triton_kernels, f"{kernel}_kernel")
-    run[grid](*tensors, batch, problem.words, **values, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    run[grid](*tensors, batch, problem.words, **values, **tile.options)
 
 
 # Operators that write into tensors they are given, so that fake tensors run through them.

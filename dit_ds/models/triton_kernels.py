@@ -7,6 +7,8 @@ Importing this module needs triton. Arguments of all kernels, contiguous (log-su
     out, grad: (B, N, heads, d). lse, delta: (B, heads, N), the log-sum-exp of a row; grad . out of a query.
     batch: B. words: T.
 
+Where a tile goes beyond the queries or keys that there are, the last one is read in their place, and not written.
+
 Constants: a program has BM queries; a tile of keys is R rows of the grid, each padded to WP >= W columns: of rel_h it
 needs R columns, of rel_w the same for every tile. d is split into D0 + D1 columns, powers of two (80 is 64 + 16), D1 may
 be 0. BT: text keys of a tile. UPCAST: products in fp32 (the interpreter has none of bf16). The softmax is in base 2.
@@ -23,26 +25,23 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load(x, rows, ok, STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-          ALL: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """(rows, WIDTH) from column FIRST of a matrix of D columns, 0 beyond it and in rows that are not `ok`."""
+def _load(x, rows, STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+          UPCAST: tl.constexpr):  # fmt: skip
+    """(rows, WIDTH) from column FIRST of a matrix of D columns, 0 beyond it."""
     column = FIRST + tl.arange(0, WIDTH)
     at = x + rows[:, None] * STRIDE + column[None, :]
     if FIRST + WIDTH > D:
-        tile = tl.load(at, mask=ok[:, None] & (column < D)[None, :], other=0.0)
-    elif ALL:
-        tile = tl.load(at)
+        tile = tl.load(at, mask=(column < D)[None, :], other=0.0)
     else:
-        tile = tl.load(at, mask=ok[:, None], other=0.0)
+        tile = tl.load(at)
     return tile.to(tl.float32) if UPCAST else tile
 
 
 @triton.jit
-def _pair(x, rows, ok, STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALL: tl.constexpr,
-          UPCAST: tl.constexpr):  # fmt: skip
+def _pair(x, rows, STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
     """(rows, D0) and (rows, D1); where D1 is 0 the second is not used."""
-    first = _load(x, rows, ok, STRIDE, 0, D0, D, ALL, UPCAST)
-    return first, _load(x, rows, ok, STRIDE, D0, D1, D, ALL, UPCAST) if D1 > 0 else first
+    first = _load(x, rows, STRIDE, 0, D0, D, UPCAST)
+    return first, _load(x, rows, STRIDE, D0, D1, D, UPCAST) if D1 > 0 else first
 
 
 @triton.jit
@@ -85,14 +84,46 @@ def _places(query, sample, head, batch, H: tl.constexpr, W: tl.constexpr, HEADS:
 
 
 @triton.jit
-def _columns(rel, row, ok, key_row, R: tl.constexpr, H: tl.constexpr):
-    """Columns row .. row+R-1 of rel_h, each to the keys of its row of the grid: (BM, R*WP), or (BM, 1) if R is 1."""
-    wide = tl.load(rel + row, mask=ok, other=0.0).to(tl.float32)[:, None]
-    end = tl.where(ok, H, 0)
+def _along(x, KEYS_FIRST: tl.constexpr):
+    """Of queries: (BM,) to (BM, 1); or where keys come first, (1, BM)."""
+    return x[None, :] if KEYS_FIRST else x[:, None]
+
+
+@triton.jit
+def _columns(rel, row, key_row, R: tl.constexpr, H: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Columns row .. row+R-1 of rel_h, each to the keys of its row of the grid: (BM, R*WP), or (BM, 1) if R is 1.
+
+    -inf at keys below the grid.
+    """
+    wide = _along(tl.load(rel + row).to(tl.float32), KEYS_FIRST)
     for r in tl.static_range(1, R):
-        more = tl.load(rel + row + r, mask=row + r < end, other=0.0).to(tl.float32)[:, None]
-        wide = tl.where((key_row == r)[None, :], more, wide)
+        if H % R == 0:
+            more = tl.load(rel + row + r).to(tl.float32)
+        else:
+            more = tl.load(rel + tl.minimum(row + r, H - 1)).to(tl.float32)
+            more = tl.where(tl.zeros_like(more) + (row + r) < H, more, -float("inf"))
+        wide = tl.where(_along(key_row == r, not KEYS_FIRST), _along(more, KEYS_FIRST), wide)
     return wide * _LOG2E
+
+
+@triton.jit
+def _row_of_w(rel, key_column, W: tl.constexpr, WP: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """rel_w to the keys of a tile: (BM, R*WP); -inf at keys beside the grid."""
+    column = key_column if W == WP else tl.minimum(key_column, W - 1)
+    w = tl.load(_along(rel, KEYS_FIRST) + _along(column, not KEYS_FIRST)).to(tl.float32)
+    if W != WP:
+        w = tl.where(_along(key_column < W, not KEYS_FIRST), w, -float("inf"))
+    return w * _LOG2E
+
+
+@triton.jit
+def _keys_of(row, key_row, key_column, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, R: tl.constexpr):
+    """The keys of R rows of the grid. Beside and below it there is none: another is read, whose logit is -inf."""
+    key = (row + key_row) * W + key_column
+    if W == WP and H % R == 0:
+        return key
+    else:
+        return tl.minimum(key, H * W - 1)
 
 
 @triton.jit
@@ -113,12 +144,12 @@ def _text(text, mask, sample, first, words, head, HEADS: tl.constexpr, D: tl.con
           D1: tl.constexpr, BT: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """BT text tokens from `first` on: which of them are attended to, (BT,), both parts of the keys and of the values."""
     y = text + sample.to(tl.int64) * words * (2 * HEADS * D) + head * D
-    key = first + tl.arange(0, BT)
-    there = key < words
-    k0, k1 = _pair(y, key, there, 2 * HEADS * D, D, D0, D1, False, UPCAST)
-    v0, v1 = _pair(y + HEADS * D, key, there, 2 * HEADS * D, D, D0, D1, False, UPCAST)
+    there = first + tl.arange(0, BT) < words
+    key = tl.minimum(first + tl.arange(0, BT), words - 1)
+    k0, k1 = _pair(y, key, 2 * HEADS * D, D, D0, D1, UPCAST)
+    v0, v1 = _pair(y + HEADS * D, key, 2 * HEADS * D, D, D0, D1, UPCAST)
     if MASK:
-        there = there & (tl.load(mask + sample * words + key, mask=there, other=0) != 0)
+        there = there & (tl.load(mask + sample * words + key) != 0)
     return there, k0, k1, v0, v1
 
 
@@ -131,26 +162,22 @@ def forward_kernel(qkv, rel_h, rel_w, text, mask, out, lse, batch, words,
     """Output and log-sum-exp of BM queries of a head; grid (N / BM, B heads)."""
     N: tl.constexpr = H * W
     ROW: tl.constexpr = 3 * HEADS * D
-    WHOLE: tl.constexpr = (W == WP) and (H % R == 0)  # no key of a tile is outside the grid
     SCALE: tl.constexpr = D**-0.5 * 1.4426950408889634
     sample, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     query = tl.program_id(0) * BM + tl.arange(0, BM)
-    ok = query < N
+    ok, query = query < N, tl.minimum(query, N - 1)
     x = qkv + sample.to(tl.int64) * N * ROW + head * D
-    q0, q1 = _pair(x, query, ok, ROW, D, D0, D1, N % BM == 0, UPCAST)
+    q0, q1 = _pair(x, query, ROW, D, D0, D1, UPCAST)
     key_row, key_column = tl.arange(0, R * WP) // WP, tl.arange(0, R * WP) % WP
     place_h, place_w = _places(query, sample, head, batch, H, W, HEADS)
-    w = tl.load((rel_w + place_w)[:, None] + key_column[None, :], ok[:, None] & (key_column < W)[None, :], other=0.0)
-    w = w.to(tl.float32) * _LOG2E
+    w = _row_of_w(rel_w + place_w, key_column, W, WP, False)
     top, total = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc0, acc1 = tl.zeros([BM, D0], tl.float32), tl.zeros([BM, D1 if D1 > 0 else 1], tl.float32)
     for row in range(0, H, R):
-        key, there = (row + key_row) * W + key_column, (row + key_row < H) & (key_column < W)
-        k0, k1 = _pair(x + HEADS * D, key, there, ROW, D, D0, D1, WHOLE, UPCAST)
-        s = _product(q0, q1, k0, k1, D1, PRECISION) * SCALE + (w + _columns(rel_h + place_h, row, ok, key_row, R, H))
-        if not WHOLE:
-            s = tl.where(there[None, :], s, -float("inf"))
-        v0, v1 = _pair(x + 2 * HEADS * D, key, there, ROW, D, D0, D1, WHOLE, UPCAST)
+        key = _keys_of(row, key_row, key_column, H, W, WP, R)
+        k0, k1 = _pair(x + HEADS * D, key, ROW, D, D0, D1, UPCAST)
+        s = _product(q0, q1, k0, k1, D1, PRECISION) * SCALE + (w + _columns(rel_h + place_h, row, key_row, R, H, False))
+        v0, v1 = _pair(x + 2 * HEADS * D, key, ROW, D, D0, D1, UPCAST)
         top, total, acc0, acc1 = _softmax_step(s, v0, v1, top, total, acc0, acc1, D1, PRECISION)
     if TEXT:  # last, so that no row's maximum is -inf where all text is padding
         for first in range(0, words, BT):
@@ -171,35 +198,31 @@ def queries_kernel(qkv, rel_h, rel_w, text, mask, out, lse, grad, delta, grad_qk
     """Gradients of BM queries of a head and of their rows of rel_h and rel_w; writes delta. Grid (N / BM, B heads)."""
     N: tl.constexpr = H * W
     ROW: tl.constexpr = 3 * HEADS * D
-    WHOLE: tl.constexpr = (W == WP) and (H % R == 0)
     SCALE: tl.constexpr = D**-0.5 * 1.4426950408889634
     sample, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     query = tl.program_id(0) * BM + tl.arange(0, BM)
-    ok = query < N
+    ok, query = query < N, tl.minimum(query, N - 1)
     x, y = qkv + sample.to(tl.int64) * N * ROW + head * D, sample.to(tl.int64) * N * (HEADS * D) + head * D
-    q0, q1 = _pair(x, query, ok, ROW, D, D0, D1, N % BM == 0, UPCAST)
-    g0, g1 = _pair(grad + y, query, ok, HEADS * D, D, D0, D1, N % BM == 0, UPCAST)
-    o0, o1 = _pair(out + y, query, ok, HEADS * D, D, D0, D1, N % BM == 0, True)
+    q0, q1 = _pair(x, query, ROW, D, D0, D1, UPCAST)
+    g0, g1 = _pair(grad + y, query, HEADS * D, D, D0, D1, UPCAST)
+    o0, o1 = _pair(out + y, query, HEADS * D, D, D0, D1, True)
     inner = tl.sum(g0.to(tl.float32) * o0, 1)
     if D1 > 0:
         inner += tl.sum(g1.to(tl.float32) * o1, 1)
     row_of_all = tl.program_id(1).to(tl.int64) * N + query
     tl.store(delta + row_of_all, inner, mask=ok)
-    less = tl.load(lse + row_of_all, mask=ok, other=0.0) * _LOG2E
+    less = tl.load(lse + row_of_all) * _LOG2E
     key_row, key_column = tl.arange(0, R * WP) // WP, tl.arange(0, R * WP) % WP
     place_h, place_w = _places(query, sample, head, batch, H, W, HEADS)
-    w = tl.load((rel_w + place_w)[:, None] + key_column[None, :], ok[:, None] & (key_column < W)[None, :], other=0.0)
-    w = w.to(tl.float32) * _LOG2E - less[:, None]
+    w = _row_of_w(rel_w + place_w, key_column, W, WP, False) - less[:, None]
     acc0, acc1 = tl.zeros([BM, D0], tl.float32), tl.zeros([BM, D1 if D1 > 0 else 1], tl.float32)
     acc_w = tl.zeros([BM, R * WP], tl.float32)
     for row in range(0, H, R):
-        key, there = (row + key_row) * W + key_column, (row + key_row < H) & (key_column < W)
-        k0, k1 = _pair(x + HEADS * D, key, there, ROW, D, D0, D1, WHOLE, UPCAST)
-        v0, v1 = _pair(x + 2 * HEADS * D, key, there, ROW, D, D0, D1, WHOLE, UPCAST)
-        s = _product(q0, q1, k0, k1, D1, PRECISION) * SCALE + (w + _columns(rel_h + place_h, row, ok, key_row, R, H))
+        key = _keys_of(row, key_row, key_column, H, W, WP, R)
+        k0, k1 = _pair(x + HEADS * D, key, ROW, D, D0, D1, UPCAST)
+        v0, v1 = _pair(x + 2 * HEADS * D, key, ROW, D, D0, D1, UPCAST)
+        s = _product(q0, q1, k0, k1, D1, PRECISION) * SCALE + (w + _columns(rel_h + place_h, row, key_row, R, H, False))
         ds = tl.exp2(s) * (_product(g0, g1, v0, v1, D1, PRECISION) - inner[:, None])
-        if not WHOLE:
-            ds = tl.where(there[None, :], ds, 0.0)
         acc_w += ds
         for r in tl.static_range(R):
             column = tl.sum(ds, 1) if R == 1 else tl.sum(tl.where((key_row == r)[None, :], ds, 0.0), 1)
@@ -231,7 +254,6 @@ def keys_kernel(qkv, rel_h, rel_w, text, mask, lse, grad, delta, grad_keys, batc
     ROW: tl.constexpr = 3 * HEADS * D
     KEY_ROW: tl.constexpr = 2 * HEADS * D if TEXT else ROW
     TILE: tl.constexpr = BT if TEXT else R * WP
-    WHOLE: tl.constexpr = (not TEXT) and (W == WP) and (H % R == 0)
     SCALE: tl.constexpr = D**-0.5 * 1.4426950408889634
     sample, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     x, g = qkv + sample.to(tl.int64) * N * ROW + head * D, grad + sample.to(tl.int64) * N * (HEADS * D) + head * D
@@ -239,35 +261,32 @@ def keys_kernel(qkv, rel_h, rel_w, text, mask, lse, grad, delta, grad_keys, batc
     key_row, key_column = tl.arange(0, TILE) // WP, tl.arange(0, TILE) % WP
     if TEXT:
         key = tl.program_id(0) * BT + tl.arange(0, BT)
-        there = key < words
-        dy = grad_keys + sample.to(tl.int64) * words * KEY_ROW + head * D
+        there, dy = key < words, grad_keys + sample.to(tl.int64) * words * KEY_ROW + head * D
         seen, k0, k1, v0, v1 = _text(
             text, mask, sample, tl.program_id(0) * BT, words, head, HEADS, D, D0, D1, BT, MASK, UPCAST
         )
     else:
-        key, there = (row + key_row) * W + key_column, (row + key_row < H) & (key_column < W)
+        key, there = _keys_of(row, key_row, key_column, H, W, WP, R), (row + key_row < H) & (key_column < W)
         dy, seen = grad_keys + sample.to(tl.int64) * N * ROW + (HEADS + head) * D, there
-        k0, k1 = _pair(x + HEADS * D, key, there, KEY_ROW, D, D0, D1, WHOLE, UPCAST)
-        v0, v1 = _pair(x + 2 * HEADS * D, key, there, KEY_ROW, D, D0, D1, WHOLE, UPCAST)
+        k0, k1 = _pair(x + HEADS * D, key, KEY_ROW, D, D0, D1, UPCAST)
+        v0, v1 = _pair(x + 2 * HEADS * D, key, KEY_ROW, D, D0, D1, UPCAST)
     dk0, dk1 = tl.zeros([TILE, D0], tl.float32), tl.zeros([TILE, D1 if D1 > 0 else 1], tl.float32)
     dv0, dv1 = tl.zeros([TILE, D0], tl.float32), tl.zeros([TILE, D1 if D1 > 0 else 1], tl.float32)
     for first in range(0, N, BM):
         query = first + tl.arange(0, BM)
-        ok = query < N
-        q0, q1 = _pair(x, query, ok, ROW, D, D0, D1, N % BM == 0, UPCAST)
-        g0, g1 = _pair(g, query, ok, HEADS * D, D, D0, D1, N % BM == 0, UPCAST)
-        # the log-sum-exp of a query that is none is inf, so that it attends to nothing
-        less = tl.load(lse + row_of_all + query, mask=ok, other=float("inf")) * _LOG2E
-        inner = tl.load(delta + row_of_all + query, mask=ok, other=0.0)
+        ok, query = query < N, tl.minimum(query, N - 1)
+        q0, q1 = _pair(x, query, ROW, D, D0, D1, UPCAST)
+        g0, g1 = _pair(g, query, HEADS * D, D, D0, D1, UPCAST)
+        less = tl.load(lse + row_of_all + query) * _LOG2E
+        if N % BM != 0:  # a query that is none attends to nothing
+            less = tl.where(ok, less, float("inf"))
+        inner = tl.load(delta + row_of_all + query)
         s = _product(k0, k1, q0, q1, D1, PRECISION) * SCALE - less[None, :]  # (keys, BM)
         if not TEXT:
             place_h, place_w = _places(query, sample, head, batch, H, W, HEADS)
-            at = (rel_w + place_w)[None, :] + key_column[:, None]
-            w = tl.load(at, ok[None, :] & (key_column < W)[:, None], other=0.0).to(tl.float32) * _LOG2E
-            s += w + tl.trans(_columns(rel_h + place_h, row, ok, key_row, R, H))
-        p = tl.exp2(s)
-        if not WHOLE:
-            p = tl.where(seen[:, None], p, 0.0)
+            s += _row_of_w(rel_w + place_w, key_column, W, WP, True)
+            s += _columns(rel_h + place_h, row, key_row, R, H, True)
+        p = tl.exp2(s) if not TEXT else tl.where(seen[:, None], tl.exp2(s), 0.0)
         dv0, dv1 = _add_product(dv0, dv1, p, g0, g1, D1, PRECISION)
         ds = p * (_product(v0, v1, g0, g1, D1, PRECISION) - inner[None, :])
         dk0, dk1 = _add_product(dk0, dk1, ds, q0, q1, D1, PRECISION)
