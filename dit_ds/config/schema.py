@@ -15,6 +15,9 @@ from dit_ds.config.train_schema import TrainConfig
 from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
 
+# of the grid: the widest for which the kernels of `model.attention triton` were compiled and held to their registers
+TRITON_COLUMNS = 64
+
 
 class DataConfig(Section):
     """The dataset, its prompts, augmentation and loading."""

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_ds.config.schema import TRITON_COLUMNS
 from dit_ds.errors import UserError
-
-MAX_COLUMNS = 64  # of the grid: the widest for which the kernels were compiled and held to their registers
-
 
 class Tile(NamedTuple):
     """A configuration of one kernel: queries and keys that it works on at once, warps of a program, pipeline stages."""
@@ -50,9 +48,10 @@ _HOPPER: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("keys", 4): (Tile(32, 32, 8, 1),),
 }
 _AMPERE: dict[tuple[str, int], tuple[Tile, ...]] = _HOPPER | {
-    ("queries", 2): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
-    ("keys", 2): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
+    ("queries", 2): (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("keys", 2): (Tile(16, 64, 4, 2),),
 }
+_AMPERE_WIDE = _AMPERE | {("queries", 2): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))}  # of grids of more than 32 columns
 
 
 class Problem(NamedTuple):
@@ -83,7 +82,8 @@ def tile_of(kernel: str, problem: Problem) -> Tile:
 
 def tiles(kernel: str, problem: Problem) -> tuple[Tile, ...]:
     """Those that may be chosen."""
-    return (_HOPPER if _like_hopper(problem) else _AMPERE)[kernel, problem.dtype.itemsize]
+    ampere = _AMPERE if problem.grid[1] <= 32 else _AMPERE_WIDE
+    return (_HOPPER if _like_hopper(problem) else ampere)[kernel, problem.dtype.itemsize]
 
 
 def _like_hopper(problem: Problem) -> bool:
@@ -104,8 +104,9 @@ def constants(kernel: str, problem: Problem, tile: Tile, of_text: bool = False) 
     """
     (h, w), d = problem.grid, problem.d
     columns = _power_of_two(w)
-    # a product has 16 keys or more; more than 2 rows of the grid would take more selections and registers than they save
-    rows = max(-(-16 // columns), min(2, max(1, tile.keys // columns)))
+    # a product has 16 keys or more; many rows of the grid take selections and registers, Hopper's products want 64 keys
+    most = 4 if kernel == "keys" and _like_hopper(problem) else 2
+    rows = max(-(-16 // columns), min(most, max(1, tile.keys // columns)))
     first = 1 << (d.bit_length() - 1) if d >= 16 else 16
     second = 0 if d <= first else max(16, _power_of_two(d - first))
     interpreted = _interpreted()
@@ -143,9 +144,9 @@ def refuse_grid(grid: tuple[int, int]) -> None:
     """Raises:
     UserError: the grid is wider than the kernels take.
     """
-    if grid[1] > MAX_COLUMNS:
+    if grid[1] > TRITON_COLUMNS:
         raise UserError(
-            f"model.attention triton takes grids of at most {MAX_COLUMNS} columns, and this has {grid[1]}: "
+            f"model.attention triton takes grids of at most {TRITON_COLUMNS} columns, and this has {grid[1]}: "
             "set model.attention auto"
         )
 

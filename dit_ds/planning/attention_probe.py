@@ -144,7 +144,7 @@ def fastest(shape: Shape, kernels: list[str], dtype: torch.dtype, device: torch.
     key, path = _key(shape, kernels, dtype, device), cache_file()
     remembered = _remembered(path)
     if key in remembered:
-        with contextlib.suppress(TypeError, ValueError):  # written by something else
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # written by something else
             return _checked(Choice(**remembered[key])), True
     choice = _measured(shape, kernels, dtype, device)
     with contextlib.suppress(UserError, OSError):  # a home that can't be written: measured again next time
@@ -161,9 +161,10 @@ def _checked(choice: Choice) -> Choice:
 
 def _remembered(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, "the attention kernels that were measured") if path.exists() else {}
-    except (UserError, OSError):
+        found = read_json(path, "attention kernels that were measured")
+    except UserError:
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _key(shape: Shape, kernels: list[str], dtype: torch.dtype, device: torch.device) -> str:
