@@ -141,7 +141,9 @@ def test_the_configuration_knows_every_backend():
     assert get_args(ModelConfig.model_fields["attention"].annotation) == (*BACKENDS, "naive")
 
 
-@pytest.mark.parametrize("backend", ["xformers", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash3", "flash4", "triton"])
+@pytest.mark.parametrize(
+    "backend", ["xformers", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash3", "flash4", "triton"]
+)
 def test_a_backend_that_cannot_run_says_why(backend):
     qkv, table = torch.zeros(1, 4, 3, 1, 8), torch.zeros(3, 8)
     with pytest.raises(UserError, match=f"{backend} can't run here: .*CUDA.*'cpu'.*set model.attention auto"):

@@ -201,8 +201,18 @@ class ModelConfig(Section):
         False, description="of the logits' bilinear upsampling; true in the paper's released code; lavt's always are"
     )
     attention: Literal[
-        "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash3", "flash4", "xformers",
-        "triton", "naive",
+        "auto",
+        "eager",
+        "chunked",
+        "sdpa",
+        "sdpa_efficient",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "flash3",
+        "flash4",
+        "xformers",
+        "triton",
+        "naive",
     ] = Field(  # fmt: skip
         "auto",
         description="attention backend; auto: the fastest here, on GPUs by measurement; sdpa: on GPUs the fastest of its "

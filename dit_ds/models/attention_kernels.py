@@ -269,7 +269,9 @@ def _flash3_backward(grad, q, k, v, out, lse, scale):
 
     grad, q, k, v, out = (y.transpose(1, 2).contiguous() for y in (grad, q, k, v, out))
     grads = [torch.empty_like(y) for y in (q, k, v)]
-    _flash_attn_backward(grad, q, k, v, out, lse.contiguous(), dq=grads[0], dk=grads[1], dv=grads[2], softmax_scale=scale)
+    _flash_attn_backward(
+        grad, q, k, v, out, lse.contiguous(), dq=grads[0], dk=grads[1], dv=grads[2], softmax_scale=scale
+    )
     return [y.transpose(1, 2) for y in grads]
 
 

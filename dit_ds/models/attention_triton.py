@@ -18,6 +18,7 @@ from torch import Tensor
 from dit_ds.config.schema import TRITON_COLUMNS
 from dit_ds.errors import UserError
 
+
 class Tile(NamedTuple):
     """A configuration of one kernel: queries and keys that it works on at once, warps of a program, pipeline stages."""
 
@@ -180,7 +181,13 @@ def _launch(kernel: str, problem: Problem, tensors: Sequence[Tensor], batch: int
 
 
 def _forward(
-    qkv: Tensor, rel_h: Tensor, rel_w: Tensor, text_kv: Tensor | None, text_mask: Tensor | None, out: Tensor, lse: Tensor
+    qkv: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    text_kv: Tensor | None,
+    text_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     problem = _problem(qkv, (rel_h.shape[0], rel_w.shape[0]), text_kv, text_mask is not None)
     text, mask = _or_placeholder(text_kv, text_mask, qkv)
@@ -324,5 +331,7 @@ def try_out(device: str, dtype: torch.dtype) -> None:
     text = torch.zeros(1, 3, 2, 2, 16, device=device, dtype=dtype)
     out, lse = torch.empty_like(qkv[:, :, 0]), torch.empty(1, 2, 16, device=device)
     forward(qkv, rel, rel, text, None, [slice(None)], out, lse)
-    grads = Gradients(torch.empty_like(qkv), torch.empty_like(text), rel_h=torch.zeros_like(rel), rel_w=torch.zeros_like(rel))
+    grads = Gradients(
+        torch.empty_like(qkv), torch.empty_like(text), rel_h=torch.zeros_like(rel), rel_w=torch.zeros_like(rel)
+    )
     backward(qkv, rel, rel, text, None, [slice(None)], out, lse=lse, grad=out, grads=grads)

@@ -131,7 +131,9 @@ def _described(shape: Shape, choice: Choice, dtype: torch.dtype) -> str:
     times = ", ".join(f"{k} {ms:.2f} ms" for k, ms in sorted(choice.milliseconds.items(), key=lambda x: x[1]))
     left_out = "".join(f"; not {k}: {why}" for k, why in choice.left_out.items())
     kind = str(dtype).removeprefix("torch.")
-    return f"attention over {shape}, {kind}: {choice.kernel or 'none'}; forward and backward {times or 'none'}{left_out}"
+    return (
+        f"attention over {shape}, {kind}: {choice.kernel or 'none'}; forward and backward {times or 'none'}{left_out}"
+    )
 
 
 def cache_file() -> Path:
