@@ -35,7 +35,7 @@ def alone(monkeypatch):
 def test_the_fastest_is_chosen_and_remembered(cache, monkeypatch):
     ms = {"chunked": 2.0, "sdpa": 1.0}
     measured = []
-    monkeypatch.setattr(attention_probe._Layer, "milliseconds", lambda self, k: measured.append(k) or ms[k])
+    monkeypatch.setattr(attention_probe.Layer, "milliseconds", lambda self, k: measured.append(k) or ms[k])
     choice, remembered = fastest(SHAPE, ["chunked", "sdpa"], torch.float32, CPU)
     assert (choice.kernel, choice.milliseconds, choice.left_out, remembered) == ("sdpa", ms, {}, False)
     assert measured == ["chunked", "sdpa"]
@@ -48,7 +48,7 @@ def test_the_fastest_is_chosen_and_remembered(cache, monkeypatch):
 
 
 def test_times_are_those_of_forward_and_backward():
-    layer = attention_probe._Layer(SHAPE, torch.float32, CPU)
+    layer = attention_probe.Layer(SHAPE, torch.float32, CPU)
     assert 0 < layer.milliseconds("chunked") < 1000
     out, *grads = layer.step("chunked")
     assert out.shape == (2, 24, 2, 8) and [g.shape for g in grads] == [x.shape for x in layer.leaves]
@@ -71,13 +71,13 @@ def test_a_home_that_cannot_be_written_is_no_error(cache, monkeypatch):
 
 def test_a_kernel_that_fails_or_is_wrong_is_left_out(monkeypatch):
     """sdpa's gradients are halved; xformers can't run here."""
-    whole = attention_probe._Layer.step
+    whole = attention_probe.Layer.step
 
     def step(self, kernel, *args, **kwargs):
         results = whole(self, kernel, *args, **kwargs)
         return [results[0], *(g / 2 for g in results[1:])] if kernel == "sdpa" else results
 
-    monkeypatch.setattr(attention_probe._Layer, "step", step)
+    monkeypatch.setattr(attention_probe.Layer, "step", step)
     choice, _ = fastest(SHAPE, ["sdpa", "xformers", "chunked"], torch.float32, CPU)
     assert choice.kernel == "chunked" and list(choice.milliseconds) == ["chunked"]
     assert choice.left_out["sdpa"] == "its result is off by 0.5" and "CUDA" in choice.left_out["xformers"]
@@ -125,10 +125,10 @@ def test_tiles_that_were_measured_stay_chosen(monkeypatch):
     def milliseconds(self, kernel):
         return 1.0 + sum(attention_triton.tile_of(k, problem) != t for k, t in last.items())
 
-    monkeypatch.setattr(attention_probe._Layer, "milliseconds", milliseconds)
+    monkeypatch.setattr(attention_probe.Layer, "milliseconds", milliseconds)
     monkeypatch.setattr(attention_triton, "_chosen", {})
-    whole = attention_probe._Layer.step
-    monkeypatch.setattr(attention_probe._Layer, "step", lambda self, k, *a, **b: whole(self, "chunked", *a, **b))
+    whole = attention_probe.Layer.step
+    monkeypatch.setattr(attention_probe.Layer, "step", lambda self, k, *a, **b: whole(self, "chunked", *a, **b))
     choice, _ = fastest(SHAPE, ["triton"], torch.bfloat16, CPU)
     assert choice.kernel == "triton" and choice.tiles == {k: list(t) for k, t in last.items()}
     attention_triton._chosen.clear()

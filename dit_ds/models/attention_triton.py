@@ -51,8 +51,9 @@ _HOPPER: dict[tuple[str, int], tuple[Tile, ...]] = {
 _AMPERE: dict[tuple[str, int], tuple[Tile, ...]] = _HOPPER | {
     ("queries", 2): (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
     ("keys", 2): (Tile(16, 64, 4, 2),),
+    ("keys", 4): (Tile(16, 32, 8, 1),),
 }
-_AMPERE_WIDE = _AMPERE | {("queries", 2): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))}  # of grids of more than 32 columns
+_AMPERE_WIDE = _AMPERE | {("queries", 2): (Tile(64, 64, 4, 3),)}  # of grids of more than 32 columns
 
 
 class Problem(NamedTuple):

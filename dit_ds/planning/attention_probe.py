@@ -187,8 +187,8 @@ def _problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> attentio
     )
 
 
-class _Layer:
-    """One layer's attention on random tensors."""
+class Layer:
+    """One layer's attention on random tensors; half of the text is padding."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
         g = torch.Generator().manual_seed(0)
@@ -204,14 +204,21 @@ class _Layer:
         self.mask = torch.arange(words, device=device).expand(batch, -1) < max(1, words // 2) if words else None
         self.grad = torch.randn(batch, n, heads, d, generator=g).to(device, dtype)
 
-    def step(self, kernel: str, dtype: torch.dtype | None = None, samples: int | None = None) -> list[Tensor]:
-        """Output and gradients, with all samples or some, in the layer's type or another."""
+    def forward(
+        self, kernel: str, dtype: torch.dtype | None = None, samples: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output and what it was computed from, with all samples or some, in the layer's type or another."""
         qkv, table_h, table_w, *text = self.leaves
         inputs = [x[:samples] if x.ndim == 5 else x for x in (qkv, table_h, table_w, *text)]
         inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         mask = None if self.mask is None else self.mask[:samples]
         text_kv = inputs[3] if text else None
         out = relative_position_attention(*inputs[:3], self.shape.grid, text_kv, text_mask=mask, backend=kernel)
+        return out, inputs
+
+    def step(self, kernel: str, dtype: torch.dtype | None = None, samples: int | None = None) -> list[Tensor]:
+        """Output and gradients."""
+        out, inputs = self.forward(kernel, dtype, samples)
         grads = torch.autograd.grad(out, inputs, self.grad[:samples].to(out.dtype))
         return [out.detach(), *grads]
 
@@ -228,20 +235,25 @@ class _Layer:
         return statistics.median(times)
 
 
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """By norms."""
+    return float((got.float() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _measured(shape: Shape, kernels: list[str], dtype: torch.dtype, device: torch.device) -> Choice:
-    layer, found, left_out = _Layer(shape, dtype, device), {}, {}
+    layer, found, left_out = Layer(shape, dtype, device), {}, {}
     tiles: dict[str, list[int]] = {}
     exact = layer.step("chunked", torch.float32, samples=1)
     for kernel in kernels:
         try:
             if kernel == "triton":
                 tiles = {kind: list(tile) for kind, tile in _tuned(layer, dtype, device)}
-            error = max(_error(x, y) for x, y in zip(layer.step(kernel, samples=1), exact))
+            error = max(relative_error(x, y) for x, y in zip(layer.step(kernel, samples=1), exact))
             if not error <= _TOLERANCE[dtype]:
                 left_out[kernel] = f"its result is off by {error:.1g}"
                 continue
@@ -254,7 +266,7 @@ def _measured(shape: Shape, kernels: list[str], dtype: torch.dtype, device: torc
     return Choice(min(found, key=lambda k: found[k]) if found else "", tiles, found, left_out)
 
 
-def _tuned(layer: _Layer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, attention_triton.Tile]]:
+def _tuned(layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, attention_triton.Tile]]:
     """The fastest tile of each kernel, one kernel after the other; they stay chosen."""
     problem = _problem(layer.shape, dtype, device)
     for kind in attention_triton.KINDS:
@@ -265,7 +277,3 @@ def _tuned(layer: _Layer, dtype: torch.dtype, device: torch.device) -> Iterator[
         best = min(times, key=lambda t: times[t])
         attention_triton.choose(kind, problem, best)
         yield kind, best
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.float() - exact).norm() / exact.norm().clamp_min(1e-30))
