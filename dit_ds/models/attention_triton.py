@@ -9,7 +9,7 @@ Shapes: B samples, T text tokens, N = H*W visual tokens, `heads` heads of width 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ _AMPERE: dict[tuple[str, int], tuple[Tile, ...]] = _HOPPER | {
     ("keys", 2): (Tile(16, 64, 4, 2),),
     ("keys", 4): (Tile(16, 32, 8, 1),),
 }
-_AMPERE_WIDE = _AMPERE | {("queries", 2): (Tile(64, 64, 4, 3),)}  # of grids of more than 32 columns
+_AMPERE_WIDE = _AMPERE | {("queries", 2): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3))}  # of grids of more than 32 columns
 
 
 class Problem(NamedTuple):
@@ -163,7 +163,8 @@ def capability(device: torch.device) -> int:
 
 def _problem(qkv: Tensor, grid: tuple[int, int], text_kv: Tensor | None, masked: bool) -> Problem:
     words = 0 if text_kv is None else text_kv.shape[1]
-    return Problem(grid, *qkv.shape[3:], words, masked=masked, dtype=qkv.dtype, capability=capability(qkv.device))
+    heads, d = qkv.shape[3:]
+    return Problem(grid, heads, d, words, masked=masked, dtype=qkv.dtype, capability=capability(qkv.device))
 
 
 def _launch(kernel: str, problem: Problem, tensors: Sequence[Tensor], batch: int, of_text: bool = False) -> None:
@@ -224,7 +225,7 @@ def _or_placeholder(text_kv: Tensor | None, text_mask: Tensor | None, qkv: Tenso
     return qkv if text_kv is None else text_kv, mask
 
 
-_WRITES = {
+_WRITES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "triton_forward": (_forward, ("out", "lse")),
     "triton_backward": (_backward, ("delta", "grad_qkv", "grad_rel_h", "grad_rel_w", "grad_text")),
 }

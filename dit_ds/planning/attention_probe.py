@@ -91,7 +91,7 @@ def choose_kernels(
     if not kernels or dtype not in _TOLERANCE:
         return []
     layers: dict[Shape, list[JointBlock]] = {}
-    for block in encoder.blocks:
+    for block in (b for b in encoder.blocks if isinstance(b, JointBlock)):
         layers.setdefault(_shape(block, encoder.grid, words, micro_batch), []).append(block)
     return decide(layers, requested, kernels, dtype, world)
 
@@ -213,7 +213,9 @@ class Layer:
         inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         mask = None if self.mask is None else self.mask[:samples]
         text_kv = inputs[3] if text else None
-        out = relative_position_attention(*inputs[:3], self.shape.grid, text_kv, text_mask=mask, backend=kernel)
+        out = relative_position_attention(
+            inputs[0], inputs[1], inputs[2], self.shape.grid, text_kv, text_mask=mask, backend=kernel
+        )
         return out, inputs
 
     def step(self, kernel: str, dtype: torch.dtype | None = None, samples: int | None = None) -> list[Tensor]:
