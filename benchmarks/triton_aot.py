@@ -151,8 +151,12 @@ def wrong(row: dict) -> str | None:
 
 
 def digest() -> str:
-    """Of the kernels' source, without which a table says nothing of them."""
-    return hashlib.sha256(MODULE.read_bytes()).hexdigest()
+    """Of the kernels' source and of what they are compiled with, without which a table says nothing of them."""
+    what = hashlib.sha256(MODULE.read_bytes())
+    for c in configurations():
+        problem = _problem(c.gpu, getattr(torch, c.dtype), c.d, c.grid)
+        what.update(json.dumps([c.tile.options, constants(c.kernel, problem, c.tile, c.of_text)]).encode())
+    return what.hexdigest()
 
 
 def summary(rows: list[dict]) -> dict:

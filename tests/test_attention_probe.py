@@ -113,7 +113,7 @@ def test_layers_get_the_kernel_of_their_own_shape(monkeypatch):
 def test_a_cpu_measures_nothing(monkeypatch):
     e = encoder()
     monkeypatch.setattr(attention_probe, "_measured", None)
-    assert choose_kernels(e, "auto", 7, 2, torch.float32, alone(monkeypatch)) == []
+    assert choose_kernels(e, "auto", 7, micro_batch=2, dtype=torch.float32, world=alone(monkeypatch)) == []
     assert {b.attn.backend for b in e.blocks} == {"auto"}
 
 

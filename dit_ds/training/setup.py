@@ -190,7 +190,8 @@ def _choose_attention(model: Segmenter, config: RunConfig, world: World, log: Ru
     split = exact_split(config.train.batch_size, world.world_size, ds_json.micro_batch)
     words = config.data.tokens + (0 if config.model.static_form == "add" else config.model.static_tokens)
     encoder = getattr(model, "image_encoder", None)
-    for line in choose_kernels(encoder, config.model.attention, words, split.micro_batch, ds_json.compute_dtype, world):
+    requested, dtype = config.model.attention, ds_json.compute_dtype
+    for line in choose_kernels(encoder, requested, words, micro_batch=split.micro_batch, dtype=dtype, world=world):
         log.log(line)
 
 
