@@ -13,11 +13,13 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(VENV)/.installed
 
-# torch first: deepspeed looks at it while it is built, and brings its own CUDA libraries where it has any
+# torch first: deepspeed looks at it while it is built, and brings its own CUDA libraries and triton where it has any
 $(VENV)/.installed: requirements.lock pyproject.toml
 	python3 -m venv $(VENV)
-	$(PIP) -c requirements.lock setuptools wheel packaging numpy torch
-	$(PIP) --no-deps --no-build-isolation -r requirements.lock
+	grep -v '^triton==' requirements.lock > $(VENV)/without_triton.txt
+	$(PIP) -c $(VENV)/without_triton.txt setuptools wheel packaging numpy torch
+	locked=requirements.lock; if $(PY) -c 'import triton' 2>/dev/null; then locked=$(VENV)/without_triton.txt; fi; \
+		$(PIP) --no-deps --no-build-isolation -r $$locked
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import common
 from dit_ds.models.attention import BACKENDS, best_backend
-from dit_ds.models.attention_kernels import KERNELS, why_not
+from dit_ds.models.attention_kernels import FUSED, why_not
 from dit_ds.models.image_encoder import JointBlock
 from dit_ds.models.naive import naive_attention
 from dit_ds.models.sam import SIZES
@@ -42,7 +42,7 @@ def row(width: str, image_size: int, batch: int, device: str, dtype: torch.dtype
     """All backends that run here, and the naive formulation, at one size."""
     block, x, words, mask = layer(width, image_size, batch, device, dtype)
     chosen = best_backend(device, dtype, (image_size // 16) ** 2)
-    refused = {b: r for b in KERNELS if (r := why_not(b, device, dtype))}
+    refused = {b: r for b in FUSED if (r := why_not(b, device, dtype))}
     backends = [b for b in BACKENDS if b not in refused and b != "auto"]
 
     def ours(backend: str) -> torch.Tensor:
@@ -65,8 +65,8 @@ def row(width: str, image_size: int, batch: int, device: str, dtype: torch.dtype
     for name in backends:  # a kernel may run in general and not at this width
         try:
             steps[name]()
-        except RuntimeError as e:
-            refused[name] = str(e).splitlines()[0]
+        except Exception as e:  # compilers of kernels raise types of their own
+            refused[name] = (str(e).splitlines() or [type(e).__name__])[0]
             del steps[name]
     backends = [b for b in backends if b in steps]
     seconds = common.alternate(steps, rounds, device)

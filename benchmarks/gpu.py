@@ -1,7 +1,7 @@
 """What needs a GPU, in one call: the CUDA tests, attention, training steps, memory against its prediction, checkpoints,
 latency.
 
-Writes attention_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, memory_error_cuda.*, table8.*,
+Writes attention_cuda.*, attention_kernels_cuda.*, train_step_cuda.*, train_step_1024_cuda.*, memory_cuda.*, memory_error_cuda.*, table8.*,
 checkpoint_cuda.* and latency_cuda.* to `benchmarks/results/`. `--only` takes a part, where a machine is lent for minutes. Without a GPU,
 `--small` goes through the same steps with tiny ones on the CPU.
 """
@@ -20,7 +20,8 @@ STEP = "benchmarks/train_step.py --mode"
 PARTS = {
     "tests": "-m pytest tests/test_attention.py tests/test_gpu.py -k cuda --timeout 240 "
     "--deselect tests/test_gpu.py::test_the_measured_peak_on_cuda_is_the_predicted_one",  # the part memory has it
-    "attention": "benchmarks/attention.py",
+    "attention": "benchmarks/attention.py --width vit_b vit_l vit_h",
+    "attention_kernels": "benchmarks/attention_kernels.py --races",
     "train_step": f"{STEP} frozen tuned --compile --size 512",
     "train_step_1024": f"{STEP} tuned --size 1024 --rounds 5 --name train_step_1024_cuda",
     "memory": "benchmarks/memory.py --measure",
@@ -32,6 +33,7 @@ PARTS = {
 SMALL = {
     "tests": "",
     "attention": "--width vit_t --size 64 --rounds 1",
+    "attention_kernels": "--width vit_t --size 64 --rounds 1",
     "train_step": "--width vit_t --size 64 --rounds 1",
     "train_step_1024": "--width vit_t --size 128 --rounds 1",
     "memory": "--small",

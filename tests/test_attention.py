@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
 import torch
+from conftest import ROOT
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
 from dit_ds.config.schema import ModelConfig
 from dit_ds.errors import UserError
-from dit_ds.models import attention, attention_kernels
+from dit_ds.models import attention, attention_kernels, attention_triton
 from dit_ds.models.attention import BACKENDS, relative_position_attention
-from dit_ds.models.attention_kernels import KERNELS, why_not
+from dit_ds.models.attention_kernels import FUSED, why_not
 from dit_ds.models.image_encoder import JointAttention
+
+sys.path.append(str(ROOT / "benchmarks"))
+import triton_aot
+import triton_worker
 
 # grid, words, whether some of them are padding, lengths of the tables if they are to be interpolated
 CASES = {
@@ -61,7 +70,7 @@ def outputs_and_gradients(backend, case, dtype, device="cpu", rounded_to=torch.f
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_agree_with_the_formulas_in_fp64(backend, case, dtype, device):
-    if backend in KERNELS and (reason := why_not(backend, device, dtype)):
+    if backend in FUSED and (reason := why_not(backend, device, dtype)):
         pytest.skip(reason)
     reference = outputs_and_gradients("eager", case, torch.float64, rounded_to=dtype)
     for name, got in outputs_and_gradients(backend, case, dtype, device).items():
@@ -132,8 +141,98 @@ def test_the_configuration_knows_every_backend():
     assert get_args(ModelConfig.model_fields["attention"].annotation) == (*BACKENDS, "naive")
 
 
-@pytest.mark.parametrize("backend", ["xformers", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"])
+@pytest.mark.parametrize(
+    "backend", ["xformers", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash3", "flash4", "triton"]
+)
 def test_a_backend_that_cannot_run_says_why(backend):
     qkv, table = torch.zeros(1, 4, 3, 1, 8), torch.zeros(3, 8)
     with pytest.raises(UserError, match=f"{backend} can't run here: .*CUDA.*'cpu'.*set model.attention auto"):
         relative_position_attention(qkv, table, table, (2, 2), backend=backend)
+
+
+# ---- triton: what can be shown without a GPU. Nothing here is skipped where triton is missing.
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """What `triton_worker` found, in Triton's interpreter."""
+    command = [sys.executable, str(ROOT / "tests/triton_worker.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", triton_worker.CASES)
+def test_triton_interpreted_agrees_with_the_formulas_in_fp64(case, interpreted):
+    allowed = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[triton_worker.CASES[case][4]]
+    found = interpreted["errors"][case]
+    assert len(found) == 4 + (triton_worker.CASES[case][2] > 0)
+    assert {n: e for n, e in found.items() if not e <= allowed} == {}
+
+
+def test_triton_interpreted_agrees_in_windows_with_text_that_is_updated(interpreted):
+    assert {n: e for n, e in interpreted["windows"].items() if not e <= 1e-5} == {}
+
+
+def test_triton_interpreted_gives_the_same_bits_each_time(interpreted):
+    assert set(interpreted["repeated"].values()) == {True}
+
+
+def test_triton_interpreted_agrees_with_every_tile(interpreted):
+    assert {n: e for n, e in interpreted["every tile"].items() if not e <= 2e-3} == {}
+    assert len(set(interpreted["every tile"].values())) > 1  # they do compute in another order
+
+
+def test_triton_keeps_for_backward_what_the_other_kernels_keep(interpreted):
+    assert interpreted["kept"]["triton"] == interpreted["kept"]["chunked"] > 0
+
+
+def test_triton_is_an_operator_of_torchs(interpreted):
+    assert interpreted["checked"]
+
+
+def test_triton_refuses_what_its_kernels_have_not():
+    with pytest.raises(UserError, match="at most 64 columns, and this has 65: set model.attention auto"):
+        attention_triton.refuse_grid((3, 65))
+    assert "no float64" in attention_triton.refusal("cuda", torch.float64)
+
+
+def recorded():
+    return json.loads((ROOT / "benchmarks/results/triton_aot.json").read_text())
+
+
+def test_triton_compiled_for_every_gpu_is_as_recorded():
+    """The table holds exactly what the code may run now, from this source, and all of it fits."""
+    table = recorded()
+    assert table["source"] == triton_aot.digest(), "the kernels changed: python benchmarks/triton_aot.py"
+    assert [r["name"] for r in table["rows"]] == [c.name for c in triton_aot.configurations()]
+    assert {r["name"]: triton_aot.wrong(r) for r in table["rows"] if triton_aot.wrong(r)} == {}
+    assert triton_aot.summary(table["rows"]).items() <= table.items()
+    assert table["spills"] == 0 and table["max_registers"] <= 255
+
+
+@pytest.mark.parametrize("gpu", triton_aot.GPUS)
+def test_triton_compiles_ahead_of_time(gpu, tmp_path, monkeypatch):
+    """The kernel that needs the most registers, at ViT-H and 512 px."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    wanted = ("bfloat16", 80, (32, 32), "queries")
+    c = next(c for c in triton_aot.configurations() if c.gpu == gpu and c[1:5] == wanted)
+    found = triton_aot.compiled(c)
+    assert triton_aot.wrong(found) is None, found
+    assert found["registers"] > 64 and found["shared"] > 16 << 10  # it is the kernel that was compiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("gpu", triton_aot.GPUS)
+def test_triton_compiles_ahead_of_time_in_every_configuration(gpu, dtype, tmp_path):
+    command = [sys.executable, "benchmarks/triton_aot.py", "--json", "--gpu", gpu, "--dtype", dtype, "--out", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["spills"] == 0 and found["max_registers"] <= 255 and found["wrong"] == []
+    assert found["max_shared"] <= triton_aot.GPUS[gpu].shared
+    assert found["configurations"] == sum(c[:2] == (gpu, dtype) for c in triton_aot.configurations())

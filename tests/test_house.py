@@ -20,6 +20,7 @@ EVERY = [ROOT / f for f in subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
 ).stdout.split()] or SOURCES  # fmt: skip
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__enter__", "setUp")
+_TRITON = PACKAGE / "models/triton_kernels.py"  # Triton's language: constants come as arguments, one by one
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # module: names that it had before, and has no more
 FORMER_MODULES = (
@@ -68,7 +69,7 @@ def our_names() -> set[str]:
 
 def test_no_call_of_ours_has_many_positional_arguments():
     ours, wrong = our_names(), []
-    for f in SOURCES:
+    for f in (f for f in SOURCES if f != _TRITON):
         for call in (n for n in ast.walk(tree(f)) if isinstance(n, ast.Call)):
             name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", None)
             if name in ours and len(call.args) > 5 and not ast.unparse(call.func).startswith("torch."):

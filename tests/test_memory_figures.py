@@ -192,3 +192,32 @@ def test_our_operators_temporaries_come_one_by_one_each_time(fake_gpu):
     workspace = [(ALLOCATE, 32 * MIB)]
     assert logged[1] == logged[2] == [r for r in logged[0] if r not in workspace] and len(logged[1]) > 4
     assert sum(size == 32 * MIB for _, size in logged[0]) == 1
+
+
+@pytest.mark.parametrize("words", [0, 5])
+def test_triton_takes_no_more_than_the_folded_kernel(fake_gpu, words):
+    """At the peak of each pass, and kept for the backward pass; without triton, which needs not be installed."""
+    tracker, device = fake_gpu
+
+    def step(kernel):
+        b, h, w, heads, d = 4, 32, 32, 16, 80
+        qkv, rel_h, rel_w, text = (
+            torch.zeros(s, device=device, dtype=torch.bfloat16)
+            for s in ((b, h * w, 3, heads, d), (h, h, d), (w, w, d), (b, words, 2, heads, d))
+        )
+        mask = torch.ones(b, words, device=device, dtype=torch.bool) if words else None
+        operands = (qkv, rel_h, rel_w, text if words else None, mask)
+        before, tracker.peak = tracker.now, tracker.now
+        out, lse = torch.ops.dit_ds.attention(*operands, kernel)
+        kept, forward = tracker.now - before, tracker.peak - before
+        tracker.peak = tracker.now
+        backward = torch.ops.dit_ds.attention_backward
+        grads = backward(torch.zeros_like(out), *operands, out, lse, kernel, need_qkv=True, need_rel=True)
+        assert [g.shape for g in grads[:3]] == [x.shape for x in operands[:3]]
+        return kept, forward, tracker.peak - before
+
+    triton, folded = step("triton"), step("sdpa_efficient")
+    assert triton[0] == folded[0] == 4 * 1024 * 16 * (80 * 2 + 4)  # output and log-sum-exp
+    assert triton[1] < folded[1] and triton[2] < folded[2]
+    biases = 4 * 1024 * 16 * 64 * 2  # what a query adds to the logits of each row and column, in bf16
+    assert triton[1] >= triton[0] + biases  # the temporaries are counted

@@ -68,6 +68,8 @@ CALLS = {
     "segment_anything.modeling.prompt_encoder.PositionEmbeddingRandom.forward_with_coords": (
         "self coords_input image_size"
     ),
+    "flash_attn.cute.interface._flash_attn_bwd": "q k v out dout * lse softmax_scale",
+    "flash_attn.cute.interface._flash_attn_fwd": "q k v * softmax_scale return_lse",
     "xformers.ops.fmha.memory_efficient_attention_backward": "grad output lse query key value * scale op",
     "xformers.ops.fmha.memory_efficient_attention_forward_requires_grad": "query key value * scale op",
 }
@@ -181,6 +183,8 @@ NAMES = (
     "deepspeed.runtime.zero.stage3.assert_ints_same_as_other_ranks",
     "deepspeed.runtime.zero.utils.assert_ints_same_as_other_ranks",
     "deepspeed.runtime.zero.utils.assert_lst_len_same_as_other_ranks",
+    "flash_attn_interface._flash_attn_backward",
+    "flash_attn_interface._flash_attn_forward",
     "xformers.ops.fmha.cutlass.BwOp",
     "xformers.ops.fmha.cutlass.FwOp",
 )
@@ -205,9 +209,10 @@ def resolve(name: str) -> Any:
 
 
 def installed(name: str) -> None:
-    """Skip the test where the one library that needs not be there is missing."""
-    if name.startswith("xformers"):
-        pytest.importorskip("xformers")
+    """Skip the test where one of the libraries that need not be there is missing."""
+    for library in ("xformers", "flash_attn.cute", "flash_attn_interface"):
+        if name.startswith(library + "."):
+            pytest.importorskip(library)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -15,6 +15,9 @@ from dit_ds.config.train_schema import TrainConfig
 from dit_ds.config.yaml_text import dump_yaml
 from dit_ds.files import atomic_write, is_url
 
+# of the grid: the widest for which the kernels of `model.attention triton` were compiled and held to their registers
+TRITON_COLUMNS = 64
+
 
 class DataConfig(Section):
     """The dataset, its prompts, augmentation and loading."""
@@ -198,10 +201,22 @@ class ModelConfig(Section):
         False, description="of the logits' bilinear upsampling; true in the paper's released code; lavt's always are"
     )
     attention: Literal[
-        "auto", "eager", "chunked", "sdpa", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "naive"
-    ] = Field(
         "auto",
-        description="attention backend; auto: the fastest here; naive: layers over the whole concatenation, as the "
+        "eager",
+        "chunked",
+        "sdpa",
+        "sdpa_efficient",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "flash3",
+        "flash4",
+        "xformers",
+        "triton",
+        "naive",
+    ] = Field(  # fmt: skip
+        "auto",
+        description="attention backend; auto: the fastest here, on GPUs by measurement; sdpa: on GPUs the fastest of its "
+        "three; triton: kernels of our own, not yet run on a GPU; naive: layers over the whole concatenation, as the "
         "paper's released code, to compare with; of lavt and rela: auto, eager or sdpa",
     )
     window_size: int = Field(

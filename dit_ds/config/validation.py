@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit_ds.config.lora import LoraConfig
-from dit_ds.config.schema import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from dit_ds.config.schema import TRITON_COLUMNS, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from dit_ds.errors import UserError
 from dit_ds.files import is_url
 
@@ -38,6 +38,16 @@ def validate_combinations(config: RunConfig) -> None:
         _check_other_method(config)
     else:
         _check_scheme(config)
+        _check_grid(config)
+
+
+def _check_grid(config: RunConfig) -> None:
+    m, columns = config.model, -(-config.data.image_size // 16)
+    if m.attention == "triton" and max(m.window_size, columns) > TRITON_COLUMNS:
+        raise UserError(
+            f"model.attention triton takes grids of at most {TRITON_COLUMNS} columns, images of {16 * TRITON_COLUMNS} px: "
+            "set model.attention auto, or a smaller data.image_size or model.window_size"
+        )
 
 
 def _check_data(config: RunConfig) -> None:

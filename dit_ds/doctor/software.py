@@ -16,8 +16,8 @@ from dit_ds.distributed import pick_device
 from dit_ds.doctor.check import Check, Context
 from dit_ds.engine import engine
 from dit_ds.files import GIB
-from dit_ds.models.attention import KERNELS, best_backend, relative_position_attention
-from dit_ds.models.attention_kernels import why_not
+from dit_ds.models.attention import best_backend, relative_position_attention
+from dit_ds.models.attention_kernels import FUSED, why_not
 
 _DEEPSPEED = (0, 19, 3)  # older ones fail on activation checkpointing with frozen parts under ZeRO-3
 
@@ -73,7 +73,7 @@ def attention(c: Context) -> Iterator[Check]:
     device, dtype = pick_device(c.local_rank).type, c.model_dtype
     reasons: dict[str, list[str]] = {}
     runs = []
-    for name in ("eager", *KERNELS):
+    for name in ("eager", *FUSED):
         reason = _eager_fails(device, dtype) if name == "eager" else why_not(name, device, dtype)
         if reason:
             reasons.setdefault(reason, []).append(name)

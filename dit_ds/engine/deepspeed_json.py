@@ -64,6 +64,14 @@ class DeepSpeedJson:
         return _DTYPES[self.precision]
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of matrix products: under `torch_autocast` its own, else the model's."""
+        autocast = self.raw.get("torch_autocast", {})
+        if not autocast.get("enabled"):
+            return self.dtype
+        return torch.float16 if autocast.get("dtype") in ("float16", "fp16") else torch.bfloat16
+
+    @property
     def grad_accum_dtype(self) -> str:
         """The type in which gradients are accumulated: bf16, fp16 or fp32."""
         return self.raw.get("data_types", {}).get("grad_accum_dtype") or self.precision

@@ -6,10 +6,10 @@ Shapes: B samples, T text tokens, N = H*W visual tokens, `heads` heads of width 
 
 Backends:
     eager: SAM's own arithmetic; materialises the (B, heads, N, T+N) attention map. The reference.
-    chunked, sdpa, xformers (and sdpa_flash, sdpa_efficient, sdpa_cudnn, to compare): kernels that keep no map, see
-        `attention_kernels`. They run on a few samples at a time, and the backward pass recomputes their operands: saved
-        for it are q, k, v, the small position tables, the output and the log-sum-exp of each row.
-    auto: see `best_backend`.
+    triton, xformers, sdpa, flash3, chunked, ...: kernels that keep no map, see `attention_kernels`. They run on a few
+        samples at a time, and the backward pass recomputes their operands: saved for it are q, k, v, the small position
+        tables, the output and the log-sum-exp of each row.
+    auto: see `best_backend`; training on a GPU measures instead.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds.errors import UserError
-from dit_ds.models.attention_kernels import KERNELS, Operands, why_not
+from dit_ds.models import attention_triton
+from dit_ds.models.attention_kernels import FUSED, KERNELS, Operands, why_not
 from dit_ds.models.positions import relative_positions
 
-BACKENDS = ("auto", "eager", *KERNELS)
+BACKENDS = ("auto", "eager", *FUSED)
 # Query rows (samples x heads x N) given to a kernel at once: on a GPU enough to fill it, on a CPU few enough to stay in its cache.
 _ROWS = {"cuda": 1 << 17, "cpu": 1 << 14}
 
@@ -110,7 +111,7 @@ def require(backend: str, device: str, dtype: torch.dtype) -> None:
     Raises:
         UserError: it can't; the message says why.
     """
-    reason = why_not(backend, device, dtype) if backend in KERNELS else None
+    reason = why_not(backend, device, dtype) if backend in FUSED else None
     if reason:
         raise UserError(f"model.attention {backend} can't run here: {reason}: set model.attention auto")
 
@@ -204,13 +205,17 @@ def attention_forward(
     Args:
         qkv, text_kv, text_mask: as in `relative_position_attention`.
         rel_h, rel_w: (H, H, d) and (W, W, d) of `relative_table`.
-        kernel: a key of `KERNELS`.
+        kernel: one of `FUSED`.
     """
     b, n, _, heads, d = qkv.shape
     device = qkv.device.type
     out = qkv.new_empty(b, n, heads, d)
     lse = qkv.new_empty(b, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    for s in _batch_slices(b, heads * n, device):
+    slices = _batch_slices(b, heads * n, device)
+    if kernel == "triton":
+        attention_triton.forward(qkv, rel_h, rel_w, text_kv, text_mask, slices=slices, out=out, lse=lse)
+        return out, lse
+    for s in slices:
         x = _operands(qkv[s], rel_h, rel_w, _at(text_kv, s), _at(text_mask, s))
         out[s], lse[s] = KERNELS[kernel](device).forward(x)
     return out, lse
@@ -242,7 +247,14 @@ def attention_backward(
     grad_text = qkv.new_empty(0 if text_kv is None else text_kv.shape)
     # summed over the batch in fp32 at least
     grad_rel_h, grad_rel_w = (x.new_zeros(x.shape if need_rel else 0, dtype=lse.dtype) for x in (rel_h, rel_w))
-    for s in _batch_slices(b, heads * n, device):
+    slices = _batch_slices(b, heads * n, device)
+    if kernel == "triton":
+        results = attention_triton.Gradients(grad_qkv, grad_text, rel_h=grad_rel_h, rel_w=grad_rel_w)
+        attention_triton.backward(
+            qkv, rel_h, rel_w, text_kv, text_mask, slices=slices, out=out, lse=lse, grad=grad, grads=results
+        )
+        slices = []
+    for s in slices:
         x = _operands(qkv[s], rel_h, rel_w, _at(text_kv, s), _at(text_mask, s))
         grads = KERNELS[kernel](device).backward(x, grad[s], out[s], lse[s])
         # (B, H, W, heads, H) and (B, H, W, heads, W)

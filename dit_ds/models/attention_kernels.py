@@ -8,8 +8,10 @@
     sdpa: on a CPU torch's flash attention, on CUDA its memory-efficient one (as sdpa_efficient).
     sdpa_flash, sdpa_cudnn: torch's other CUDA kernels, which need v as wide as q: it is padded with zeros.
     xformers: xformers' cutlass kernels; v may be narrower.
+    flash3, flash4: FlashAttention 3 (`flash_attn_interface`) and 4 (`flash_attn.cute`) where they are installed; v is padded.
+    triton: kernels of our own, in `attention_triton`, which has its own interface.
 
-All but chunked take the relative positions folded into the head dimension, see `_fold`.
+All but chunked and triton take the relative positions folded into the head dimension, see `_fold`.
 
 Shapes: B samples, T text tokens, N = H*W visual tokens, `heads` heads of width d.
 """
@@ -24,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+
+from dit_ds.models import attention_triton
 
 _aten = torch.ops.aten
 CHUNK = 1 << 20  # logits that `chunked` has at once: 4 MiB of fp32
@@ -253,11 +257,47 @@ def _xformers_backward(x: Operands, grad: Tensor, out: Tensor, lse: Tensor) -> O
     return _unfold(grad_q, grad_k, grad_v, x)
 
 
+def _flash3_forward(q, k, v, scale):
+    from flash_attn_interface import _flash_attn_forward
+
+    out, lse = _flash_attn_forward(*(y.transpose(1, 2) for y in (q, k, v)), softmax_scale=scale)[:2]
+    return out.transpose(1, 2), lse
+
+
+def _flash3_backward(grad, q, k, v, out, lse, scale):
+    from flash_attn_interface import _flash_attn_backward
+
+    grad, q, k, v, out = (y.transpose(1, 2).contiguous() for y in (grad, q, k, v, out))
+    grads = [torch.empty_like(y) for y in (q, k, v)]
+    _flash_attn_backward(
+        grad, q, k, v, out, lse.contiguous(), dq=grads[0], dk=grads[1], dv=grads[2], softmax_scale=scale
+    )
+    return [y.transpose(1, 2) for y in grads]
+
+
+def _flash4_forward(q, k, v, scale):
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    out, lse = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)[:2]
+    return out.transpose(1, 2), lse
+
+
+def _flash4_backward(grad, q, k, v, out, lse, scale):
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grad, q, k, v, out = (y.transpose(1, 2).contiguous() for y in (grad, q, k, v, out))
+    grads = _flash_attn_bwd(q, k, v, out, grad, lse=lse.contiguous(), softmax_scale=scale)[:3]
+    return [y.transpose(1, 2) for y in grads]
+
+
 _CHUNKED = Kernel(_chunked_forward, _chunked_backward)
 _CPU = _sdpa(_cpu_forward, _cpu_backward, padded=True)
 _EFFICIENT = _sdpa(_efficient_forward, _efficient_backward, padded=False)
 _FLASH = _sdpa(_flash_forward, _flash_backward, padded=True)
 _CUDNN = _sdpa(_cudnn_forward, _cudnn_backward, padded=True)
+_FLASH3 = _sdpa(_flash3_forward, _flash3_backward, padded=True)
+_FLASH4 = _sdpa(_flash4_forward, _flash4_backward, padded=True)
 _XFORMERS = Kernel(_xformers_forward, _xformers_backward)
 KERNELS: dict[str, Callable[[str], Kernel]] = {  # by the device's type
     "chunked": lambda device: _CHUNKED,
@@ -265,19 +305,24 @@ KERNELS: dict[str, Callable[[str], Kernel]] = {  # by the device's type
     "sdpa_efficient": lambda device: _EFFICIENT,
     "sdpa_flash": lambda device: _FLASH,
     "sdpa_cudnn": lambda device: _CUDNN,
+    "flash3": lambda device: _FLASH3,
+    "flash4": lambda device: _FLASH4,
     "xformers": lambda device: _XFORMERS,
 }
+FUSED = (*KERNELS, "triton")  # all that keep no attention map
 
 
 _PROBE = ((16, 2, 16), (19, 2, 16), (16, 2, 4))  # queries, keys, rel_h of three text tokens, a 4 x 4 grid, two heads
 
 
 def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a kernel can't run on this machine, None if it can.
+    """Why one of `FUSED` can't run on this machine, None if it can.
 
     It is run once to find out: that torch or xformers list a kernel as available does not mean that it runs.
     """
-    if name not in ("chunked", "sdpa") and device != "cuda":
+    if name == "triton" and (reason := attention_triton.refusal(device, dtype)):
+        return reason
+    if name not in ("chunked", "sdpa", "triton") and device != "cuda":
         return f"its kernels run on CUDA GPUs, and the model is on '{device}'"
     return _failure(name, device, dtype)
 
@@ -285,6 +330,9 @@ def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _failure(name: str, device: str, dtype: torch.dtype) -> str | None:
     try:
+        if name == "triton":
+            attention_triton.try_out(device, dtype)
+            return None
         kernel = KERNELS[name](device)
         q, k, rel = (torch.zeros(1, *s, device=device, dtype=dtype) for s in _PROBE)
         x = Operands(q, k, k, rel_h=rel, rel_w=rel, text_mask=None)
@@ -292,5 +340,5 @@ def _failure(name: str, device: str, dtype: torch.dtype) -> str | None:
         return None
     except ImportError:
         return f"{name} is not installed"
-    except (NotImplementedError, ValueError, RuntimeError) as e:
+    except Exception as e:  # compilers of kernels raise types of their own
         return " ".join(str(e).split("\n", 1)[0].split())[:200] or type(e).__name__

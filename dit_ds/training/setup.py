@@ -25,6 +25,7 @@ from dit_ds.data.loading.sampler import TrainBatchSampler
 from dit_ds.data.progress import progress_bar
 from dit_ds.distributed import World, all_or_none, gather_objects, share_cores
 from dit_ds.engine import engine as ds
+from dit_ds.engine.batch_split import exact_split
 from dit_ds.engine.batchnorm import SyncedBatchNormStats
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.engine.deepspeed_schema import require_monitors
@@ -37,6 +38,7 @@ from dit_ds.models.attention import require
 from dit_ds.models.build import build_model
 from dit_ds.models.segmenter import Segmenter
 from dit_ds.models.text_encoder import text_config
+from dit_ds.planning.attention_probe import choose_kernels
 from dit_ds.planning.flops import step_flops
 from dit_ds.planning.gpus import peak_flops
 from dit_ds.planning.memory.allocator_settings import described
@@ -136,6 +138,7 @@ def set_up(config: RunConfig, datasets: Datasets, world: World, stop_signal: Sto
     if loaded is not None and newest is None:
         log.describe_checkpoint(loaded)
     _describe(model, rates, config, datasets.train, log)
+    _choose_attention(model, config, world, log)
     frozen_digest = weights.frozen_digest(model) if world.main else ""
     frozen = _store_frozen(model, config, world, frozen_digest, newest)
     model.checkpoint_activations(config.train.activation_checkpointing)
@@ -182,6 +185,17 @@ def _describe(
         log.log(f"Muon takes {len(muon)} matrices of hidden layers, AdamW the rest")
     for note in data.index.notes:
         log.log(note)
+
+
+def _choose_attention(model: Segmenter, config: RunConfig, world: World, log: RunLog) -> None:
+    """Measure which attention kernels are the fastest, see `choose_kernels`. Collective."""
+    ds_json = DeepSpeedJson(deepspeed_config(config, world.world_size))
+    split = exact_split(config.train.batch_size, world.world_size, ds_json.micro_batch)
+    words = config.data.tokens + (0 if config.model.static_form == "add" else config.model.static_tokens)
+    encoder = getattr(model, "image_encoder", None)
+    requested, dtype = config.model.attention, ds_json.compute_dtype
+    for line in choose_kernels(encoder, requested, words, micro_batch=split.micro_batch, dtype=dtype, world=world):
+        log.log(line)
 
 
 def _resume_keys(config: RunConfig, data: ExpressionDataset, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dit_ds.errors import RunFailed
-from dit_ds.models.attention_kernels import KERNELS, why_not
+from dit_ds.models.attention_kernels import FUSED, why_not
 from dit_ds.processes import die_with_parent
 
 
@@ -44,7 +44,7 @@ def _probe(*arguments: str) -> dict[str, Any]:
 
 def _main(dtype: str, *kernels: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    missing = [k for k in kernels if k in KERNELS and why_not(k, device, getattr(torch, dtype))]
+    missing = [k for k in kernels if k in FUSED and why_not(k, device, getattr(torch, dtype))]
     name, memory = "", 0
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
