@@ -216,7 +216,7 @@ def publish(
     folder = Path(config.run_dir) / "checkpoints"
     final = folder / f"step_{meta['step']:08d}"
     if temporary.is_dir() or not final.is_dir():
-        _complete(temporary, meta, files, statistics, frozen, frozen_entry)
+        _complete(temporary, meta, files, statistics=statistics, frozen=frozen, frozen_entry=frozen_entry)
         checkpoint.replace(final, temporary)
     _sync_folder(folder)
     progress = meta["progress"]
@@ -232,6 +232,7 @@ def _complete(
     temporary: Path,
     meta: dict[str, Any],
     files: dict[str, Any],
+    *,
     statistics: dict[str, Tensor],
     frozen: Path | None,
     frozen_entry: dict[str, Any] | None,
