@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 import common  # noqa: E402
 import kill_and_resume  # noqa: E402
 import slurm_cluster  # noqa: E402
+from conftest import fill  # noqa: E402
 
 EPOCHS_A_FAULT = 6  # of twelve steps: SLURM takes up to 30 s, hundreds of steps, to notice a killed slurmd
 LIMIT = 300  # seconds for one fault to be overcome
@@ -97,9 +98,9 @@ class Training:
     def ranks(self) -> dict[int, tuple[int, str]]:
         """Process and node of each rank that runs."""
         found = {}
-        for pid in slurm_cluster._processes_with(f"SLURM_CONF={self.cluster.folder}/"):
-            env = dict(x.split("=", 1) for x in slurm_cluster._environ(pid).split("\0") if "=" in x)
-            command = slurm_cluster._command(pid).split("\0")
+        for pid in slurm_cluster.processes_with(f"SLURM_CONF={self.cluster.folder}/"):
+            env = dict(x.split("=", 1) for x in slurm_cluster.environ_of(pid).split("\0") if "=" in x)
+            command = slurm_cluster.command_of(pid).split("\0")
             if "dit_ds.cli" in command and "train" in command and env.get("SLURM_JOB_ID") == self.job:
                 found[int(env["SLURM_PROCID"])] = pid, env["SLURMD_NODENAME"]
         return found
@@ -160,13 +161,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 @contextmanager
 def full(folder: Path) -> Iterator[None]:
     """A disk without any room."""
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as f:
-        try:
-            while f.write(b"\0" * 4096):
-                pass
-        except OSError:
-            pass
+    filler = fill(folder)
     try:
         yield
     finally:

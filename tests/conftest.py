@@ -289,6 +289,18 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(folder: Path) -> Path:
+    """A file that leaves no room."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as f:
+        try:
+            while f.write(b"x" * 4096):
+                pass
+        except OSError:
+            pass
+    return filler
+
+
 @pytest.fixture
 def folder(shards, tmp_path):
     """A copy of the small set's shards, to damage."""

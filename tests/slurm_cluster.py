@@ -103,8 +103,8 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """kill -9 of all that a node runs, as a power cut would: slurmd, its step daemons, then the tasks."""
         self.daemons[node].kill()
-        tasks = [p for p in _processes_with(f"SLURM_CONF={self.folder}/") if f"SLURMD_NODENAME={node}" in _environ(p)]
-        step_daemons = {parent for p in tasks for parent in _parents(p) if "slurmstepd" in _command(parent)}
+        tasks = [p for p in processes_with(f"SLURM_CONF={self.folder}/") if f"SLURMD_NODENAME={node}" in environ_of(p)]
+        step_daemons = {parent for p in tasks for parent in _parents(p) if "slurmstepd" in command_of(parent)}
         assert tasks and step_daemons, f"nothing to kill on {node}"
         for pid in [*step_daemons, *tasks]:
             _kill(pid)
@@ -128,8 +128,8 @@ class Cluster:
         for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
-        left = set(_processes_with(f"SLURM_CONF={self.folder}/"))
-        left |= {parent for p in left for parent in _parents(p) if "slurmstepd" in _command(parent)}
+        left = set(processes_with(f"SLURM_CONF={self.folder}/"))
+        left |= {parent for p in left for parent in _parents(p) if "slurmstepd" in command_of(parent)}
         for pid in left - {os.getpid()}:
             _kill(pid)
 
@@ -273,15 +273,15 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-3000:] if log.exists() else f"({log} does not exist)"
 
 
-def _processes_with(variable: str) -> list[int]:
-    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if variable in _environ(int(p.name))]
+def processes_with(variable: str) -> list[int]:
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if variable in environ_of(int(p.name))]
 
 
-def _environ(pid: int) -> str:
+def environ_of(pid: int) -> str:
     return _proc(pid, "environ")
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     return _proc(pid, "cmdline")
 
 

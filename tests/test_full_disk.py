@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import metrics_of, small_disk, start_ranks, wait_for_step
+from conftest import fill, metrics_of, small_disk, start_ranks, wait_for_step
 
 from dit_ds.errors import UserError
 from dit_ds.training.log_files import LineFile, ScalarBoard
@@ -19,18 +19,6 @@ def disk(tmp_path) -> Iterator[Path]:
     """A file system of 256 megabytes."""
     with small_disk(tmp_path / "disk", "256m") as folder:
         yield folder
-
-
-def fill(folder: Path) -> Path:
-    """A file that leaves no room."""
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as f:
-        try:
-            while f.write(b"x" * 65536):
-                pass
-        except OSError:
-            pass
-    return filler
 
 
 @pytest.mark.parametrize("length", [3000, 200_000])
