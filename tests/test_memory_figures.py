@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from conftest import launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,6 +176,22 @@ def fake_gpu():
     tracker = MemoryTracker(host=lambda x: x.device.type == "cpu")
     with fake_cluster.fake_tensors(tracker):
         yield tracker, torch.device(fake_cluster._gpu(), 0)
+
+
+def test_device_contexts_work_after_fake_tensors():
+    """PyTorch notes the functions that make tensors once in a process; with ours among them, `from_pretrained` leaves
+    buffers uninitialised.
+    """
+    code = """
+import torch
+from dit_ds.planning.memory import fake_cluster, live_tensors
+with fake_cluster.fake_tensors(live_tensors.LiveTensors()), torch.device("cpu"):
+    torch.zeros(1)
+with torch.device("meta"):
+    print(*(make([]).device for make in (torch.tensor, torch.as_tensor)))
+"""
+    done = launch(["-c", code], ranks=1, timeout=120)
+    assert (done.stdout, done.returncode) == ("meta meta\n", 0), done.stderr
 
 
 def test_our_operators_temporaries_come_one_by_one_each_time(fake_gpu):

@@ -134,6 +134,9 @@ def _changed(attributes: dict[Any, dict[str, Any]]) -> Iterator[None]:
         for name in names:
             if not hasattr(owner, name):
                 raise RunFailed(_gone(owner, name))
+    # PyTorch notes at the first use of a device context which functions make tensors, for good: those, not ours
+    with torch.device("meta"):
+        torch.empty(0)
     before = {owner: {name: getattr(owner, name) for name in names} for owner, names in attributes.items()}
     for owner, names in attributes.items():
         for name, value in names.items():
