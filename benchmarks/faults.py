@@ -34,7 +34,7 @@ import kill_and_resume  # noqa: E402
 import slurm_cluster  # noqa: E402
 from conftest import fill  # noqa: E402
 
-EPOCHS_A_FAULT = 6  # of twelve steps: SLURM takes up to 30 s, hundreds of steps, to notice a killed slurmd
+EPOCHS_A_FAULT = 4  # of twelve steps: SLURM takes up to 30 s, hundreds of steps, to notice a killed slurmd
 LIMIT = 300  # seconds for one fault to be overcome
 AWAY = 20  # seconds without the shared folder
 DISK = "96m"  # of a node, for three checkpoints of a rank and of its neighbour

@@ -41,7 +41,7 @@ check_elastic() {
 
 # choose_nodes: the nodes of the next step, those that were never excluded first. Fails where they are too few.
 choose_nodes() {
-    local node count good=() bad=() nodes others=()
+    local node count good=() bad=() chosen nodes others=()
     for node in "${all_nodes[@]}"; do
         if [ -n "${lost[$node]:-}" ]; then continue; fi
         if is_bad "$node"; then bad+=("$node"); else good+=("$node"); fi
@@ -55,8 +55,10 @@ choose_nodes() {
         fi
     fi
     [ "${#good[@]}" -ge "$count" ] || return 1
-    nodes=("${good[@]:0:count}")
-    for node in "${all_nodes[@]}"; do [[ " ${nodes[*]} " == *" $node "* ]] || others+=("$node"); done
+    chosen=" ${good[*]:0:count} " nodes=()
+    for node in "${all_nodes[@]}"; do # in SLURM's order, by which it numbers the ranks: rank 0's node is the master
+        if [[ $chosen == *" $node "* ]]; then nodes+=("$node"); else others+=("$node"); fi
+    done
     step_nodes=$count step_on=() node_lost=
     [ "${#others[@]}" = 0 ] || step_on+=(--exclude="$(IFS=, && echo "${others[*]}")")
     # the step that lost a node holds the others' cores until SLURM has given that node up

@@ -70,6 +70,13 @@ def test_the_address_follows_the_first_node_in_use(tmp_path):
     assert lines(done) == ["2 --exclude=n1 --overlap n2"], done.stderr
 
 
+def test_rank_0_is_on_the_first_node_in_slurms_order_where_an_excluded_one_is_taken_again(tmp_path):
+    (tmp_path / "logs/train-7").mkdir(parents=True)
+    (tmp_path / "logs/train-7/bad_nodes").write_text("n1 failed twice\n")
+    done = chosen(tmp_path, f"echo n2 >{tmp_path}/down; find_lost_nodes; choose_nodes; chosen", SPARES="1")
+    assert lines(done) == ["2 --exclude=n2 --overlap n1"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("status", "again"), [(137, True), (76, True), (1, False), (2, False), (75, False), (0, False)]
 )

@@ -45,7 +45,7 @@ class Watchdog:
     current one. Rank 0's thread reads them, and notes when it saw each change. The stalled rank is one whose heartbeats
     stopped (its process is stopped, its node is down), else the one that has begun the fewest phases. When rank 0 does
     not answer, rank 1 does the same. A rank that hangs can't be asked to end: the process that notices ends itself, with
-    `STALLED`, and the launcher ends the others.
+    `STALLED`, and the launcher ends the others. A slow disk is waited for while heartbeats come.
 
     Args:
         seconds: without progress before a warning, and between warnings; after twice as many the run is ended.
@@ -80,7 +80,7 @@ class Watchdog:
             except dist.DistStoreError:  # no answer in time
                 if self.world.rank == 1:
                     why = "rank 0's process does not answer; the others wait for it"
-                    self._say(why, time.monotonic() - self._answered)
+                    self._say(why, time.monotonic() - self._answered, silent=True)
             except (RuntimeError, ValueError):  # rank 0 has ended, and the store with it
                 return
 
@@ -113,9 +113,9 @@ class Watchdog:
                 if rank not in self._sightings or heartbeat.beat != self._sightings[rank].heartbeat.beat:
                     self._sightings[rank] = Sighting(heartbeat, now)
 
-    def _say(self, why: str, seconds: float) -> None:
-        """Warn; after twice `seconds` end this process, and with it the run."""
-        if seconds < 2 * self.seconds or self._phase in _MAY_LAST:
+    def _say(self, why: str, seconds: float, silent: bool) -> None:
+        """Warn; after twice `seconds` end this process, and with it the run. `silent`: heartbeats have stopped."""
+        if seconds < 2 * self.seconds or (self._phase in _MAY_LAST and not silent):
             _log.warning(f"warning: {why}")
             return
         _log.error(f"dit-ds: error: {why}: ended, go on with --resume (log.stall_seconds {self.seconds:g})")
@@ -134,4 +134,5 @@ class Watchdog:
             f"nothing done for {now - self._since:.0f} s: rank {rank} on {stalled.host} stalled at step "
             f"{stalled.step} for {stalled.seconds + now - at:.0f} s, {how}{waiting}",
             now - self._since,
+            silent=bool(silent),
         )
