@@ -34,7 +34,7 @@ import kill_and_resume  # noqa: E402
 import slurm_cluster  # noqa: E402
 from conftest import fill  # noqa: E402
 
-EPOCHS_A_FAULT = 4  # of twelve steps: SLURM takes up to 30 s, hundreds of steps, to notice a killed slurmd
+EPOCHS_A_FAULT = 3  # of twelve steps: SLURM takes up to 30 s, hundreds of steps, to notice a killed slurmd
 LIMIT = 300  # seconds for one fault to be overcome
 AWAY = 20  # seconds without the shared folder
 DISK = "96m"  # of a node, for three checkpoints of a rank and of its neighbour
@@ -101,7 +101,8 @@ class Training:
         for pid in slurm_cluster.processes_with(f"SLURM_CONF={self.cluster.folder}/"):
             env = dict(x.split("=", 1) for x in slurm_cluster.environ_of(pid).split("\0") if "=" in x)
             command = slurm_cluster.command_of(pid).split("\0")
-            if "dit_ds.cli" in command and "train" in command and env.get("SLURM_JOB_ID") == self.job:
+            a_rank = "SLURM_STEP_ID" in env and "dit_ds.cli" in command and "train" in command  # not its srun
+            if a_rank and env.get("SLURM_JOB_ID") == self.job:
                 found[int(env["SLURM_PROCID"])] = pid, env["SLURMD_NODENAME"]
         return found
 

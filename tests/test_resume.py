@@ -255,18 +255,22 @@ def test_a_save_is_due_by_the_clock_too(config, tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000006"]
 
 
-def test_a_stalled_rank_is_named_and_ends_the_run(config, tmp_path):
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_stalled_rank_is_named_and_ends_the_run(config, tmp_path, stopped):
     run = tmp_path / "run"
     arguments = ["train", "--config", config, "--run_dir", run, "--log.stall_seconds", "2", "--train.epochs", "40"]
     ranks = start_ranks(2, *arguments)
     try:
         wait_for_step(run, 2, ranks)
-        ranks[1].send_signal(signal.SIGSTOP)
-        assert ranks[0].wait(60) == 76
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        assert ranks[1 - stopped].wait(90) == 76
     finally:
         for p in ranks:
             p.kill()
-            p.communicate()
+        said = [p.communicate()[1] for p in ranks]
+    if stopped == 0:
+        assert "rank 0's process does not answer" in said[1]
+        return
     line = next(x for x in (run / "log.txt").read_text().splitlines() if "rank 1 on" in x)
     assert "its process does not answer" in line and "the others wait for it" in line
     assert status(run)["state"] == "stalled" and "rank 1 on" in status(run)["starts"][-1]["ended"]

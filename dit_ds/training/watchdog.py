@@ -60,17 +60,21 @@ class Watchdog:
         self._sightings: dict[int, Sighting] = {}  # by rank
         self._closed = threading.Event()
         self._store = connect_store(world)
-        self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name="stall-watch", daemon=True)]
+        if world.rank == 1:
+            self._threads.append(threading.Thread(target=self._watch_rank_0, name="rank-0-watch", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """The loop begins a phase of optimizer step `step`. All ranks call this equally often, in the same order."""
         self._phases, self._step, self._phase, self._since = self._phases + 1, step, phase, time.monotonic()
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         self._closed.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(60)  # a request to a store that does not answer never ends
 
     def _run(self) -> None:
         while not self._closed.wait(min(5.0, self.seconds / 4)):
@@ -78,11 +82,18 @@ class Watchdog:
                 self._beat()
                 self._answered = time.monotonic()
             except dist.DistStoreError:  # no answer in time
-                if self.world.rank == 1:
-                    why = "rank 0's process does not answer; the others wait for it"
-                    self._say(why, time.monotonic() - self._answered, silent=True)
+                continue
             except (RuntimeError, ValueError):  # rank 0 has ended, and the store with it
-                return
+                self._closed.set()
+
+    def _watch_rank_0(self) -> None:
+        """Whether rank 0's store answers: a thread of its own, as the other one may wait for the answer without end."""
+        while not self._closed.wait(min(5.0, self.seconds / 4)):
+            now = time.monotonic()
+            if now - max(self._answered, self._warned) > self.seconds:
+                self._warned = now
+                why = "rank 0's process does not answer; the others wait for it"
+                self._say(why, now - self._answered, silent=True)
 
     def _beat(self) -> None:
         """Post a heartbeat; on rank 0 look at all of them, and warn when that is due."""
