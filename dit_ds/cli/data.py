@@ -16,7 +16,8 @@ def add(commands: Any) -> None:
     data.set_defaults(group=data)
     data_commands = data.add_subparsers(metavar="COMMAND")
     p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
-    p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
+    p.add_argument("folder", nargs="?", help="where refcoco/ and images/train2014/ go")
+    p.add_argument("--out", metavar="FOLDER", help="the same")
     p.add_argument("--images", type=whole(1, 10_000_000), default=2000, help="pictures to draw (default 2000)")
     p.add_argument("--seed", type=seed, default=0, help="another seed gives another set (default 0)")
     p.add_argument("--processes", type=processes, help="worker processes (default: one a core)")
@@ -101,7 +102,7 @@ def _add_shard(data_commands: Any) -> None:
 def _data_sample(args: argparse.Namespace) -> int:
     from dit_ds.data.sample_set.write import write_sample_set
 
-    report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
+    report(args, write_sample_set(folder, args.images, args.seed, args.processes))
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from dit_ds import __version__
-from dit_ds.cli import data, figures, pages, paper, planning, predict, runs, status, weights
+from dit_ds.cli import data, figures, pages, paper, planning, predict, runs, start, status, weights
 from dit_ds.data.progress import LineHandler, write_line
 from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
 
@@ -102,6 +102,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
     parser.set_defaults(group=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (data, runs, predict, status, weights, figures, pages, planning, paper):
+    for module in (start, data, runs, predict, status, weights, figures, pages, planning, paper):
         module.add(commands)
     return parser

@@ -63,6 +63,19 @@ def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], he
     return sub
 
 
+def given_folder(args: argparse.Namespace) -> str:
+    """The output folder of a command that takes it as an argument or as `--out`.
+
+    Raises:
+        UserError: it is missing, or given twice.
+    """
+    if args.folder is not None and args.out is not None:
+        raise UserError(f"{args.folder} and --out {args.out} both say where it goes: give one of them")
+    if args.folder is None and args.out is None:
+        raise UserError("the folder to write is required: name it, or give --out FOLDER")
+    return args.out if args.folder is None else args.folder
+
+
 def optional_config(args: argparse.Namespace) -> RunConfig | None:
     """The configuration of a command that can do without one.
 
@@ -78,5 +91,5 @@ def optional_config(args: argparse.Namespace) -> RunConfig | None:
 
 def config_options(p: argparse.ArgumentParser) -> None:
     """Options of a command that reads a run's configuration, with overrides as in train."""
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument("--config", required=True, help="YAML file, or a name of the package's, as base; overrides as in train")
     p.set_defaults(takes_overrides=True)

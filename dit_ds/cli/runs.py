@@ -34,7 +34,7 @@ def _add_train(commands: Any) -> None:
     p = commands.add_parser("train", help="train; one process, or each rank under torchrun or srun", add_help=False,
                             usage="dit-ds train --config C [--resume] [--json] [--section.key value ...]")  # fmt: skip
     p.add_argument("-h", "--help", action=_TrainHelp, nargs=0, help="show every option and configuration key")
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml")
+    p.add_argument("--config", required=True, help="YAML file, or the name of one that comes with dit-ds: base, sample, table1_default, ..")
     p.add_argument(
         "--resume", action="store_true", help="go on from the run's newest checkpoint, or start where there is none"
     )
