@@ -65,12 +65,10 @@ def bin_folder(wheel, tmp_path_factory) -> Path:
     """Of a fresh environment with the wheel in it."""
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    (packages,) = folder.glob("lib/python*/site-packages")
+    python = folder / "bin/python"
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    (packages,) = folder.glob("lib/python*/site-packages")  # which then sees the others, but for the clone's own
     (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    call(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", packages, wheel, cwd=folder)
-    script = folder / "bin/dit-ds"
-    script.write_text(f"#!{folder}/bin/python\nimport sys\nfrom dit_ds.cli import main\nsys.exit(main())\n")
-    script.chmod(0o755)
     return folder / "bin"
 
 
