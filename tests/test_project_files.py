@@ -17,7 +17,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {k: v for k, v in PROJECT["optional-dependencies"].items() if k != "dev"}
 USED = [re.match(r"[\w.-]+", line)[0] for line in [*PROJECT["dependencies"], *sum(EXTRAS.values(), [])]]
 # where a package's metadata names no SPDX expression: what they say instead
-WORDS = {"Apache-2.0": "apache", "MIT": "mit", "BSD-3-Clause": "bsd", "BSD-2-Clause": "bsd", "PSF-2.0": "python software"}
+WORDS = {
+    "Apache-2.0": "apache",
+    "MIT": "mit",
+    "BSD-3-Clause": "bsd",
+    "BSD-2-Clause": "bsd",
+    "PSF-2.0": "python software",
+}
 
 
 def test_the_licence_is_apaches_own_text():
@@ -46,7 +52,10 @@ def test_a_package_is_under_the_licence_that_the_notice_names(name):
         assert said == expression
         return
     files = [f for f in found.files or [] if "dist-info" in str(f) and "LICENSE" in f.name.upper()]
-    texts = [found.metadata["License"] or "", *(c for c in found.metadata.get_all("Classifier") or [] if "License" in c)]
+    texts = [
+        found.metadata["License"] or "",
+        *(c for c in found.metadata.get_all("Classifier") or [] if "License" in c),
+    ]
     texts += [f.read_text() for f in files[:1]] if not any(texts) else []
     for part in said.split(" AND "):
         assert WORDS.get(part, part.lower()) in " ".join(texts).lower(), texts
