@@ -113,7 +113,11 @@ def test_what_lies_beside_a_file_is_meant_by_it(elsewhere, tmp_path):
 
 
 def test_what_lies_nowhere_beside_it_is_of_the_working_directory(elsewhere, tmp_path):
-    values = {"data": {"root": "data_shards"}, "model": {"checkpoint": "sam.pth"}, "text": {"name": "bert-base-uncased"}}
+    values = {
+        "data": {"root": "data_shards"},
+        "model": {"checkpoint": "sam.pth"},
+        "text": {"name": "bert-base-uncased"},
+    }
     config = load_config(write(tmp_path / "mine/c.yaml", values))
     assert (config.data.root, config.model.checkpoint) == ("data_shards", "sam.pth")
     assert config.text.name == "bert-base-uncased"
@@ -184,7 +188,13 @@ def test_init_writes_a_folder_to_work_in_and_overwrites_nothing(elsewhere, capsy
 def test_the_readme_of_a_new_folder_names_what_is_there(elsewhere):
     init_folder.init_folder("x")
     text = Path("x/README.md").read_text()
-    for name in ("configs/base.yaml", "configs/sample.yaml", "configs/paper/", "configs/deepspeed/", "slurm/cluster.env"):
+    for name in (
+        "configs/base.yaml",
+        "configs/sample.yaml",
+        "configs/paper/",
+        "configs/deepspeed/",
+        "slurm/cluster.env",
+    ):
         assert f"`{name}`" in text and Path("x", name).exists()
     assert f"runs/{Path(load_config('x/configs/base.yaml').run_dir).name} " in text
 

@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
-def call(*command: object, cwd: Path, timeout: float = 300, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+def call(
+    *command: object, cwd: Path, timeout: float = 300, check: bool = True, **env: str
+) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DIT_DS_SLURM", "VIRTUAL_ENV")}
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=kept | env, capture_output=True, text=True, timeout=timeout
@@ -161,10 +163,12 @@ def test_the_job_scripts_find_each_other_from_any_folder(dit_ds, bin_folder, tmp
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "4",
            "SLURM_JOB_NODELIST": "n1", "MASTER_ADDR": "n1", "STAGE_DIR": "", "NOTED": str(tmp_path / "noted"),
            "PATH": f"{tmp_path}/bin:{bin_folder}:{os.environ['PATH']}"}  # fmt: skip
-    line = f'source {tmp_path}/mine/slurm/cluster.env && exec bash {spool}/slurm_script --config base --run_dir runs/x'
+    line = f"source {tmp_path}/mine/slurm/cluster.env && exec bash {spool}/slurm_script --config base --run_dir runs/x"
     done = call("bash", "-c", line, cwd=work, **job)
     noted = (tmp_path / "noted").read_text().splitlines()
-    assert "doctor --config base" in noted[0] and "train --resume --config base --run_dir runs/x" in noted[-1], done.stdout
+    assert "doctor --config base" in noted[0] and "train --resume --config base --run_dir runs/x" in noted[-1], (
+        done.stdout
+    )
     assert (work / "runs/slurm").is_dir()
     refused = call("bash", spool / "slurm_script", cwd=work, check=False, **job)
     assert refused.returncode == 2 and "no slurm/ here: source its cluster.env" in refused.stderr

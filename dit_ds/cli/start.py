@@ -34,5 +34,7 @@ def _init(args: argparse.Namespace) -> int:
     from dit_ds.config.init_folder import init_folder
 
     result = init_folder(given_folder(args))
-    report(args, result, lambda: [f"wrote {result['files']} files: {result['folder']}/README.md says what they are for"])
+    report(
+        args, result, lambda: [f"wrote {result['files']} files: {result['folder']}/README.md says what they are for"]
+    )
     return 0

@@ -58,4 +58,7 @@ def init_folder(folder: str | Path) -> dict[str, object]:
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, folder / name, ignore=ignore, copy_function=shutil.copyfile)
         (folder / "README.md").write_text(README)
-    return {"folder": str(folder), "files": sum(f.is_file() for name in FOLDERS for f in (folder / name).rglob("*")) + 1}
+    return {
+        "folder": str(folder),
+        "files": sum(f.is_file() for name in FOLDERS for f in (folder / name).rglob("*")) + 1,
+    }
