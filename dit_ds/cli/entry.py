@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
 from dit_ds import __version__
 from dit_ds.cli import data, figures, pages, paper, planning, predict, runs, start, status, weights
+from dit_ds.config.suggestions import command_meant, option_meant
 from dit_ds.data.progress import LineHandler, write_line
 from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
 
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = make_parser()
         args, rest = parser.parse_known_args(argv)
         if rest and not getattr(args, "takes_overrides", False):
-            raise UserError(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
+            raise UserError(f"unknown argument {rest[0]}: {_instead(rest[0], getattr(args, 'parser', args.group))}")
         if not hasattr(args, "run"):
             args.group.print_help()
             return 2
@@ -54,6 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _instead(unknown: str, parser: argparse.ArgumentParser) -> str:
+    """What to do instead of an argument that a command does not know."""
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    meant = option_meant(unknown, options) if unknown.startswith("-") else None
+    return f"did you mean {meant}?" if meant else f"see '{parser.prog} --help'"
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -92,7 +101,10 @@ class _Parser(argparse.ArgumentParser):
             self.register("action", name, _StoreOnce)
 
     def error(self, message: str) -> NoReturn:
-        """Raise it as a `UserError`."""
+        """Raise it as a `UserError`; of a command that does not exist, with the one that was probably meant."""
+        if choice := re.fullmatch(r"argument COMMAND: (invalid choice: '(.*)') \(choose from (.*)\)", message):
+            if meant := command_meant(choice[2], choice[3].replace("'", "").split(", ")):
+                raise UserError(f"{choice[1]}: did you mean '{self.prog} {meant}'?")
         raise UserError(f"{message}: see '{self.prog} --help'")
 
 

@@ -284,13 +284,13 @@ def field_names() -> list[str]:
 
 def help_text() -> str:
     """Every field with its type, default and description, by section, for `--help`."""
-    lines = ["configuration keys (in YAML, or as --key value):"]
-    section = None
+    sections: dict[str, list[str]] = {}
     for name, default, kind, meaning in fields():
-        if (of := name.rpartition(".")[0]) != section:
-            section = of
-            lines += ["", f"{of or 'the run'}: {_what(of)}"]
-        lines.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")
+        of = sections.setdefault(name.rpartition(".")[0], [])
+        of.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")
+    lines = ["configuration keys (in YAML, or as --key value), by section:"]
+    for section, keys in sections.items():
+        lines += ["", f"{section or 'the run'}: {_what(section)}", *keys]
     return "\n".join(lines)
 
 
