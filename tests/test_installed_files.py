@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MINILM
+from conftest import MINILM, ROOT
 
 from dit_ds.cli import demo
 from dit_ds.cli.entry import main
@@ -53,6 +53,15 @@ def test_deepspeeds_jsons_go_by_their_names(name, elsewhere):
         config = load_config("base", ["--deepspeed.config", given])
         assert config.deepspeed.config == given
         assert read_deepspeed_json(config)["train_micro_batch_size_per_gpu"] == 8
+
+
+def test_the_packages_own_json_is_recorded_by_its_name(elsewhere, monkeypatch):
+    """Not by where the package lies, which may be elsewhere when the run goes on."""
+    assert [load_config(n).deepspeed.config for n in ("base", "sample", "table8", ROOT / "configs/base.yaml")] == [
+        "zero2"
+    ] * 4
+    monkeypatch.chdir(ROOT)
+    assert load_config("configs/paper/table8.yaml").deepspeed.config == "configs/deepspeed/zero2.json"
 
 
 def test_a_file_comes_before_a_name(elsewhere):

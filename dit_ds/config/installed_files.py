@@ -71,9 +71,10 @@ def paper_folder() -> Path:
 
 
 def short_name(path: Path) -> str:
-    """How to give `--config` a file: by its name if it is one of the package's, elsewhere than below the working
-    directory, else by its path."""
-    return path.stem if path.is_absolute() and path in _candidates(".yaml") else str(path)
+    """What `find_file` finds a file by wherever the package lies: its name if it is one of the package's, given by an
+    absolute path; else the path."""
+    ours = path.is_absolute() and path.suffix in _NAMED and path in _candidates(path.suffix)
+    return path.stem if ours else str(path)
 
 
 def scripts_folder() -> Path:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from dit_ds.config.installed_files import find_file, installed_names
+from dit_ds.config.installed_files import find_file, installed_names, short_name
 from dit_ds.config.schema import RunConfig
 from dit_ds.config.suggestions import did_you_mean, unknown_key
 from dit_ds.config.validation import validate_combinations
@@ -151,7 +151,8 @@ def _with_paths_beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         path = os.path.join(folder, value)
         if os.path.exists(path):
             plain = os.path.normpath(path)  # another path where a link is before a `..`
-            values[section] = inner | {name: plain if os.path.exists(plain) and os.path.samefile(plain, path) else path}
+            path = plain if os.path.exists(plain) and os.path.samefile(plain, path) else path
+            values[section] = inner | {name: short_name(Path(path))}
     return values
 
 
