@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from dit_ds import __version__
@@ -31,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = make_parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and not getattr(args, "takes_overrides", False):
-            raise UserError(f"unknown argument {rest[0]}: {_instead(rest[0], getattr(args, 'parser', args.group))}")
+        _check_unknown(rest, args)
         if not hasattr(args, "run"):
             args.group.print_help()
             return 2
@@ -58,11 +58,28 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _instead(unknown: str, parser: argparse.ArgumentParser) -> str:
-    """What to do instead of an argument that a command does not know."""
+def _check_unknown(words: list[str], args: argparse.Namespace) -> None:
+    """See that words that the parser did not know may override a configuration's keys.
+
+    Raises:
+        UserError: they are none; with the option that was probably meant.
+    """
+    parser: argparse.ArgumentParser = getattr(args, "parser", args.group)
     options = re.findall(r"--[\w-]+", parser.format_usage())
-    meant = option_meant(unknown, options) if unknown.startswith("-") else None
-    return f"did you mean {meant}?" if meant else f"see '{parser.prog} --help'"
+    overrides = getattr(args, "takes_overrides", False)
+    for word in (w.partition("=")[0] for w in words):
+        if overrides and (not word.startswith("--") or "." in word or word[2:] in _top_level_keys()):
+            continue
+        meant = option_meant(word, options) if word.startswith("-") else None
+        if meant or not overrides:
+            instead = f"did you mean {meant}?" if meant else f"see '{parser.prog} --help'"
+            raise UserError(f"unknown argument {word}: {instead}")
+
+
+def _top_level_keys() -> Iterable[str]:
+    from dit_ds.config.schema import RunConfig
+
+    return RunConfig.model_fields
 
 
 def _fail(error: Exception, status: int) -> int:

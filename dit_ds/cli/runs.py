@@ -46,7 +46,7 @@ def _add_train(commands: Any) -> None:
         "--resume", action="store_true", help="go on from the run's newest checkpoint, or start where there is none"
     )
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    p.set_defaults(run=_train, takes_overrides=True)
+    p.set_defaults(run=_train, parser=p, takes_overrides=True)
 
 
 def _train(args: argparse.Namespace) -> int:
