@@ -172,7 +172,7 @@ def run(capsys, *args: object) -> dict:
 
 def test_experiments_name_configurations_that_train_takes(elsewhere, capsys):
     rows = run(capsys, "experiments", "--table", 9)["experiments"]
-    assert [r["config"] for r in rows] == ["table1_layer_wise_frozen", "table9_cascade"]
+    assert [r["config"] for r in rows] == ["table9_layer_wise", "table9_cascade"]
     assert [load_config(r["config"]).run_dir for r in rows] == [r["run"] for r in rows]
 
 

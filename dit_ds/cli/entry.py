@@ -65,15 +65,23 @@ def _check_unknown(words: list[str], args: argparse.Namespace) -> None:
         UserError: they are none; with the option that was probably meant.
     """
     parser: argparse.ArgumentParser = getattr(args, "parser", args.group)
-    options = re.findall(r"--[\w-]+", parser.format_usage())
     overrides = getattr(args, "takes_overrides", False)
-    for word in (w.partition("=")[0] for w in words):
-        if overrides and (not word.startswith("--") or "." in word or word[2:] in _top_level_keys()):
+    for word in words:
+        name = word.partition("=")[0]
+        if overrides and (not name.startswith("--") or "." in name or name[2:] in _top_level_keys()):
             continue
-        meant = option_meant(word, options) if word.startswith("-") else None
-        if meant or not overrides:
-            instead = f"did you mean {meant}?" if meant else f"see '{parser.prog} --help'"
-            raise UserError(f"unknown argument {word}: {instead}")
+        hint = _option_hint(word, parser) if word.startswith("-") else None
+        if hint or not overrides:
+            raise UserError("unknown argument " + (hint or f"{word}: see '{parser.prog} --help'"))
+
+
+def _option_hint(word: str, parser: argparse.ArgumentParser) -> str | None:
+    """The option that `word` is not, and the one of the parser's that was probably meant; None where there is none."""
+    name, options = word.partition("=")[0], re.findall(r"--[\w-]+", parser.format_usage())
+    if any(option.startswith(name) for option in options):  # it is one, or short for it
+        return None
+    meant = option_meant(word, options)
+    return f"{name}: did you mean {meant}?" if meant else None
 
 
 def _top_level_keys() -> Iterable[str]:
@@ -114,11 +122,21 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._given: list[str] = []  # the words to parse
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        self._given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Raise it as a `UserError`; of a command that does not exist, with the one that was probably meant."""
+        """Raise it as a `UserError`, with the command, or the required option, that was probably meant."""
+        if message.endswith("required") or "are required: " in message:
+            for word in self._given:
+                if word.startswith("--") and (hint := _option_hint(word, self)):
+                    raise UserError(f"unknown argument {hint}")
         if choice := re.fullmatch(r"argument COMMAND: (invalid choice: '(.*)') \(choose from (.*)\)", message):
             if meant := command_meant(choice[2], choice[3].replace("'", "").split(", ")):
                 raise UserError(f"{choice[1]}: did you mean '{self.prog} {meant}'?")

@@ -144,7 +144,7 @@ def _with_paths_beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     values = dict(values)
     for key in INPUT_PATHS:
         section, _, name = key.partition(".")
-        inner = values.get(section)
+        inner: Any = values.get(section)
         value = inner.get(name) if isinstance(inner, dict) else None
         if not isinstance(value, str) or not value or is_url(value) or os.path.isabs(value):
             continue
