@@ -211,7 +211,7 @@ def test_the_readme_of_a_new_folder_names_what_is_there(elsewhere):
 def test_the_demo_trains_by_the_packages_configuration_and_keeps_former_runs(elsewhere, monkeypatch):
     ran: list[list[str]] = []
 
-    def note(*command: object) -> str:
+    def note(command: list[object]) -> str:
         ran.append([str(c) for c in command])
         return '{"miou": 0.5, "train_seconds": 1}\n'
 
@@ -228,5 +228,5 @@ def test_the_demo_trains_by_the_packages_configuration_and_keeps_former_runs(els
 
 def test_a_step_of_the_demo_that_fails_ends_it(elsewhere, capfd):
     with pytest.raises(UserError, match="'dit-ds data verify nowhere' ended with status 2"):
-        demo._run("dit-ds", "data", "verify", "nowhere")
+        demo._run(["dit-ds", "data", "verify", "nowhere"])
     assert "$ dit-ds data verify nowhere\ndit-ds: error: " in capfd.readouterr().err

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,14 @@ def demo(folder: Path, scheme: str) -> dict[str, Any]:
     resolve_name(load_config("sample").text.name)  # refused before anything is drawn
     start = time.perf_counter()
     run_dir = _new_run(folder, scheme)
-    _run("dit-ds", "data", "sample", folder / "refer")
-    _run("dit-ds", "data", "shard", "--refer-root", folder / "refer", "--images", folder / "refer/images/train2014",
-         "--out", folder / "shards")  # fmt: skip
-    trained = _run(*_TWO_RANKS, "train", "--config", "sample", "--data.root", folder / "shards", "--run_dir", run_dir,
-                   "--model.scheme", scheme, "--json")  # fmt: skip
-    figures = _last_json(_run(*_TWO_RANKS, "eval", run_dir, "--split", "val", "--json"))
-    shuffled = _last_json(_run(*_TWO_RANKS, "eval", run_dir, "--split", "val", "--shuffle-text", "--json"))
-    _run("dit-ds", "sheet", run_dir, "--out", run_dir / "sheet.png", "--rows", "12")
+    refer, shards = folder / "refer", folder / "shards"
+    _run(["dit-ds", "data", "sample", refer])
+    _run(["dit-ds", "data", "shard", "--refer-root", refer, "--images", refer / "images/train2014", "--out", shards])
+    trained = _run([*_TWO_RANKS, "train", "--config", "sample", "--data.root", shards, "--run_dir", run_dir,
+                    "--model.scheme", scheme, "--json"])  # fmt: skip
+    evaluate = [*_TWO_RANKS, "eval", run_dir, "--split", "val", "--json"]
+    figures, shuffled = _last_json(_run(evaluate)), _last_json(_run([*evaluate, "--shuffle-text"]))
+    _run(["dit-ds", "sheet", run_dir, "--out", run_dir / "sheet.png", "--rows", "12"])
     return figures | {
         "shuffled_miou": shuffled["miou"],
         "train_seconds": _last_json(trained)["train_seconds"],
@@ -67,7 +68,7 @@ def _new_run(folder: Path, scheme: str) -> Path:
     return run_dir
 
 
-def _run(*command: object) -> str:
+def _run(command: Iterable[object]) -> str:
     """Print and run a command; return its stdout.
 
     Raises:
