@@ -135,15 +135,16 @@ def test_a_model_is_trained_and_compared_by_names_alone(dit_ds):
 
 
 def test_the_papers_rows_and_plans_need_no_clone(dit_ds, bin_folder):
-    rows = json.loads(dit_ds("experiments", "--json").stdout)["experiments"]
-    assert "table9_cascade" in {r["config"] for r in rows}
+    listed = json.loads(dit_ds("experiments", "--json").stdout)["experiments"]
+    assert "table9_cascade" in {r["config"] for r in listed}
     code = "from dit_ds.paper.table8 import rows; print(len(rows('paper')), len(rows('all')))"
-    few, many = map(int, call(bin_folder / "python", "-c", code, cwd=dit_ds.folder).stdout.split())
-    assert 0 < few < many
+    rows_of_paper, rows = map(int, call(bin_folder / "python", "-c", code, cwd=dit_ds.folder).stdout.split())
+    assert 0 < rows_of_paper < rows
     tiny = ("--config", "sample", "--data.image_size", "64", "--text.layers", "1")
     plan = json.loads(dit_ds("memory", "plan", *tiny, "--gpu-memory", "1GiB", "--json").stdout)
     assert plan["predicted"] and plan["stage"] == 2
-    found = json.loads(dit_ds("tune", *tiny, "--gpus", "1", "--out", "tuned", "--json", timeout=600).stdout)
+    few = ("--train.batch_size", "2", "--deepspeed.override.train_micro_batch_size_per_gpu", "1")
+    found = json.loads(dit_ds("tune", *tiny, *few, "--gpus", "1", "--out", "tuned", "--json", timeout=600).stdout)
     assert Path(dit_ds.folder, found["files"]["overrides.yaml"]).is_file()
     dit_ds("memory", "plan", "--config", "tuned/overrides.yaml", "--gpu-memory", "1GiB")
 
