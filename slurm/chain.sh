@@ -64,6 +64,6 @@ submit_next() {
         [[ $name == SLURM_CONF* ]] || drop+=(-u "$name")
     done
     job=$(env "${drop[@]}" sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" \
-        --export="ALL,CHAINED_AFTER=$SLURM_JOB_ID,CHAIN_LEFT=$left" "${options[@]}" slurm/train.sbatch "$@") || return
+        --export="ALL,CHAINED_AFTER=$SLURM_JOB_ID,CHAIN_LEFT=$left" "${options[@]}" "$scripts/train.sbatch" "$@") || return
     echo "${job%%;*}" | tee "$rank_logs/next"
 }

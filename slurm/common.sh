@@ -1,9 +1,13 @@
 # shellcheck shell=bash
 # What the job scripts share: the site's settings, how ranks are started, and when a job goes back into the queue.
 
+# The folder of the scripts: slurm, or another (`dit-ds init`, an installed package) for jobs in folders without one.
+scripts=$(dirname "${BASH_SOURCE[0]}")
+DIT_DS_SLURM=$(cd "$scripts" && pwd)
+export DIT_DS_SLURM
 # A file edited on Windows ends its lines with a carriage return, which the shell would take into each value.
-cluster_env=${CLUSTER_ENV:-slurm/cluster.env}
-[ -r "$cluster_env" ] || { echo "cannot read $cluster_env: set CLUSTER_ENV, or submit from dit-ds's folder" >&2 && exit 2; }
+cluster_env=${CLUSTER_ENV:-$scripts/cluster.env}
+[ -r "$cluster_env" ] || { echo "cannot read $cluster_env: set CLUSTER_ENV to the file with the site's settings" >&2 && exit 2; }
 # shellcheck source=slurm/cluster.env
 if grep -q $'\r' "$cluster_env"; then
     echo "$cluster_env has Windows line ends, which are passed over here: sed -i 's/\\r\$//' $cluster_env" >&2
@@ -227,7 +231,7 @@ finish() {
 }
 
 # shellcheck source=slurm/chain.sh
-source slurm/chain.sh
+source "$scripts/chain.sh"
 
 # SLURM itself requeues for failed nodes and preemptions; the cap holds for those, too
 if [ "$restarts" -gt "$MAX_REQUEUES" ]; then

@@ -33,7 +33,7 @@ check_elastic() {
     [ "$elastic" = 1 ] || return 0
     local status
     node_counts=$(srun "${SRUN_OPTIONS[@]}" --nodes=1 --ntasks=1 "${CONTAINER[@]}" \
-        "$PYTHON" slurm/node_counts.py "$wanted" "$TASKS_PER_NODE" "$@")
+        "$PYTHON" "$scripts/node_counts.py" "$wanted" "$TASKS_PER_NODE" "$@")
     status=$?
     [ "$status" != 0 ] || say "ELASTIC: the batch divides over $(tr '\n' ' ' <<<"$node_counts")node(s)"
     return "$status"
@@ -72,7 +72,7 @@ guard_first_node() {
     local node
     for node in "${all_nodes[@]:1:2}"; do
         srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --output=none \
-            bash slurm/guard.sh "$this_job" "$DIT_DS_JOB_FOLDER" &
+            bash "$scripts/guard.sh" "$this_job" "$DIT_DS_JOB_FOLDER" &
     done
 }
 

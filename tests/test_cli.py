@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, dit_ds, environment, refused
 
 from dit_ds.cli import entry
-from dit_ds.config.load import fields, load_config
+from dit_ds.config.load import fields, help_text, load_config
+from dit_ds.config.suggestions import _COMMANDS, _OPTIONS
 from dit_ds.errors import UserError
 
 
@@ -54,6 +55,56 @@ def test_help_of_train_explains_every_key():
 def test_a_wrong_command_is_status_2(command):
     done = dit_ds(*command, check=None)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("data shard --images x --refer_root y", "did you mean --refer-root?"),
+        ("data shard --refer-root y --images x --output z", "did you mean --out?"),
+        ("data shard --refer-root y --images x --num_workers=3", "did you mean --processes?"),
+        ("predict x --out y --prompt z", "did you mean --text?"),
+        ("status x --xyz", "see 'dit-ds status --help'"),
+        ("evaluate x", "invalid choice: 'evaluate': did you mean 'dit-ds eval'?"),
+        ("data validate x", "did you mean 'dit-ds data verify'?"),
+        ("frobnicate", "see 'dit-ds --help'"),
+        ("tune --config base --output x", "unknown argument --output: did you mean --out?"),
+        ("memory plan --config base --num_gpus 8", "did you mean --gpus?"),
+        ("memory plan --config base --wd 0.1", "did you mean 'train.weight_decay'?"),
+        ("train --config base --lr 1", "did you mean 'train.lr'?"),
+        ("train --config base --out x", "did you mean 'run_dir'?"),
+    ],
+)
+def test_what_does_not_exist_is_answered_by_meaning(words, says, refusal):
+    assert says in refusal(*words.split())
+
+
+def test_options_and_commands_elsewhere_lead_to_ones_that_exist():
+    commands, options = set(), set()
+    parsers = [entry.make_parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            options |= {o.lstrip("-").replace("-", "_") for o in action.option_strings}
+            if isinstance(action, argparse._SubParsersAction):
+                commands |= action.choices.keys()
+                parsers += action.choices.values()
+    assert set(_OPTIONS) <= options and set(_COMMANDS) <= commands
+
+
+def test_help_of_train_goes_by_section():
+    lines = help_text().splitlines()
+    heads = [line.partition(":")[0] for line in lines if line and line[0] != " "][1:]
+    assert heads[:3] == ["the run", "data", "model"] and len(set(heads)) == len(heads)
+    assert {"train.lr_scale", "model.lora", "log"} <= set(heads)
+    of, head = {}, ""
+    for line in lines:
+        if line.startswith("  --"):
+            of[line.split()[0][2:]] = head
+        elif line and line[0] != " ":
+            head = line.partition(":")[0]
+    assert (
+        of["seed"] == "the run" and of["train.lr"] == "train" and of["train.lr_scale.projections"] == "train.lr_scale"
+    )
 
 
 def test_shipped_configurations_load():

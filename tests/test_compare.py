@@ -227,7 +227,7 @@ def test_formats(tmp_path, capsys):
         (["RUN"], "has no evaluation yet: run dit-ds eval"),
         (["RUN", "--table", "12"], "the paper has no table 12"),
         (["RUN", "--table", "8"], "see dit-ds memory table8"),
-        (["RUN", "--configs", "nowhere"], "run from dit-ds's folder, or give --configs"),
+        (["RUN", "--configs", "nowhere"], "name their folder with --configs, or leave it out"),
         (["DAMAGED"], "damaged/evaluations/val-text-step_00000001.json is not valid JSON"),
         (["OTHER"], "is no evaluation: remove it, or run dit-ds eval again"),
         (["OLD"], "old/config.yaml: unknown key 'train.epoch': did you mean 'train.epochs'"),

@@ -226,7 +226,7 @@ def test_the_list_names_rows_configurations_and_figures(capsys, monkeypatch):
     ("arguments", "says"),
     [
         (["--table", "10"], "the paper has no table 10: its tables are 1 to 9"),
-        (["--configs", "nowhere"], "run from dit-ds's folder, or give --configs"),
+        (["--configs", "nowhere"], "name their folder with --configs, or leave it out"),
     ],
 )
 def test_what_is_not_there_is_refused_in_a_line(capsys, arguments, says):

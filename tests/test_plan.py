@@ -172,8 +172,7 @@ def test_requests_that_make_no_sense_are_refused_in_one_line(capsys, tmp_path, m
     assert "did you mean expandable_segments" in line(capsys, *config, "--alloc-conf", "expandable_segment:True")
     assert "no rank 8 of 8" in line(capsys, *config, "--gpus", "8", "--rank", "8")
     assert "no picture is called .docx" in line(capsys, *config, "--timeline", "step.docx")
-    monkeypatch.chdir(tmp_path)
-    assert "run from dit-ds's folder" in line(capsys, "table8")
+    assert "name their folder with --configs" in line(capsys, "table8", "--configs", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def test_what_a_run_leaves_behind(trained):
     } <= line.keys()
     log = (run / "log.txt").read_text().splitlines()
     start = next(i for i, line in enumerate(log) if "parameters, in millions" in line)
-    table = {name: rest for name, *rest in map(str.split, log[start + 1 : start + 8])}
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in log)
+    table = {name: rest for _, _, name, *rest in map(str.split, log[start + 1 : start + 8])}
     assert table["text_encoder"][1:] == ["0.00", "frozen"] and float(table["image_encoder.instruction"][1]) > 0
     assert [m["step"] for m in metrics_of(run, "eval")] == [10]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000010"]

@@ -115,7 +115,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append(f"not in a SAM, fresh: {r['fresh']} tensors of the text encoder and the text's projection")
     prompt = ""
     if r.get("fresh"):
-        out.append(f"to learn words: dit-ds train --config configs/base.yaml --model.size {r['size']} "
+        out.append(f"to learn words: dit-ds train --config base --model.size {r['size']} "
                    f"--model.checkpoint {r['file']}")  # fmt: skip
         prompt = " --prompt box"
     return [*out, f"written: {r['file']} and {r['config']}; "

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from dit_ds.cli.arguments import ShardCounts, processes, seed, whole
-from dit_ds.cli.output import command, optional_config, report
+from dit_ds.cli.output import command, given_folder, optional_config, report
 from dit_ds.data.progress import write_line
 
 
@@ -16,7 +16,8 @@ def add(commands: Any) -> None:
     data.set_defaults(group=data)
     data_commands = data.add_subparsers(metavar="COMMAND")
     p = command(data_commands, "sample", _data_sample, "write the embedded sample set as a REFER tree")
-    p.add_argument("out", help="folder to write refcoco/ and images/train2014/ into")
+    p.add_argument("folder", nargs="?", help="where refcoco/ and images/train2014/ go")
+    p.add_argument("--out", metavar="FOLDER", help="the same")
     p.add_argument("--images", type=whole(1, 10_000_000), default=2000, help="pictures to draw (default 2000)")
     p.add_argument("--seed", type=seed, default=0, help="another seed gives another set (default 0)")
     p.add_argument("--processes", type=processes, help="worker processes (default: one a core)")
@@ -101,7 +102,12 @@ def _add_shard(data_commands: Any) -> None:
 def _data_sample(args: argparse.Namespace) -> int:
     from dit_ds.data.sample_set.write import write_sample_set
 
-    report(args, write_sample_set(args.out, args.images, args.seed, args.processes))
+    folder = given_folder(args)
+    result = write_sample_set(folder, args.images, args.seed, args.processes)
+    report(args, result, lambda: [
+        ", ".join(f"{n:,} {what}" for what, n in result.items()) + f" written to {folder}",
+        f"next: dit-ds data shard --refer-root {folder} --images {folder}/images/train2014 --out data_shards",
+    ])  # fmt: skip
     return 0
 
 
@@ -142,8 +148,27 @@ def _data_shard(args: argparse.Namespace) -> int:
     )
     for line in picture_lines(manifest):
         write_line(line)
-    report(args, _totals(manifest))
+    report(args, _totals(manifest), lambda: _shard_lines(manifest, args.out))
     return 0
+
+
+def _shard_lines(manifest: dict[str, Any], out: str) -> list[str]:
+    """What was sharded, for people: a sentence a split, what was left out, where it is and what comes next."""
+    lines, folder = [], f"{out}/{manifest['dataset']}/{manifest['split_by']}"
+    for name, split in manifest["splits"].items():
+        counts = ", ".join(f"{split[k]:,} {k}" for k in ("images", "refs", "sentences"))
+        notes = [f"{split['no_target']:,} refs without a target"] if split["no_target"] else []
+        notes += [f"{split['overlapping']:,} refs with overlapping polygons"] if split["overlapping"] else []
+        kinds = split.get("pictures", {}).get("kinds", {})
+        notes += ["pictures: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())] if kinds else []
+        lines.append(f"{name}: {counts} in {len(split['shards']):,} shards" + "".join(f"; {note}" for note in notes))
+        if dropped := {k: n for k, n in split["dropped"].items() if n}:
+            left = ", ".join(f"{n:,} {k}" for k, n in dropped.items())
+            lines.append(f"{name}: left out {left}, each named in {folder}/left_out.txt")
+    for dataset, lost in manifest.get("leakage", {}).items():
+        left = ", ".join(f"{n:,} {k}" for k, n in lost.items())
+        lines.append(f"train: without {left} of {dataset} whose pictures are in a val or test split")
+    return [*lines, f"written to {folder}; next: dit-ds data verify {folder}"]
 
 
 def _data_verify(args: argparse.Namespace) -> int:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from dit_ds import __version__
-from dit_ds.cli import data, figures, pages, paper, planning, predict, runs, status, weights
+from dit_ds.cli import data, figures, pages, paper, planning, predict, runs, start, status, weights
+from dit_ds.config.suggestions import command_meant, option_meant
 from dit_ds.data.progress import LineHandler, write_line
 from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
 
@@ -29,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = make_parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and not getattr(args, "takes_overrides", False):
-            raise UserError(f"unknown argument {rest[0]}: see 'dit-ds {args.command} --help'")
+        _check_unknown(rest, args)
         if not hasattr(args, "run"):
             args.group.print_help()
             return 2
@@ -54,6 +56,38 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _check_unknown(words: list[str], args: argparse.Namespace) -> None:
+    """See that words that the parser did not know may override a configuration's keys.
+
+    Raises:
+        UserError: they are none; with the option that was probably meant.
+    """
+    parser: argparse.ArgumentParser = getattr(args, "parser", args.group)
+    overrides = getattr(args, "takes_overrides", False)
+    for word in words:
+        name = word.partition("=")[0]
+        if overrides and (not name.startswith("--") or "." in name or name[2:] in _top_level_keys()):
+            continue
+        hint = _option_hint(word, parser) if word.startswith("-") else None
+        if hint or not overrides:
+            raise UserError("unknown argument " + (hint or f"{word}: see '{parser.prog} --help'"))
+
+
+def _option_hint(word: str, parser: argparse.ArgumentParser) -> str | None:
+    """The option that `word` is not, and the one of the parser's that was probably meant; None where there is none."""
+    name, options = word.partition("=")[0], re.findall(r"--[\w-]+", parser.format_usage())
+    if any(option.startswith(name) for option in options):  # it is one, or short for it
+        return None
+    meant = option_meant(word, options)
+    return f"{name}: did you mean {meant}?" if meant else None
+
+
+def _top_level_keys() -> Iterable[str]:
+    from dit_ds.config.schema import RunConfig
+
+    return RunConfig.model_fields
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -88,11 +122,24 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._given: list[str] = []  # the words to parse
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        self._given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Raise it as a `UserError`."""
+        """Raise it as a `UserError`, with the command, or the required option, that was probably meant."""
+        if message.endswith("required") or "are required: " in message:
+            for word in self._given:
+                if word.startswith("--") and (hint := _option_hint(word, self)):
+                    raise UserError(f"unknown argument {hint}")
+        if choice := re.fullmatch(r"argument COMMAND: (invalid choice: '(.*)') \(choose from (.*)\)", message):
+            if meant := command_meant(choice[2], choice[3].replace("'", "").split(", ")):
+                raise UserError(f"{choice[1]}: did you mean '{self.prog} {meant}'?")
         raise UserError(f"{message}: see '{self.prog} --help'")
 
 
@@ -102,6 +149,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dit-ds {__version__}")
     parser.set_defaults(group=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (data, runs, predict, status, weights, figures, pages, planning, paper):
+    for module in (start, data, runs, predict, status, weights, figures, pages, planning, paper):
         module.add(commands)
     return parser

@@ -32,7 +32,7 @@ def report(
     if args.json:
         print(json.dumps(result))
         return
-    for line in lines() if lines else _key_lines(result):
+    for line in lines() if lines else key_lines(result):
         print(line)
 
 
@@ -45,7 +45,8 @@ def report_and_warn(
     report(args, result, lines)
 
 
-def _key_lines(result: dict[str, Any]) -> list[str]:
+def key_lines(result: dict[str, Any]) -> list[str]:
+    """A result as lines for people: each key and its value, but for warnings."""
     shown = {k: v for k, v in result.items() if k != "warnings"}
     return [f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in shown.items()]
 
@@ -58,9 +59,22 @@ def command(parent: Any, name: str, run: Callable[[argparse.Namespace], int], he
         run: carries it out and returns the exit status.
     """
     sub = parent.add_parser(name, help=help, description=help)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, parser=sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return sub
+
+
+def given_folder(args: argparse.Namespace) -> str:
+    """The output folder of a command that takes it as an argument or as `--out`.
+
+    Raises:
+        UserError: it is missing, or given twice.
+    """
+    if args.folder is not None and args.out is not None:
+        raise UserError(f"{args.folder} and --out {args.out} both say where it goes: give one of them")
+    if args.folder is None and args.out is None:
+        raise UserError("the folder to write is required: name it, or give --out FOLDER")
+    return args.out if args.folder is None else args.folder
 
 
 def optional_config(args: argparse.Namespace) -> RunConfig | None:
@@ -78,5 +92,7 @@ def optional_config(args: argparse.Namespace) -> RunConfig | None:
 
 def config_options(p: argparse.ArgumentParser) -> None:
     """Options of a command that reads a run's configuration, with overrides as in train."""
-    p.add_argument("--config", required=True, help="YAML file, as configs/base.yaml; overrides as in train")
+    p.add_argument(
+        "--config", required=True, help="YAML file, or a name of the package's, as base; overrides as in train"
+    )
     p.set_defaults(takes_overrides=True)

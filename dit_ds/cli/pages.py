@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="of the paper (default: those with a row of these settings, or 1)",
     )
-    p.add_argument("--configs", default="configs/paper", help="the paper's configurations (default configs/paper)")
+    p.add_argument("--configs", help="the paper's configurations (default: those of the package)")
 
     p = command(
         commands, "app", _app, "a page on this machine to try a model: words, points, a box; the mask, attention"

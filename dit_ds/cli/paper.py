@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 def _shared(p: argparse.ArgumentParser) -> None:
     p.add_argument("--table", type=whole(1, 100), metavar="N", help="this table only")
-    p.add_argument("--configs", default="configs/paper", help="where the configurations are (default configs/paper)")
+    p.add_argument("--configs", help="where the configurations are (default: the package's)")
 
 
 def _add_submissions(commands: Any) -> None:
@@ -44,7 +44,7 @@ def _add_submissions(commands: Any) -> None:
     p = command(commands, "submit", _submit, "train and evaluate the rows of tables as SLURM jobs, and compare them with "
                 "the paper; --section.key value overrides every configuration")  # fmt: skip
     p.add_argument("--table", type=Several(whole(1, 100)), metavar="N,N", required=True, help="these tables")
-    p.add_argument("--configs", default="configs/paper", help="where the configurations are (default configs/paper)")
+    p.add_argument("--configs", help="where the configurations are (default: the package's)")
     p.add_argument(
         "--seeds", type=whole(1, 100), default=1, help="runs of each row, from the row's seed on (default 1)"
     )

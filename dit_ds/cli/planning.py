@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--rows", choices=["paper", "all"], default="all", help="the paper's only, or more (default all)")
     p.add_argument("--out", metavar="FOLDER", help="write table8.md, .csv, .json and .png there")
-    p.add_argument("--configs", default="configs/paper", help="where its configurations are (default configs/paper)")
+    p.add_argument("--configs", help="where its configurations are (default: the package's)")
 
     p = command(
         memory_commands,

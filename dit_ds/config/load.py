@@ -6,6 +6,7 @@ precision, offload and the micro-batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,11 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from dit_ds.config.installed_files import find_file, installed_names, short_name
 from dit_ds.config.schema import RunConfig
 from dit_ds.config.suggestions import did_you_mean, unknown_key
 from dit_ds.config.validation import validate_combinations
-from dit_ds.config.yaml_text import Plain, all_by_form, load_yaml
+from dit_ds.config.yaml_text import RESOLVED, Plain, all_by_form, load_yaml
 from dit_ds.errors import UserError
+from dit_ds.files import is_url
 
 # former name: present name; the former one is refused
 RENAMED_KEYS = {
@@ -29,6 +32,8 @@ RENAMED_KEYS = {
     "train.ema": "train.ema_decay",
     "train.nonfinite": "train.on_nonfinite",
 }
+# keys that name a file or folder to read: in a YAML file, what lies beside that file comes first
+INPUT_PATHS = ("data.root", "model.checkpoint", "text.name", "text.tokenizer", "deepspeed.config")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -36,12 +41,19 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Each value is read by its key's type: text as it is written. Of several overrides of a key the last counts.
 
+    Paths: `base` is relative to the file that names it. The keys `INPUT_PATHS` in a file mean what lies beside that file;
+    where nothing does, they are relative to the working directory, as all paths in overrides and all outputs (`run_dir`)
+    are. A run's own config.yaml, which `RunConfig.save` wrote, has paths relative to the working directory alone.
+
+    Args:
+        path: of the file, or the name of one of the package's, as `base`: see `find_file`. So may `base` in a file be.
     Raises:
         UserError: a missing or malformed file, a former or unknown key (with the present or nearest one), a value of the
             wrong type, settings that do not go together.
     """
+    path = find_file(path, ".yaml")
     try:
-        values = _read_yaml(Path(path), seen=())
+        values = _read_yaml(path, seen=())
         for key, value in _parse_overrides(overrides or []):
             _set(values, key, value)
         values = _any_by_form(values)
@@ -104,9 +116,11 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path} is based on itself: remove the 'base' that closes the circle")
     try:
-        values = load_yaml(path.read_text(encoding="utf-8-sig")) or {}
+        text = path.read_text(encoding="utf-8-sig")
+        values = load_yaml(text) or {}
     except OSError as e:
-        raise UserError(f"cannot read the configuration {path}: {e.strerror}") from None
+        near = did_you_mean(str(path), installed_names(".yaml"))
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}{near}") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid YAML: {e}") from None
     if not isinstance(values, dict):
@@ -115,12 +129,31 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         _refuse_former_keys(values)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
+    if not text.startswith(RESOLVED):
+        values = _with_paths_beside(values, path.parent)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise UserError(f"{path}: base = {base!r}: it is the name of a file")
-    return merge(_read_yaml(path.parent / base, (*seen, path)), values)
+    return merge(_read_yaml(find_file(base, ".yaml", path.parent), (*seen, path)), values)
+
+
+def _with_paths_beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a file in `folder`, those of `INPUT_PATHS` that lie there relative to the working directory."""
+    values = dict(values)
+    for key in INPUT_PATHS:
+        section, _, name = key.partition(".")
+        inner: Any = values.get(section)
+        value = inner.get(name) if isinstance(inner, dict) else None
+        if not isinstance(value, str) or not value or is_url(value) or os.path.isabs(value):
+            continue
+        path = os.path.join(folder, value)
+        if os.path.exists(path):
+            plain = os.path.normpath(path)  # another path where a link is before a `..`
+            path = plain if os.path.exists(plain) and os.path.samefile(plain, path) else path
+            values[section] = inner | {name: short_name(Path(path))}
+    return values
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -251,8 +284,18 @@ def field_names() -> list[str]:
 
 
 def help_text() -> str:
-    """Every field with its type, default and description, for `--help`."""
-    lines = ["configuration keys (in YAML, or as --key value):"]
+    """Every field with its type, default and description, by section, for `--help`."""
+    sections: dict[str, list[str]] = {}
     for name, default, kind, meaning in fields():
-        lines.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")
+        of = sections.setdefault(name.rpartition(".")[0], [])
+        of.append(f"  --{name}  [{kind}; default {default}]\n        {meaning}")
+    lines = ["configuration keys (in YAML, or as --key value), by section:"]
+    for section, keys in sections.items():
+        lines += ["", f"{section or 'the run'}: {_what(section)}", *keys]
     return "\n".join(lines)
+
+
+def _what(section: str) -> str:
+    """The first sentence about a section."""
+    of = _section(_annotation(section)) if section else RunConfig
+    return (of.__doc__ or "").partition("\n")[0] if of else ""

@@ -12,7 +12,7 @@ from dit_ds.config.section import LONGEST as _LONGEST
 from dit_ds.config.section import MOST as _MOST
 from dit_ds.config.section import Section
 from dit_ds.config.train_schema import TrainConfig
-from dit_ds.config.yaml_text import dump_yaml
+from dit_ds.config.yaml_text import RESOLVED, dump_yaml
 from dit_ds.files import atomic_write, is_url
 
 # of the grid: the widest for which the kernels of `model.attention triton` were compiled and held to their registers
@@ -22,7 +22,10 @@ TRITON_COLUMNS = 64
 class DataConfig(Section):
     """The dataset, its prompts, augmentation and loading."""
 
-    root: str = Field("data_shards", description="folder that `dit-ds data shard` wrote to")
+    root: str = Field(
+        "data_shards",
+        description="folder that `dit-ds data shard` wrote to; in a file, beside that file or else in the working directory",
+    )
     dataset: str = Field("refcoco", description="refcoco, refcoco+, refcocog, ...")
     split_by: str = Field("unc", description="unc, google, umd, ...")
     train_split: str = Field("train", description="split to train on")
@@ -182,8 +185,8 @@ class ModelConfig(Section):
     checkpoint: str | None = Field(
         None,
         description="file to start from, with all of SAM in it: an official sam_vit_*.pth, a SamModel of transformers "
-        "(file or folder), or what dit-ds export wrote; of lavt and rela a folder with a Swin of transformers; none starts "
-        "from random weights",
+        "(file or folder), or what dit-ds export wrote; of lavt and rela a folder with a Swin of transformers; in a YAML file "
+        "beside it, or else in the working directory; none starts from random weights",
     )
     freeze_image_encoder: bool = Field(False, description="train the projections and the decoder, not SAM's ViT")
     freeze_mask_decoder: bool = Field(False, description="don't train the mask decoder and the prompts' embeddings")
@@ -294,7 +297,9 @@ class DeepSpeedConfig(Section):
     """DeepSpeed."""
 
     config: str = Field(
-        "configs/deepspeed/zero2.json", description="DeepSpeed JSON: sharding, precision, offload, micro-batch"
+        "zero2",
+        description="DeepSpeed JSON: sharding, precision, offload, micro-batch; a file, or the name of one that comes with "
+        "dit-ds: zero0 to zero3, zero2_offload, zero3_offload, zero3_hpz",
     )
     precision: Literal["bf16", "fp16", "fp32"] | None = Field(
         None, description="of weights, gradients and communication, overrides that JSON; none leaves it"
@@ -356,7 +361,9 @@ class LogConfig(Section):
 class RunConfig(Section):
     """Everything a run depends on. The resolved form is saved as config.yaml in its folder."""
 
-    run_dir: str = Field("runs/dit", description="the run's folder")
+    run_dir: str = Field(
+        "runs/dit", description="the run's folder; relative to the working directory, wherever it is written down"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of weights, sample order and augmentation")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -368,6 +375,6 @@ class RunConfig(Section):
     log: LogConfig = Field(default_factory=LogConfig)
 
     def save(self, path: str | Path) -> None:
-        """Write as YAML, atomically."""
+        """Write as YAML, atomically. `load_config` reads it back to the same values."""
         with atomic_write(path) as f:
-            f.write(dump_yaml(self.model_dump(mode="json")).encode())
+            f.write(RESOLVED.encode() + dump_yaml(self.model_dump(mode="json")).encode())

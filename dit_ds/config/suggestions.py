@@ -41,7 +41,7 @@ _ELSEWHERE = {
     "text.tokenizer": "bert_tokenizer tokenizer_name",
     "deepspeed.precision": "bf16 fp16 fp32 amp mixed_precision dtype use_amp half",
     "deepspeed.config": "deepspeed_config ds_config zero zero_stage stage deepspeed_config_file",
-    "run_dir": "output_dir out_dir work_dir save_dir log_dir exp_dir output_folder logdir output workdir",
+    "run_dir": "output_dir out_dir work_dir save_dir log_dir exp_dir output_folder logdir output workdir out folder",
     "seed": "random_seed manual_seed rng_seed",
     "checkpoint.every_steps": "save_steps save_every checkpoint_every save_freq save_interval checkpoint_interval",
     "checkpoint.keep": "save_total_limit keep_last max_checkpoints save_top_k",
@@ -58,6 +58,46 @@ _INSTEAD = {
     "resume": "give train --resume, which goes on from the run's newest checkpoint",
     "resume_from_checkpoint": "give train --resume, which goes on from the run's newest checkpoint",
 }  # fmt: skip
+# the same for options of commands, and for the commands
+_OPTIONS = {
+    "out": "output output_dir out_dir output_folder outdir save_dir dest destination folder save result",
+    "text": "prompt expression sentence query caption words phrase",
+    "texts": "prompts expressions sentences queries captions",
+    "image": "img picture input file photo",
+    "images": "image_dir img_dir image_folder pictures image_root coco_images",
+    "refer_root": "refer data_root root dataset_root annotations refer_dir",
+    "data_root": "data data_dir root dataset_root shards_dir data_path",
+    "split": "subset set split_name",
+    "config": "cfg yaml config_file conf",
+    "processes": "num_workers workers jobs n_jobs num_processes nproc",
+    "workers": "num_workers processes",
+    "batch_size": "bs micro_batch_size eval_batch_size",
+    "threshold": "thresh thr conf_threshold mask_threshold",
+    "gpu_memory": "memory vram gpu_mem",
+    "gpus": "num_gpus n_gpus nproc_per_node gpus_per_node",
+    "gpus_per_node": "gpus num_gpus nproc_per_node",
+    "nodes": "num_nodes n_nodes nnodes",
+    "runs": "run_dir output_dir out_dir work_dir",
+    "write_masks": "save_masks masks_dir output out_dir",
+    "json": "as_json",
+}
+_COMMANDS = {
+    "eval": "evaluate test validate val evaluation score",
+    "predict": "infer inference segment demo_image prediction",
+    "train": "fit finetune fine_tune training run",
+    "init": "new start create quickstart",
+    "demo": "example quick_start try",
+    "data": "dataset shard prepare preprocess",
+    "app": "serve gui web ui gradio",
+    "report": "html dashboard",
+    "experiments": "experiment reproduce tables sweep submit",
+    "memory": "mem plan estimate vram",
+    "doctor": "check diagnose env info",
+    "status": "ps monitor watch",
+    "sample": "samples synthetic make",
+    "verify": "validate check test",
+    "stats": "statistics info describe",
+}
 _HOME = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
 
 
@@ -90,6 +130,30 @@ def key_meant(unknown: str, keys: Iterable[str], elsewhere: Mapping[str, str] = 
         return elsewhere[near[0]]
     near = difflib.get_close_matches(unknown, keys, 1, cutoff=0.75)
     return near[0] if near else None
+
+
+def option_meant(unknown: str, options: Iterable[str]) -> str | None:
+    """The option of a command that `unknown` most likely stands for, with its dashes; None where none is near.
+
+    Args:
+        unknown: as it was typed, `--output_dir` or `--output_dir=x`.
+        options: those that the command has, as `--out`.
+    """
+    return _meant(
+        unknown.partition("=")[0].lstrip("-"), {o.lstrip("-").replace("-", "_"): o for o in options}, _OPTIONS
+    )
+
+
+def command_meant(unknown: str, commands: Iterable[str]) -> str | None:
+    """The command that `unknown` most likely stands for; None where none is near."""
+    return _meant(unknown, {c.replace("-", "_"): c for c in commands}, _COMMANDS)
+
+
+def _meant(unknown: str, named: Mapping[str, str], elsewhere: Mapping[str, str]) -> str | None:
+    """Of the values of `named`, by name, the one that is meant."""
+    others = {other: name for name, names in elsewhere.items() if name in named for other in names.split()}
+    meant = key_meant(unknown, named, {name: name for name in named} | others)
+    return None if meant is None else named[meant]
 
 
 def unknown_key(key: str, keys: Iterable[str], value: object = None) -> str:

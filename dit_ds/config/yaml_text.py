@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+# the first line of a run's config.yaml
+RESOLVED = "# Resolved: all keys; paths are relative to the folder that dit-ds was started in\n"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _LONGEST = 100  # characters of a number

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dit_ds.config.installed_files import find_file
 from dit_ds.config.load import merge
 from dit_ds.config.schema import RunConfig
 from dit_ds.config.train_schema import TrainConfig
@@ -98,8 +99,8 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: a missing or malformed file, a key that the run's YAML determines, settings that don't go together.
     """
-    path = config.deepspeed.config
-    found = read_json(path, "DeepSpeed configuration", unique_keys=True)
+    name = config.deepspeed.config
+    found = read_json(find_file(name, ".json"), "DeepSpeed configuration", unique_keys=True)
     try:
         if not isinstance(found, dict):
             raise UserError("it must hold keys and values, as configs/deepspeed/zero2.json does")
@@ -113,7 +114,7 @@ def read_deepspeed_json(config: RunConfig) -> dict[str, Any]:
             raise UserError(why)
         refuse_as_deepspeed(ds)
     except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(f"{name}: {e}") from None
     # explicit where the JSON leaves it open: the types in which gradients are reduced and accumulated
     ds.setdefault("communication_data_type", DeepSpeedJson(ds).precision)
     ds["data_types"] = {"grad_accum_dtype": DeepSpeedJson(ds).grad_accum_dtype}
@@ -162,7 +163,7 @@ def optimizer_refusal(t: TrainConfig, ds: DeepSpeedJson) -> str | None:
             return "train.optimizer adamw_8bit needs bitsandbytes: pip install 'dit-ds[8bit]'"
         return None
     if ds.stage not in (1, 2):
-        return f"train.optimizer muon goes with ZeRO stages 1 and 2, not {ds.stage}: use configs/deepspeed/zero2.json"
+        return f"train.optimizer muon goes with ZeRO stages 1 and 2, not {ds.stage}: use zero2"
     if ds.precision == "fp16":
         return "train.optimizer muon does not go with fp16, whose loss scale its momentum would hold: set bf16 or fp32"
     if t.gradient_clipping:

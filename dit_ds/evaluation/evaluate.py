@@ -147,24 +147,28 @@ def evaluate_checkpoint(
     )
     world, postprocess = connect(), MaskPostprocess.from_config(config, threshold)
     workers = config.data.workers if workers is None else workers
-    _log_threads(world, workers)
-    metrics = evaluate(
-        model.to(world.device),
-        dataset,
-        postprocess,
-        world,
-        batch_size=batch_size or config.eval.batch_size,
-        workers=workers,
-        collect=None if predictions is None else _write_masks(Path(predictions)),
-    )
+    of = f"{path}, step {meta['step']}, on {split} of {dataset.index.datasets[0].name} in {at.data.root}"
+    how_many = f"{len(dataset)} expressions, {kind} prompts, threshold {postprocess.threshold:g}"
+    _log_start(world, f"evaluating {of}: {how_many}", workers)
+    collect = None if predictions is None else _write_masks(Path(predictions))
+    size, of_rank = batch_size or config.eval.batch_size, model.to(world.device)
+    metrics = evaluate(of_rank, dataset, postprocess, world, batch_size=size, workers=workers, collect=collect)
     disconnect()
     result = {"split": split, "prompt": kind} | metrics
-    if world.main and not shuffle_text and image_size is None and postprocess.threshold == config.eval.threshold:
+    if world.main:
         how = {"threshold": postprocess.threshold, "mask_rule": postprocess.rule, "shuffle_text": shuffle_text}
         how |= {"step": meta["step"]} | _set_of(dataset, meta, data_root, config.data.root)
         how |= {"no_target_pixels": postprocess.no_target_pixels} if dataset.index.generalized else {}
-        write_to_run(path, config, result | how)
+        _keep(path, config, result | how, other_size=image_size is not None)
     return result
+
+
+def _keep(path: str, config: RunConfig, result: dict[str, Any], other_size: bool) -> None:
+    """Write a result into the run's folder, if it is one of the run as it is configured; say where."""
+    if result["shuffle_text"] or other_size or result["threshold"] != config.eval.threshold:
+        _log.info("not kept in the run's folder: it was not evaluated as it is configured")
+    elif file := write_to_run(path, config, result):
+        _log.info(f"written to {file}")
 
 
 def evaluate_results(
@@ -204,9 +208,15 @@ def evaluate_results(
     return {"split": split, "predictions": file} | metrics
 
 
-def _log_threads(world: World, workers: int) -> None:
+def _log_written(file: Path | None) -> None:
+    if file is not None:
+        _log.info(f"written to {file}")
+
+
+def _log_start(world: World, what: str, workers: int) -> None:
     threads = share_cores(world.world_size, workers)
     if world.main:
+        _log.info(what)
         _log.info(f"PyTorch's threads: {threads}")
 
 

@@ -16,7 +16,7 @@ _log = logging.getLogger("dit_ds")
 METRICS = ("p@0.5", "p@0.7", "p@0.9", "oiou", "miou")
 
 
-def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> None:
+def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) -> Path | None:
     """Write a result as `evaluations/SPLIT-PROMPT-step_XXXXXXXX.json` in the folder of the run.
 
     Of shards other than those that the run evaluates on, the name ends in `-HASH.json`, with the start of their
@@ -30,25 +30,30 @@ def write_to_run(path: str | Path, config: RunConfig, result: dict[str, Any]) ->
         path: as for `load_model`.
         result: with the keys `split`, `prompt`, `step`, `manifest_sha` and `configured_set`: whether these are the shards
             that the run evaluates on.
+    Returns:
+        The file; None where nothing is written.
     """
     from dit_ds.checkpointing import reader  # imports torch, which readers of results do not need
 
     if Path(path).suffix in (".yaml", ".yml"):
         run = Path(config.run_dir)
         if (run / "checkpoints").exists():  # the result would be read as one of the trained run
-            return
+            return None
     elif Path(path).is_dir() and (found := reader.find(path).resolve()).parent.name == "checkpoints":
         run = found.parent.parent
     else:
-        return
+        return None
     name = f"{result['split']}-{result['prompt']}-step_{result['step']:08d}"
     name += ".json" if result["configured_set"] else f"-{result['manifest_sha'][:8]}.json"
+    file = run / "evaluations" / name
     try:
-        write_json(run / "evaluations" / name, result)
+        write_json(file, result)
         if not (run / "config.yaml").exists():
             config.save(run / "config.yaml")
     except UserError as e:
         _log.warning(f"warning: the result is not kept: {e}")
+        return None
+    return file
 
 
 def checked_evaluation(entry: Any, config: RunConfig) -> dict[str, Any] | None:

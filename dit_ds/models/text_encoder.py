@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
+from dit_ds.models.hub import local_first
 
 
 def resolve_name(name: str) -> str:
@@ -75,8 +76,8 @@ def load_tokenizer(name: str, local: bool = False) -> Any:
     """
     folder = resolve_name(name)
     try:
-        library = _transformers().AutoTokenizer
-        tokenizer = library.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
+        load = _transformers().AutoTokenizer.from_pretrained
+        tokenizer = local_first(load, folder, fetch=not local, trust_remote_code=False)
     except Exception as e:  # of a damaged file the library raises many kinds
         raise _absent(folder, e) from None
     tokenizer.padding_side = "right"
@@ -107,7 +108,7 @@ def text_config(name: str, layers: int | None = None, tokens: int = 0) -> Any:
     """
     folder = resolve_name(name)
     try:
-        config = _transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = local_first(_transformers().AutoConfig.from_pretrained, folder, trust_remote_code=False)
     except Exception as e:
         raise _absent(folder, e) from None
     config = getattr(config, "text_config", config)
@@ -305,7 +306,7 @@ def _load(config: Any, name: str) -> Any:
     of, options = _class_of(config, name)
     folder = resolve_name(name)
     try:
-        model, info = of.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, info = local_first(of.from_pretrained, folder, config=config, output_loading_info=True, **options)
     except Exception as e:  # of a damaged file the library raises many kinds
         raise _absent(folder, e) from None
     lacking = sorted(n for n in info["missing_keys"] if "pooler" not in n)

@@ -14,7 +14,6 @@ from dit_ds.files import atomic_write, refuse_overwriting
 from dit_ds.pages.html import render_report
 from dit_ds.pages.run_folder import RunFolder, cut, flatten, read_run_folder, short_names
 from dit_ds.paper import compare, compare_report
-from dit_ds.paper.experiments import FOLDER
 from dit_ds.visualize.titles import title_of
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def write_report(
     looked_at: int = 128,
     shown: int = 6,
     table: int | None = None,
-    configs: str | Path = FOLDER,
+    configs: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write a page with curves, the paper's tables, predictions, throughput, memory and configuration of runs.
 
@@ -43,7 +42,7 @@ def write_report(
         out: HTML file.
         split, data_root, looked_at, shown: as for `make_galleries`; no predictions where `looked_at` is 0.
         table: of the paper; by default those that have a row of a run's settings, or Table 1.
-        configs: the paper's configurations.
+        configs: the paper's configurations; by default the package's.
     Returns:
         `out`, `bytes`, `runs`, and `missing`, a line for each thing that the page lacks.
     Raises:
@@ -89,7 +88,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     return [*lacks, f"wrote {result['out']} ({result['bytes'] / 1e6:.1f} MB): open it in a browser"]
 
 
-def _tables(paths: list[str], number: int | None, configs: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _tables(paths: list[str], number: int | None, configs: str | Path | None) -> tuple[list[dict[str, Any]], list[str]]:
     """The tables that the template draws, and why there are none."""
     try:
         found = compare.compare(paths, number, configs)["tables"]

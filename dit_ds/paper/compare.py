@@ -14,7 +14,7 @@ from typing import Any
 from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
 from dit_ds.paper import experiments
-from dit_ds.paper.experiments import FOLDER, Experiment
+from dit_ds.paper.experiments import Experiment
 from dit_ds.paper.scored_runs import NoRun, NotEvaluated, ScoredRun, read_run
 from dit_ds.paper.tables import TABLES, Column, Table
 
@@ -52,7 +52,7 @@ class Line:
 def compare(
     runs: list[str],
     number: int | None = None,
-    folder: str | Path = FOLDER,
+    folder: str | Path | None = None,
     *,
     manifest: str | None = None,
     skip_missing: bool = False,
@@ -65,7 +65,7 @@ def compare(
     Args:
         runs: run folders.
         number: of the paper's table.
-        folder: of the paper's configurations.
+        folder: of the paper's configurations; by default the package's.
         manifest: see `read_run`.
         skip_missing: of runs that are not there, and of those without a result, the tables' notes say so.
     Returns:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_ds.config.installed_files import paper_folder, short_name
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.errors import UserError
 from dit_ds.files import parse_json
 from dit_ds.paper.tables import MISPRINTS, TABLES, Row, Table
-
-FOLDER = "configs/paper"
 
 # keys in which two runs may differ and still be the same experiment: paths, how it is computed, and the seed
 _IGNORED_KEYS = {
@@ -60,22 +59,22 @@ def table(number: int) -> Table:
     return TABLES[number]
 
 
-def experiments(number: int | None = None, folder: str | Path = FOLDER) -> list[Experiment]:
+def experiments(number: int | None = None, folder: str | Path | None = None) -> list[Experiment]:
     """The rows that have a configuration.
 
     Args:
         number: of a table; by default those of all tables.
-        folder: of the configurations.
+        folder: of the configurations; by default the package's.
     Raises:
         UserError: no such table, or the configurations are not in this folder.
     """
-    found = []
+    found, folder = [], paper_folder() if folder is None else folder
     for t in [table(number)] if number is not None else TABLES.values():
         for row in t.rows:
             for dataset, name in row.configs.items():
                 path = Path(folder) / f"{name}.yaml"
                 if not path.exists():
-                    raise UserError(f"no {path} here: run from dit-ds's folder, or give --configs")
+                    raise UserError(f"no {path} here: name their folder with --configs, or leave it out")
                 config = load_config(path)
                 settings = settings_of(config, row.prompt, row.trained)
                 found.append(Experiment(t, row, dataset, path=path, config=config, settings=settings))
@@ -161,11 +160,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def listing(number: int | None = None, folder: str | Path = FOLDER) -> dict[str, Any]:
+def listing(number: int | None = None, folder: str | Path | None = None) -> dict[str, Any]:
     """`dit-ds experiments`: `experiments`, and `misprints`, where the paper disagrees with itself."""
     rows = [
         {
-            "config": str(e.path),
+            "config": short_name(e.path),
             "table": e.table.number,
             "row": e.row.name,
             "line": e.row.line,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from dit_ds.config.installed_files import scripts_folder
 from dit_ds.errors import UserError
 from dit_ds.files import read_json, write_json
 
@@ -33,7 +34,7 @@ class Job:
 
     Attributes:
         name: in the queue.
-        script: as slurm/train.sbatch.
+        script: as train, of slurm/train.sbatch.
         key: what it does, as it is recorded; of an array each task has its own.
         tasks: an array's, by their numbers.
         arguments: of the script, for all tasks.
@@ -73,7 +74,7 @@ class Job:
         """The words of its line behind `--dependency`: each task's arguments follow `--task=NUMBER`, see slurm/common.sh."""
         own = [w for i, task in self.tasks.items() if task.arguments for w in (f"--task={i}", *task.arguments)]
         dies = ["--kill-on-invalid-dep=yes"] if self.after else []
-        return [*dies, self.script, *own, *self.arguments]
+        return [*dies, str(scripts_folder() / f"{self.script}.sbatch"), *own, *self.arguments]
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -166,7 +167,7 @@ def _slurm(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise UserError(f"no SLURM here ({command[0]} is not found): submit on a cluster, or see --dry-run's lines")
     env = {k: v for k, v in os.environ.items() if not _OF_THE_JOB.match(k)}
-    settings = os.environ.get("CLUSTER_ENV") or "slurm/cluster.env"
+    settings = os.environ.get("CLUSTER_ENV") or str(scripts_folder() / "cluster.env")
     if "SBATCH_OUTPUT" not in env:  # as `source slurm/cluster.env` leaves it
         command = ("bash", "-c", 'source "$0" && exec "$@"', settings, *command)
     done = subprocess.run(command, env=env, capture_output=True, text=True)

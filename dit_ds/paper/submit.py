@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_ds.config.installed_files import require_scripts
 from dit_ds.config.load import load_config
 from dit_ds.errors import UserError
 from dit_ds.paper import experiments, jobs
@@ -50,14 +51,14 @@ class Report:
 
 
 def submit_tables(
-    numbers: list[int], request: Request, *, seeds: int, overrides: list[str], configs: str | Path
+    numbers: list[int], request: Request, *, seeds: int, overrides: list[str], configs: str | Path | None
 ) -> dict[str, Any]:
     """Train and evaluate the rows of tables, each distinct run once with each seed, and compare them with the paper.
 
     Args:
         seeds: how many, from each configuration's own on.
         overrides: of every configuration.
-        configs: folder of the paper's configurations.
+        configs: folder of the paper's configurations; by default the package's.
     Returns:
         As of `submit_runs`.
     Raises:
@@ -69,7 +70,7 @@ def submit_tables(
         raise UserError("--run_dir is each run's own: name the folder of all with --runs")
     runs: dict[Path, Run] = {}
     reports = []
-    elsewhere = () if str(configs) == experiments.FOLDER else ("--configs", str(configs))
+    elsewhere = () if configs is None else ("--configs", str(configs))
     for number in dict.fromkeys(numbers):
         of_table: dict[Path, Run] = {}
         for row in experiments.experiments(number, configs):
@@ -113,11 +114,10 @@ def submit_runs(name: str, runs: list[Run], reports: list[Report], request: Requ
         `jobs`, each with `name`, `line`, `tasks` and, unless it is a dry run, `number`; `finished` and `queued`, what was
         left out; `tables`, the files that the last jobs write.
     Raises:
-        UserError: not in dit-ds's folder; something that the runs read is missing (with `dry_run` a warning); a run's
+        UserError: no job scripts here; something that the runs read is missing (with `dry_run` a warning); a run's
             folder has another run; no SLURM, or it refuses.
     """
-    if not Path("slurm/common.sh").exists():
-        raise UserError("no slurm/ here: submit from dit-ds's folder")
+    require_scripts()
     if str(request.runs).startswith("-"):
         raise UserError(f"--runs {request.runs} reads as an option: choose another name")
     for run in runs:
@@ -194,7 +194,7 @@ class _Plan:
                     raise UserError(f"{root}/{name} holds no shards: write them with 'dit-ds data shard'")
             if tasks:
                 arguments = ("--refer-root", self.request.refer_root, "--images", self.request.images, "--out", root)
-                job = Job(f"{self.name}-shard", "slurm/shard.sbatch", tasks=dict(sorted(tasks.items())),
+                job = Job(f"{self.name}-shard", "shard", tasks=dict(sorted(tasks.items())),
                           arguments=arguments, options=("--gpus-per-node=0",))  # fmt: skip
                 self.jobs.append(job)
                 waits.append(("afterok", job))
@@ -202,7 +202,7 @@ class _Plan:
 
     def _trainings(self, runs: list[Run], shards: list[tuple[str, Job | str]]) -> dict[str, tuple[Job | str, int]]:
         """The array of trainings. Returns, of each run that trains or will, its job and its number in it."""
-        job = Job(f"{self.name}-train", "slurm/train.sbatch", options=(f"--nodes={self.request.nodes}",), after=shards)
+        job = Job(f"{self.name}-train", "train", options=(f"--nodes={self.request.nodes}",), after=shards)
         where: dict[str, tuple[Job | str, int]] = {}
         for run in runs:
             key = f"train {run.folder.name}"
@@ -245,7 +245,7 @@ class _Plan:
         after = shards if trains_in is None else [("aftercorr", trains_in)]
         name = f"{self.name}-eval-{e.split}" + ("" if e.prompt == "text" else f"-{e.prompt}")
         name += "" if isinstance(trains_in, Job) else f"-{trains_in or 'trained'}"  # a name of its own
-        return Job(name, "slurm/eval.sbatch", options=("--nodes=1",), after=list(after))
+        return Job(name, "eval", options=("--nodes=1",), after=list(after))
 
     def _report(self, report: Report, last: list[tuple[str, Job | str]]) -> Job | None:
         """The table, once all is over that can be; also of the runs that are there if others failed."""
@@ -253,7 +253,7 @@ class _Plan:
         if not self.jobs and not self._left(key, not last and report.out.exists()):
             return None
         arguments = (*(str(run.folder) for run in report.runs), *report.arguments, "--skip-missing")
-        return Job(f"{report.out.stem}-compare", "slurm/compare.sbatch", key,
+        return Job(f"{report.out.stem}-compare", "compare", key,
                    arguments=(*arguments, "--out", str(report.out)), options=("--nodes=1", "--gpus-per-node=0"),
                    after=list(last))  # fmt: skip
 

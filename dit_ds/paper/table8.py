@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dit_ds.config.installed_files import paper_folder
 from dit_ds.config.load import load_config, merge, validate
 from dit_ds.config.schema import RunConfig
 from dit_ds.data.progress import progress_bar
@@ -32,7 +33,7 @@ from dit_ds.planning.memory.request import MemoryEstimate, MemoryRequest
 # of the inferred reading: GPUs, and samples on each
 _SHARED_OUT = {"L-DIT": (4, 8), "LAVT": (4, 8), "ReLA": (8, 4)}
 
-_ZERO_0 = {"deepspeed": {"config": "configs/deepspeed/zero0.json"}}
+_ZERO_0 = {"deepspeed": {"config": "zero0"}}
 _OURS = {
     "train": {"activation_checkpointing": "block"},
     "deepspeed": _ZERO_0["deepspeed"] | {"precision": "bf16", "override": {"torch_autocast": {"enabled": False}}},
@@ -67,19 +68,20 @@ class Row:
     paper_gb: float | None = None
 
 
-def rows(which: str, folder: str | Path = "configs/paper") -> list[Row]:
+def rows(which: str, folder: str | Path | None = None) -> list[Row]:
     """The rows of the table.
 
     Args:
         which: `paper` for the paper's; `all` for those and other sizes, checkpointing policies and ZeRO stages.
-        folder: of the paper's configurations.
+        folder: of the paper's configurations; by default the package's.
     Raises:
         UserError: the configurations are not there.
     """
-    if not (Path(folder) / "table8_ldit.yaml").exists():
-        raise UserError(f"no {folder}/table8_ldit.yaml here: run from dit-ds's folder")
-    of_paper = [row for published in TABLE_8 for row in _of_paper(published, Path(folder))]
-    return of_paper if which == "paper" else of_paper + list(_more(Path(folder)))
+    folder = paper_folder() if folder is None else Path(folder)
+    if not (folder / "table8_ldit.yaml").exists():
+        raise UserError(f"no {folder}/table8_ldit.yaml here: name their folder with --configs, or leave it out")
+    of_paper = [row for published in TABLE_8 for row in _of_paper(published, folder)]
+    return of_paper if which == "paper" else of_paper + list(_more(folder))
 
 
 def _of_paper(published: MemoryRow, folder: Path) -> Iterable[Row]:
@@ -120,7 +122,7 @@ def _more(folder: Path) -> Iterable[Row]:
             yield _row("L-DIT", _changed(updated, {"train": {"activation_checkpointing": policy}}), 32)
     yield _row("L-DIT", _changed(updated, {"model": {"lora": {"targets": ["qkv", "proj", "text"]}}}), 32)
     for stage in range(4):
-        changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"configs/deepspeed/zero{stage}.json"}}
+        changes = {"model": {"size": "vit_h"}, "deepspeed": {"config": f"zero{stage}"}}
         for gpus in (1, 2, 4, 8, 16):
             yield _row("L-DIT", _changed(tuned, changes), 8, gpus)
 
@@ -155,12 +157,12 @@ def _row(
     )
 
 
-def table8(which: str = "all", folder: str | Path = "configs/paper") -> dict[str, Any]:
+def table8(which: str = "all", folder: str | Path | None = None) -> dict[str, Any]:
     """Predict every row, and measure it if this machine has enough GPUs.
 
     Args:
         which: paper or all, see `rows`.
-        folder: of the paper's configurations.
+        folder: of the paper's configurations; by default the package's.
     Returns:
         `rows`, and the assumptions. A row's `predicted_gib` is the memory that its `counts` names: for released rows
         `device`, which the device reports, as the paper does: what is reserved, and CUDA's context; for ours `allocated`,

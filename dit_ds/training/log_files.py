@@ -114,11 +114,12 @@ class LineFile:
 
 
 class LineFileHandler(logging.Handler):
-    """Logging to a `LineFile`."""
+    """Logging to a `LineFile`, each line with the local time before it."""
 
     def __init__(self, path: Path, go_on: bool):
         super().__init__()
         self.file = LineFile(path, go_on)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the record's message."""

@@ -75,7 +75,7 @@ class Candidate:
         """The run's configuration with the candidate's settings.
 
         Args:
-            json_path: of the candidate's DeepSpeed JSON; it replaces the run's JSON and overrides.
+            json_path: of the candidate's DeepSpeed JSON, as the file that names it has it; it replaces the run's JSON and overrides.
         """
         changes: dict[str, Any] = {"train": {"activation_checkpointing": self.policy}}
         if self.kernel != "auto":

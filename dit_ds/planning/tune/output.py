@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dit_ds.config.installed_files import find_file, scripts_folder
 from dit_ds.config.load import load_config
 from dit_ds.config.schema import RunConfig
 from dit_ds.config.yaml_text import dump_yaml
@@ -32,10 +33,12 @@ def write_run(folder: Path, c: Candidate, config_path: str, config: RunConfig, d
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "deepspeed.json"
     write_json(path, c.deepspeed(ds))
-    values, before = c.applied(config, str(path)).model_dump(mode="json"), load_config(config_path)
+    values, before = c.applied(config, path.name).model_dump(mode="json"), load_config(config_path)
     # a base with DeepSpeed overrides would apply them to the candidate's JSON, too: then no base, and all keys
     if not before.deepspeed.override:
-        base = os.path.relpath(Path(config_path).resolve(), folder.resolve())
+        # one of the package's goes by its name
+        own = find_file(config_path, ".yaml") == Path(config_path)
+        base = os.path.relpath(Path(config_path).resolve(), folder.resolve()) if own else config_path
         values = {"base": base} | _differences(before.model_dump(mode="json"), values)
     with atomic_write(folder / "overrides.yaml") as f:
         f.write(dump_yaml(values).encode())
@@ -57,9 +60,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any
 def sbatch_line(overrides: Path, cluster: Cluster, run_dir: str) -> str:
     """The command that submits the chosen run."""
     options = f"--nodes={cluster.nodes} --gpus-per-node={cluster.gpus}"
-    return (
-        f"sbatch {options} slurm/train.sbatch --config {shlex.quote(str(overrides))} --run_dir {shlex.quote(run_dir)}"
-    )
+    words = (scripts_folder() / "train.sbatch", "--config", overrides, "--run_dir", run_dir)
+    return f"sbatch {options} {shlex.join(map(str, words))}"
 
 
 def as_dict(scored: ScoredCandidate, result: SearchResult) -> dict[str, Any]:
