@@ -3,13 +3,14 @@
 # make test        every check but the slow ones
 # make test-fast   a minute's choice of the tests, for the inner loop
 # make test-all    every check, before a release
+# make docs        the documentation as a site, in site/; strictly: a broken link fails
 # make test-newest optional: private names and golden losses with the newest torch, DeepSpeed, transformers and xformers
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test test-not-slow test-fast test-all test-newest lock clean
+.PHONY: setup demo lint test test-not-slow test-fast test-all docs test-newest lock clean
 
 setup: $(VENV)/.installed
 
@@ -50,6 +51,9 @@ test-fast: setup
 test-all: lint
 	$(PYTEST) -n 2
 
+docs: setup
+	$(PY) -m mkdocs build --strict
+
 # another environment, of whatever is the newest today: all that pyproject.toml bounds is upgraded past the bounds
 NEWEST := .venv-newest
 test-newest:
@@ -67,4 +71,4 @@ lock:
 	mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf $(VENV) $(NEWEST) demo runs build *.egg-info
+	rm -rf $(VENV) $(NEWEST) demo runs build site *.egg-info

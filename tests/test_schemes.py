@@ -269,7 +269,7 @@ def test_clips_text_tower_reads_the_words(tiny_clip):
 
 
 class WordsOnce(Instruction):
-    """Every layer reads the same text tokens: a scheme as the README's developer section adds one."""
+    """Every layer reads the same text tokens: a scheme as docs/extend.md adds one."""
 
     def __init__(self, text_dim, embed_dim, depth, options):
         super().__init__(text_dim, embed_dim, depth, options)
