@@ -2,7 +2,7 @@
 
 python benchmarks/headline.py             # print the table
 python benchmarks/headline.py --write     # put it into README.md, between its marks
-python benchmarks/headline.py --picture   # results/predictions.png, a small form of results/figure4.png
+python benchmarks/headline.py --picture   # results/predictions.jpg, a small form of results/figure4.png
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 MARKS = ("<!-- headline figures: python benchmarks/headline.py --write -->\n", "<!-- end of headline figures -->\n")
-_WIDTH, _COLOURS = 900, 128  # of the picture
+_WIDTH = 900  # of the picture
 
 
 class Figure(NamedTuple):
@@ -129,14 +129,14 @@ def written(readme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into README.md")
-    parser.add_argument("--picture", action="store_true", help="write results/predictions.png")
+    parser.add_argument("--picture", action="store_true", help="write results/predictions.jpg")
     args = parser.parse_args()
     if args.picture:
         from PIL import Image
 
         figure = Image.open(RESULTS / "figure4.png").convert("RGB")
         small = figure.resize((_WIDTH, round(figure.height * _WIDTH / figure.width)), Image.Resampling.LANCZOS)
-        small.quantize(_COLOURS).save(RESULTS / "predictions.png", optimize=True)
+        small.save(RESULTS / "predictions.jpg", quality=88, optimize=True)
     if args.write:
         path = ROOT / "README.md"
         path.write_text(written(path.read_text()))

@@ -130,7 +130,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
-    for picture in sorted(RESULTS.glob("*.png")):
+    for picture in sorted([*RESULTS.glob("*.png"), *RESULTS.glob("*.jpg")]):
         files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
     return files
 
@@ -165,7 +165,7 @@ def relink(markdown: str, source: str) -> str:
         target = target.removeprefix(up)
         if target in inside:
             return f"{picture}[{text}]({up}{inside[target]}{anchor})"
-        if target.startswith("../benchmarks/results/") and target.endswith((".md", ".png")):
+        if target.startswith("../benchmarks/results/") and target.endswith((".md", ".png", ".jpg")):
             return f"{picture}[{text}]({up}{target.removeprefix('../benchmarks/')}{anchor})"
         return text if target.startswith("../") else found[0]
 
