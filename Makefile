@@ -52,7 +52,7 @@ test-all: lint
 	$(PYTEST) -n 2
 
 docs: setup
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # another environment, of whatever is the newest today: all that pyproject.toml bounds is upgraded past the bounds
 NEWEST := .venv-newest
