@@ -4,13 +4,14 @@
 # make test-fast   a minute's choice of the tests, for the inner loop
 # make test-all    every check, before a release
 # make test-wheel  the package as it is installed: built, put into a fresh environment, run outside the clone
+# make docs        the documentation as a site, in site/; strictly: a broken link fails
 # make test-newest optional: private names and golden losses with the newest torch, DeepSpeed, transformers and xformers
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test test-not-slow test-fast test-all test-wheel test-newest lock clean
+.PHONY: setup demo lint test test-not-slow test-fast test-all test-wheel docs test-newest lock clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +55,9 @@ test-all: lint
 test-wheel: setup
 	$(PY) -m pytest tests/test_wheel.py
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # another environment, of whatever is the newest today: all that pyproject.toml bounds is upgraded past the bounds
 NEWEST := .venv-newest
 test-newest:
@@ -71,4 +75,4 @@ lock:
 	mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf $(VENV) $(NEWEST) demo runs build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) demo runs build dist site *.egg-info

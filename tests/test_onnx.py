@@ -1,4 +1,4 @@
-"""Export to ONNX: what the file computes in onnxruntime, the README's code that runs it, and what is refused."""
+"""Export to ONNX: what the file computes in onnxruntime, the code of docs/ that runs it, and what is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dit_ds.models.build import build_model
 from dit_ds.models.sam import SIZES
 
 SIDE = 64
-EXPRESSION = "woman in the red coat"  # of the README
+EXPRESSION = "woman in the red coat"  # of docs/export.md
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +107,10 @@ def test_the_file_says_what_running_it_needs(made):
     assert sorted(f.name for f in made.iterdir()) == ["model.onnx", "model.safetensors"]  # nothing temporary is left
 
 
-def test_the_readmes_code_segments_as_predict_does(made, tmp_path):
+def test_the_documented_code_segments_as_predict_does(made, tmp_path):
     """The very code, by itself: it imports neither torch nor dit_ds."""
-    readme = (ROOT / "README.md").read_text()
-    code = re.search(r"\n## ONNX\n.*?```python\n(.*?)```", readme, re.DOTALL)[1]
+    page = (ROOT / "docs/export.md").read_text()
+    code = re.search(r"\n## ONNX\n.*?```python\n(.*?)```", page, re.DOTALL)[1]
     assert f'"{EXPRESSION}"' in code
     rng = np.random.default_rng(0)
     for name, shape in (("wide", (90, 131)), ("small", (40, 31))):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import get_args
 
 import pytest
 import torch
-from conftest import MINILM
+from conftest import MINILM, ROOT
 from torch import nn
 
 import dit_ds.torchvision_stub  # noqa: F401  before segment_anything
@@ -268,15 +269,12 @@ def test_clips_text_tower_reads_the_words(tiny_clip):
 # --- one's own ----------------------------------------------------------------------------------------------------
 
 
-class WordsOnce(Instruction):
-    """Every layer reads the same text tokens: a scheme as the README's developer section adds one."""
-
-    def __init__(self, text_dim, embed_dim, depth, options):
-        super().__init__(text_dim, embed_dim, depth, options)
-        self.shared = projection(text_dim, embed_dim, options.zero)
-
-    def forward(self, text, layer, image):
-        return self.dropout(self.shared(text))
+def documented_scheme() -> type[Instruction]:
+    """The class that docs/extend.md adds as an example."""
+    code = re.search(r"```python\n(class WordsOnce.*?)```", (ROOT / "docs/extend.md").read_text(), re.DOTALL)[1]
+    names = {"Instruction": Instruction, "projection": projection}
+    exec(code, names)
+    return names["WordsOnce"]
 
 
 def test_the_configuration_names_every_scheme():
@@ -287,7 +285,7 @@ def test_a_new_scheme_is_a_class_and_a_line(monkeypatch, config_file):
     from dit_ds.config.load import load_config
     from dit_ds.models.build import build_model
 
-    monkeypatch.setitem(SCHEMES, "words_once", WordsOnce)
+    monkeypatch.setitem(SCHEMES, "words_once", documented_scheme())
     config = load_config(config_file, ["--model.static_tokens", "2"])
     config.model.scheme = "words_once"  # which a new scheme adds to the schema's Literal
     model = build_model(config)

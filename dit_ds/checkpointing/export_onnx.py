@@ -91,7 +91,7 @@ def export_onnx(path: str | Path, out: str | Path, one_file: int = _ONE_FILE) ->
         "step": meta["step"],
         "max_abs_difference": difference,
         "warnings": [] if difference is not None else [not_compared],
-        "next": f"run {out} in onnxruntime: the README's section ONNX has the code",
+        "next": f"run {out} in onnxruntime: docs/export.md has the code",
     }
 
 

@@ -56,7 +56,7 @@ def _add_shard(data_commands: Any) -> None:
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--refer-root", help="folder with DATASET/refs(SPLITBY).p and DATASET/instances.json")
-    source.add_argument("--coco", help="a COCO file with expressions: a set of your own, see README")
+    source.add_argument("--coco", help="a COCO file with expressions: a set of your own, see docs/own-data.md")
     source.add_argument("--parquet", help="folder with the parquet files of jxu124/refcoco, refcocoplus or refcocog")
     p.add_argument("--images", required=True, help="folder with the images, COCO's train2014")
     p.add_argument(
