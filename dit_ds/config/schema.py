@@ -112,6 +112,11 @@ class DataConfig(Section):
         description="probability of a horizontal flip, left and right swapped in the text; a picture whose text has "
         "other words of direction is not flipped",
     )
+    augment_on: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="where training pictures are resized and augmented: cpu, by the loader's workers; device, a batch at "
+        "once on the GPU, the workers only decode (same draws, same masks, pixels to one level of 255); without a GPU as cpu",
+    )
 
     @property
     def default_prompt(self) -> str:

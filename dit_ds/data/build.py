@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dit_ds.config.schema import DataConfig, RunConfig
 from dit_ds.data.loading.dataset import ExpressionDataset, Tokenize
 from dit_ds.data.loading.index import JPG, NoSplit, SplitIndex
+from dit_ds.data.loading.packed import PackedDataset
 from dit_ds.data.loading.prompts import Prompts
 from dit_ds.data.loading.tokenize import make_tokenize
 from dit_ds.data.loading.transforms import Augmentation
@@ -171,7 +173,7 @@ def _fraction_of(index: SplitIndex, d: DataConfig) -> np.ndarray:
 
 
 def build_train_dataset(config: RunConfig) -> ExpressionDataset:
-    """A run's training dataset.
+    """A run's training dataset: a `PackedDataset` where its batches are finished on the device.
 
     Raises:
         UserError: as of `train_index`.
@@ -179,7 +181,12 @@ def build_train_dataset(config: RunConfig) -> ExpressionDataset:
     d = config.data
     index = train_index(d, evaluates=config.eval.every_epochs > 0)
     require_targets(index, d.train_split, d.prompts)
-    return ExpressionDataset(
+    on_device = d.augment_on == "device" and _has_gpu()
+    if d.augment_on == "device" and not on_device:
+        note = "data.augment_on is device, and there is no GPU here: loader workers resize and augment, as with cpu"
+        index = replace(index, notes=[*index.notes, note])
+    kind = PackedDataset if on_device else ExpressionDataset
+    return kind(
         index,
         d.unit,
         d.image_size,
@@ -194,6 +201,10 @@ def build_train_dataset(config: RunConfig) -> ExpressionDataset:
         on_vanished_target=d.on_vanished_target,
         skip_bad=d.max_bad_samples > 0,
     )
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def require_targets(index: SplitIndex, split: str, kinds: Sequence[str]) -> None:

@@ -28,7 +28,23 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     height, width = rle["size"]
     if not isinstance(rle["counts"], str) or not rle["counts"].isascii():
         raise ValueError("its mask is no compressed RLE")
-    digits = np.frombuffer(rle["counts"].encode(), np.uint8).astype(np.int64) - 48
+    runs, _ = rle_numbers(rle["counts"])
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"its mask's runs don't fill {height}x{width}")
+    return runs
+
+
+def rle_numbers(counts: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int64: the numbers that compressed RLEs are written in, and of each the position of its last character.
+
+    Args:
+        counts: of one RLE, or of several, one after another.
+    Raises:
+        ValueError: it is none.
+    """
+    digits = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((digits & 32) == 0)
     if not len(last) or last[-1] != len(digits) - 1 or digits.min() < 0 or digits.max() > 63:
         raise ValueError("its mask is no compressed RLE")
@@ -36,13 +52,9 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     position = np.arange(len(digits)) - np.repeat(first, last - first + 1)  # of a digit in its number
     if position.max() > 7:  # more bits than any image has pixels
         raise ValueError("its mask is no compressed RLE")
-    runs = np.add.reduceat((digits & 31) << (5 * position), first)
-    runs -= np.where(digits[last] & 16, np.int64(1) << (5 * (position[last] + 1)), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"its mask's runs don't fill {height}x{width}")
-    return runs
+    numbers = np.add.reduceat((digits & 31) << (5 * position), first)
+    numbers -= np.where(digits[last] & 16, np.int64(1) << (5 * (position[last] + 1)), 0)
+    return numbers, last
 
 
 def holds_square(runs: np.ndarray, height: int, side: int) -> bool:

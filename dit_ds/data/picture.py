@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dit_ds.data.exif import exif_orientation, png_chunks, tiff_directories, turn, without_orientation
-from dit_ds.data.jpeg import MAX_PIXELS, UnsupportedPicture, decode_jpeg, jpeg_size
+from dit_ds.data.jpeg import MAX_PIXELS, UnsupportedPicture, decode_jpeg, jpeg_size, written_to
 from dit_ds.errors import UserError
 
 JPEG_QUALITY = 95
@@ -71,9 +71,15 @@ def _kind_and_format(data: bytes) -> tuple[str, str]:
     return next((found for magic, found in _MAGIC.items() if data.startswith(magic)), ("", ""))
 
 
-def decode_picture(data: bytes, fast: bool = False) -> np.ndarray:
-    """(H, W, 3) uint8: the pixels of `load_picture`, which has the arguments and errors."""
-    return load_picture(data, fast).pixels
+def decode_picture(data: bytes, fast: bool = False, out: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) uint8: the pixels of `load_picture`, which has the arguments and errors.
+
+    Args:
+        out: as for `decode_jpeg`, of a picture of any kind.
+    """
+    if picture_kind(data) == "jpg":
+        return decode_jpeg(data, fast, out)
+    return written_to(out, load_picture(data, fast).pixels)
 
 
 def load_picture(data: bytes, fast: bool = False) -> Picture:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.loading.device_pass import finish_batch
 from dit_ds.data.loading.loader import iterate
 from dit_ds.data.loading.workers import worker_failures
 from dit_ds.distributed import connect, disconnect, set_environment
@@ -120,6 +121,7 @@ def train_epoch(run: Run) -> None:
         set_learning_rate(engine, lr)
         # dropout draws from the step and the rank, so that a resumed run draws the same
         torch.manual_seed(_seed_of(config.seed, progress.step, i % accumulation, run.world.rank))
+        batch = finish_batch(batch, device, config.data.image_size, config.data.train_mask_rule == "soft")
         mask, weight = (batch[k].to(device, non_blocking=True) for k in ("mask", "weight"))
         loss = engine.module.loss(engine(**model_inputs(batch, device)), mask, weight)
         meter.forward_done(loss.detach(), step.add(loss.detach(), batch))

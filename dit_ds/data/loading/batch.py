@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_ds.data.loading.packed_layout import shift_layouts
 from dit_ds.data.loading.shared_memory import batch_memory
 from dit_ds.errors import UserError
 
@@ -80,16 +81,21 @@ class BatchBuilder:
             `image` (B, 3, S, S) uint8 in channels-last memory format, `mask` (B, S, S), `size` (B, 2): h and w before
             padding; and the rows' values: arrays stacked to (B, ...), `original` as `PackedMasks`, others as lists.
         """
-        batch: dict[str, Any] = {"image": self._image.permute(0, 3, 1, 2), "mask": self._mask}
-        for key in self._rows[0]:
-            values = [r[key] for r in self._rows]
-            if key == "original":
-                batch[key] = PackedMasks(values)
-            elif isinstance(values[0], (np.ndarray, np.generic)):
-                batch[key] = torch.from_numpy(np.stack(values))
-            else:
-                batch[key] = values
-        return batch
+        return {"image": self._image.permute(0, 3, 1, 2), "mask": self._mask} | stack_rows(self._rows)
+
+
+def stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The values of a batch's rows, which have the same keys, as `BatchBuilder.collated` describes them."""
+    stacked: dict[str, Any] = {}
+    for key in rows[0]:
+        values = [r[key] for r in rows]
+        if key == "original":
+            stacked[key] = PackedMasks(values)
+        elif isinstance(values[0], (np.ndarray, np.generic)):
+            stacked[key] = torch.from_numpy(np.stack(values))
+        else:
+            stacked[key] = values
+    return stacked
 
 
 def join_slices(slices: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError | None:
@@ -105,12 +111,16 @@ def join_slices(slices: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] 
         batches.append(item)
     if len(batches) < 2:
         return batches[0] if batches else None
+    if "packed" in batches[0]:
+        batches = shift_layouts(batches)
     return {key: _join_values(key, [b[key] for b in batches]) for key in batches[0]}
 
 
 def _join_values(key: str, parts: list[Any]) -> Any:
     if key == "bad":
         return sum(parts, [])
+    if key == "packed":
+        return torch.cat(parts)
     rows, first = sum(map(len, parts)), parts[0]
     joined: Any = [None] * rows
     if isinstance(first, Tensor):

@@ -25,13 +25,27 @@ Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> input ids (
 _PROMPT, _SCALE = 1, 2  # seeds of random streams beside the augmentation's, so that they don't shift its draws
 
 
-class _Location(NamedTuple):
+class Location(NamedTuple):
     """A sample's image, ref, position among the ref's sentences, and the generator for its augmentation."""
 
     image: int
     ref: int
     sentence: int
     rng: np.random.Generator
+
+
+class _Target(NamedTuple):
+    """What a sample's expression means, resized.
+
+    Attributes:
+        mask: (h, w), to predict.
+        shown: (h, w), to draw the prompt from.
+        counts: the sample has a weight.
+    """
+
+    mask: np.ndarray
+    shown: np.ndarray
+    counts: bool
 
 
 def _text(ref: dict[str, Any], sentence: int) -> str:
@@ -94,7 +108,7 @@ class ExpressionDataset(Dataset):
 
     def __getitem__(self, item: Item) -> dict[str, Any] | UserError:
         """One sample: a batch's only row."""
-        batch = self.__getitems__([item])
+        batch = ExpressionDataset.__getitems__(self, [item])
         if isinstance(batch, UserError):
             return batch
         return {k: (v.numpy() if isinstance(v, torch.Tensor) else v)[0] for k, v in batch.items() if k != "bad"}
@@ -120,52 +134,66 @@ class ExpressionDataset(Dataset):
             batch.put(row, **sample)
         return batch.collated() | ({"bad": bad} if self.skip_bad else {})
 
-    def _sample(self, item: Item, location: _Location) -> dict[str, Any]:
+    def _sample(self, item: Item, location: Location) -> dict[str, Any]:
         """The arguments of `BatchBuilder.put`."""
         epoch, sample, weight = item
         kind, side, prompt_rng = self._draw_kind_and_side(epoch, sample)
         image = self._decoded(location.image)
         ref = image.meta["refs"][self.index.refs[location.ref, 1]]
-        text = self._text_of_another_image(location) if self.sentence_shift else _text(ref, location.sentence)
-        full_mask = image.full_mask(ref["ann_ids"])
-        if kind != "text" and not full_mask.any():
-            raise self._without_mask(location.image, kind)
-        mask = image.resized_mask(ref["ann_ids"], side)  # to predict
-        if self.augmentation is not None and image.vanishes(ref["ann_ids"], side):
-            # trained on as it is, it would say that nothing is meant
-            if self.on_vanished_target == "keep":
-                mask = image.best_covered_pixel(ref["ann_ids"], side)
-            else:
-                weight = 0.0
-        shown = mask if kind == "text" else prompt_mask(mask, full_mask)  # to draw the prompt from
-        augmentation = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(location.rng)
-        if kind == "text":
-            augmentation, text = augmentation.with_text(text)
+        target = self._target(image, ref["ann_ids"], location.image, kind, side)
+        augmentation, text = self._augmentation_and_text(kind, ref, location)
         out = {
             "write_image": functools.partial(augmentation.apply_image, image.resized(side)),
-            "mask": augmentation.apply_mask(mask),
-            "weight": np.float32(weight),
-            "sample": np.int64(sample),
+            "mask": augmentation.apply_mask(target.mask),
         }
-        out |= self._prompt(kind, text, augmentation.apply_mask(shown), prompt_rng)
+        out |= self._values(sample, weight if target.counts else 0.0)
+        out |= self._prompt(kind, text, augmentation.apply_mask(target.shown), prompt_rng)
         if self.augmentation is None:
-            out |= self._evaluation_values(location.image, full_mask, text)
+            out |= self._evaluation_values(location.image, image.full_mask(ref["ann_ids"]), text)
         return out
+
+    def _target(self, image: DecodedImage, ann_ids: Sequence[int], number: int, kind: str, side: int) -> _Target:
+        """What annotations of image `number` are, resized to the longer side `side`.
+
+        Raises:
+            UserError: they have no mask, of which a prompt of this kind is drawn.
+        """
+        full_mask = image.full_mask(ann_ids)
+        if kind != "text" and not full_mask.any():
+            raise self._without_mask(number, kind)
+        mask, counts = image.resized_mask(ann_ids, side), True
+        if self.augmentation is not None and image.vanishes(ann_ids, side):
+            # trained on as it is, it would say that nothing is meant
+            if self.on_vanished_target == "keep":
+                mask = image.best_covered_pixel(ann_ids, side)
+            else:
+                counts = False
+        return _Target(mask, mask if kind == "text" else prompt_mask(mask, full_mask), counts)
+
+    def _augmentation_and_text(
+        self, kind: str, ref: dict[str, Any], location: Location
+    ) -> tuple[SampledAugmentation, str]:
+        """What is drawn for a sample, and its expression, mirrored if the image is."""
+        text = self._text_of_another_image(location) if self.sentence_shift else _text(ref, location.sentence)
+        augmentation = SampledAugmentation() if self.augmentation is None else self.augmentation.draw(location.rng)
+        return augmentation.with_text(text) if kind == "text" else (augmentation, text)
 
     def _blank(self, epoch: int, sample: int) -> dict[str, Any]:
         """The arguments of `BatchBuilder.put` for a damaged sample: zeros, with the prompt's kind unchanged."""
-        kind, _, prompt_rng = self._draw_kind_and_side(epoch, sample)
         zeros = np.zeros((self.image_size, self.image_size), np.uint8)
-        out = {
-            "write_image": lambda pixels: pixels.fill(0),
-            "mask": zeros,
-            "weight": np.float32(0),
-            "sample": np.int64(sample),
-        }
-        out |= self._prompt(kind, "", np.ones((1, 1), np.uint8), prompt_rng)
+        out = {"write_image": lambda pixels: pixels.fill(0), "mask": zeros} | self._blank_values(epoch, sample)
         if self.augmentation is None:
             out |= self._evaluation_values(self._locate(epoch, sample).image, zeros, "")
         return out
+
+    def _blank_values(self, epoch: int, sample: int) -> dict[str, Any]:
+        """A damaged sample's values beside picture and mask."""
+        kind, _, prompt_rng = self._draw_kind_and_side(epoch, sample)
+        return self._values(sample, 0.0) | self._prompt(kind, "", np.ones((1, 1), np.uint8), prompt_rng)
+
+    @staticmethod
+    def _values(sample: int, weight: float) -> dict[str, Any]:
+        return {"weight": np.float32(weight), "sample": np.int64(sample)}
 
     def _draw_kind_and_side(self, epoch: int, sample: int) -> tuple[str, int, np.random.Generator | None]:
         """The kind of prompt, the longer side in pixels, and the generator for points, None with text prompts only."""
@@ -190,14 +218,14 @@ class ExpressionDataset(Dataset):
     def _evaluation_values(self, image: int, full_mask: np.ndarray, text: str) -> dict[str, Any]:
         return {"original": full_mask, "text": text, "image_id": int(self.index.images[image, 1])}
 
-    def _locate(self, epoch: int, sample: int) -> _Location:
+    def _locate(self, epoch: int, sample: int) -> Location:
         rng = np.random.default_rng([self.seed, epoch, sample])
         if self.unit != "sentence":
             ref, sentence = sample, int(rng.random() * self.index.refs[sample, 3])
         else:
             ref = int(self.index.sentences[sample])
             sentence = sample - int(self.index.refs[ref, 2])
-        return _Location(int(self.index.refs[ref, 0]), ref, sentence, rng)
+        return Location(int(self.index.refs[ref, 0]), ref, sentence, rng)
 
     def images_of(self, items: Sequence[Item]) -> np.ndarray:
         """(n,) int64: the image of each item."""
@@ -229,7 +257,7 @@ class ExpressionDataset(Dataset):
         """(n,) int64: the images that have refs, in order."""
         return np.unique(self.index.refs[:, 0])
 
-    def _text_of_another_image(self, location: _Location) -> str:
+    def _text_of_another_image(self, location: Location) -> str:
         here = int(np.searchsorted(self._images, location.image))
         other_image = int(self._images[(here + self.sentence_shift) % len(self._images)])
         refs = np.flatnonzero(self.index.refs[:, 0] == other_image)

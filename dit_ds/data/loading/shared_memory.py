@@ -21,7 +21,7 @@ class SharedBatchPool:
     """A worker's reusable memory for batches.
 
     A slot is in use until the training process has dropped every tensor that views it. While all slots are, batches get
-    fresh memory.
+    fresh memory. Where none that is free has the size, one of them is replaced.
     """
 
     def __init__(self) -> None:
@@ -31,21 +31,32 @@ class SharedBatchPool:
 
     def take(self, size: int) -> tuple[torch.UntypedStorage, bool]:
         """A shared storage of at least `size` bytes, and whether it is fresh, that is, zeros."""
-        for slot, storage in enumerate(self._slots):
-            if not self._in_use[slot] and storage.nbytes() >= size:
-                self._in_use[slot] = 1
-                return storage, False
+        free = [slot for slot in range(len(self._slots)) if not self._in_use[slot]]
+        slot = next((slot for slot in free if self._slots[slot].nbytes() >= size), None)
+        if slot is not None:
+            self._in_use[slot] = 1
+            return self._slots[slot], False
         storage = torch.UntypedStorage._new_shared(size)
         if len(self._slots) < _SLOTS:
             slot = len(self._slots)
-            self._in_use[slot] = 1
             self._slots.append(storage)
-            self._by_address[storage.data_ptr()] = slot
+        elif free:
+            slot = free[0]
+            self._slots[slot] = storage
+        else:
+            return storage, True
+        self._in_use[slot] = 1
+        self._by_address = {s.data_ptr(): i for i, s in enumerate(self._slots)}
         return storage, True
 
     def share(self, batch: dict[str, Any]) -> SharedBatch:
         """Wrap a batch for the queue to the training process."""
-        return SharedBatch(batch, self._in_use, self._by_address.get(batch["image"].untyped_storage().data_ptr()))
+        return SharedBatch(batch, self._in_use, self._by_address.get(_shared_storage(batch).data_ptr()))
+
+
+def _shared_storage(batch: dict[str, Any]) -> torch.UntypedStorage:
+    """The storage of those of a batch's tensors that are in shared memory."""
+    return next(v for v in batch.values() if isinstance(v, Tensor) and v.is_shared()).untyped_storage()
 
 
 _pool: SharedBatchPool | None = None  # of this process, if it is a worker
@@ -73,9 +84,9 @@ class SharedBatch:
     Small tensors are sent through the pipe: a file descriptor for each would cost more.
 
     Args:
-        batch: its `image` and `mask` are in shared memory.
+        batch: its large tensors are in one storage in shared memory.
         in_use: the pool's flags.
-        slot: of `image` and `mask` in the pool; None with fresh memory outside it.
+        slot: of that storage in the pool; None with fresh memory outside it.
     """
 
     def __init__(self, batch: dict[str, Any], in_use: Tensor, slot: int | None):
@@ -97,5 +108,5 @@ def _receive(batch: dict[str, Any], in_use: Tensor, slot: int | None) -> dict[st
             _received.remove(entry)
             entry[1][entry[2]] = 0
         if slot is not None:
-            _received.append((StorageWeakRef(batch["image"].untyped_storage()), in_use, slot))
+            _received.append((StorageWeakRef(_shared_storage(batch)), in_use, slot))
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}

@@ -14,7 +14,8 @@ from dit_ds.data.directions import mirror_expression
 # workers are one process a core; and OpenCV's thread pool deadlocks in a forked process
 cv2.setNumThreads(1)
 
-_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's
+GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's
+_GREY = np.array(GREY)
 _IDENTITY = np.eye(3)
 
 
@@ -63,7 +64,7 @@ class SampledAugmentation:
         else:
             cv2.transform(image, color_matrix(image, *self.factors), dst=out)
         if self.radius is not None:
-            kernel = cv2.getGaussianKernel(2 * math.ceil(2 * self.radius) + 1, self.radius, cv2.CV_32F)
+            kernel = blur_kernel(self.radius)
             cv2.sepFilter2D(out, -1, kernel, kernel, dst=out)
         if self.flipped:
             cv2.flip(out, 1, dst=out)
@@ -76,6 +77,11 @@ class SampledAugmentation:
         """This augmentation and the expression, mirrored if the image is; not flipped if the expression can't be."""
         mirrored = mirror_expression(text) if self.flipped else text
         return (self, mirrored) if mirrored is not None else (replace(self, flipped=False), text)
+
+
+def blur_kernel(radius: float) -> np.ndarray:
+    """(n, 1) float32: a Gaussian's weights, n = 3, 5 or 7 for a radius of up to 0.5, 1 or 1.5 pixels."""
+    return cv2.getGaussianKernel(2 * math.ceil(2 * radius) + 1, radius, cv2.CV_32F)
 
 
 def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
@@ -121,8 +127,13 @@ def resize_image_fast(image: np.ndarray, image_size: int, resize: str = "pad") -
     would skip pixels, so each pixel is the mean of the area that it covers.
     """
     h, w = resized_shape(image.shape[0], image.shape[1], image_size, resize)
-    scale = min(h / image.shape[0], w / image.shape[1])
-    return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if scale >= 0.5 else cv2.INTER_AREA)
+    area = takes_area_mean(image.shape[:2], (h, w))
+    return cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+
+
+def takes_area_mean(shape: tuple[int, ...], resized: tuple[int, int]) -> bool:
+    """Whether `resize_image_fast` of (H, W) to (h, w) takes the mean of areas: below half the size."""
+    return min(resized[0] / shape[0], resized[1] / shape[1]) < 0.5
 
 
 def resize_mask_fast(mask: np.ndarray, image_size: int, resize: str = "pad") -> np.ndarray:

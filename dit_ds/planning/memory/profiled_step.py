@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.loading.device_pass import Chunk, augment, chunk_rows
+from dit_ds.data.loading.packed_layout import ALIGNED
 from dit_ds.data.loading.prompts import TEXT_ONLY, Prompts
 from dit_ds.distributed import World
 from dit_ds.engine import engine as ds
@@ -65,6 +67,24 @@ def fake_batch(
         inputs["labels"] = torch.zeros(batch, prompts.slots, dtype=torch.long)
     mask = torch.zeros(batch, image_size, image_size, dtype=torch.float32 if soft else torch.uint8)
     return inputs, mask, torch.ones(batch)
+
+
+def finished_pictures(batch: int, image_size: int, soft: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and masks of zeros from the device's own pass, for `data.augment_on` device.
+
+    Their pictures are as large as any that workers send: twice `image_size` in both directions.
+    """
+    side = 2 * image_size
+    place = [ALIGNED, side, side, 0, 0, 1 if soft else side, 1 if soft else side]
+    layout = torch.tensor([place] * batch).to(device)
+    draws = torch.ones(batch, 8, dtype=torch.float64).to(device)
+    size = torch.full((batch, 2), image_size).to(device)
+    packed = torch.zeros(ALIGNED + batch * 3 * side * side, dtype=torch.uint8, device=device)
+    step = chunk_rows(image_size)
+    rows = [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
+    chunks = [Chunk(r, 0, (r.stop - r.start) * side * side) for r in rows]
+    image, mask = augment(packed, layout, draws, size, chunks, image_size=image_size, soft=soft)
+    return image.contiguous(), mask
 
 
 @dataclass
@@ -134,9 +154,10 @@ class Steps(Generic[ResultT]):
     def _pass(self, micro_batch: int) -> None:
         d, device, tracker, engine = self.config.data, self.world.device, self.tracker, self.engine
         tracker.enter("forward")
-        inputs, mask, weight = fake_batch(
-            micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points), d.train_mask_rule == "soft"
-        )
+        soft = d.train_mask_rule == "soft"
+        inputs, mask, weight = fake_batch(micro_batch, d.image_size, d.tokens, Prompts.of(d.prompts, d.points), soft)
+        if d.augment_on == "device" and device.type != "cpu":
+            inputs["image"], mask = finished_pictures(micro_batch, d.image_size, soft, device)
         inputs, mask, weight = {k: x.to(device) for k, x in inputs.items()}, mask.to(device), weight.to(device)
         tracker.tag("inputs", (*inputs.values(), mask, weight))
         loss = engine.module.loss(engine(**inputs), mask, weight)
