@@ -31,7 +31,9 @@ def load_coco(path: str | Path, dataset: str, split_by: str) -> ReferTree:
     images, annotations = coco_tables(file, path)
     expressions = file.get("expressions")
     if not isinstance(expressions, list) or not expressions:
-        raise UserError(f"{path} has no 'expressions': a list of {{image_id, annotation_ids, text, split}}, see docs/own-data.md")
+        raise UserError(
+            f"{path} has no 'expressions': a list of {{image_id, annotation_ids, text, split}}, see docs/own-data.md"
+        )
     refs, sent_id = [], 0
     for n, expression in enumerate(expressions):
         texts = _texts(path, n, expression)
