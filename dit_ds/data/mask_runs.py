@@ -24,44 +24,54 @@ class MaskRuns:
         numbers, last = rle_numbers("".join(r["counts"] for r in rles))
         ends = np.cumsum([len(r["counts"]) for r in rles])  # in characters
         until = np.searchsorted(last, ends - 1) + 1  # in numbers
-        if (last[until - 1] != ends - 1).any() or (np.diff(until, prepend=0) < 1).any():
-            raise ValueError("its mask is no compressed RLE")
         counts = np.diff(until, prepend=0)
-        row = np.repeat(np.arange(len(rles)), counts)
-        column = np.arange(len(numbers)) - np.repeat(until - counts, counts)
-        table = np.zeros((len(rles), -(-counts.max() // 2) * 2), np.int64)  # a mask's run lengths in each row
-        table[row, column] = numbers
-        for first in (1, 2):  # from the fourth on a number is the difference to the one two before it
-            np.cumsum(table[:, first::2], axis=1, out=table[:, first::2])
-        table[np.arange(table.shape[1]) >= counts[:, None]] = 0
-        if (table < 0).any() or (table.sum(1) != self._sizes.prod(1)).any():
+        if (counts < 1).any() or (last[until - 1] != ends - 1).any():
+            raise ValueError("its mask is no compressed RLE")
+        # in pairs of a run of zeros and one of ones, where need be with an empty one of ones at a mask's end
+        self._pairs, pairs = counts // 2, (counts + 1) // 2
+        self._first = np.cumsum(pairs) - pairs  # a mask's first pair
+        runs = np.zeros((pairs.sum(), 2), np.int64)
+        runs.ravel()[np.arange(len(numbers)) + np.repeat(2 * self._first - until + counts, counts)] = numbers
+        # from the fourth on a number is the difference to the one two before it
+        zeros, runs[self._first, 0] = runs[self._first, 0], 0
+        sums = runs.cumsum(0)
+        sums -= np.repeat(sums[self._first] - runs[self._first], pairs, axis=0)
+        sums[self._first, 0] = zeros
+        sums[(self._first + pairs - 1)[counts % 2 == 1], 1] = 0
+        # (pairs, 2): where each run of ones starts and ends, if all masks are one after another
+        self._bounds = sums.ravel().cumsum().reshape(-1, 2)
+        self._start = np.cumsum(self._sizes.prod(1)) - self._sizes.prod(1)
+        if (sums < 0).any() or (self._bounds[self._first + pairs - 1, 1] - self._start != self._sizes.prod(1)).any():
             raise ValueError("its mask's runs don't fill it")
-        # (masks, pairs, 2): where each run of ones starts and ends; behind the last one both are the mask's end
-        self._bounds = table.cumsum(1).reshape(len(rles), -1, 2)
-        self._pairs = counts // 2
 
     def __getitem__(self, i: int) -> np.ndarray:
         """(n, 2) int32: where each run of ones of mask i starts and ends, in column-major order."""
-        return self._bounds[i, : self._pairs[i]].astype(np.int32)
+        first = self._first[i]
+        return (self._bounds[first : first + self._pairs[i]] - self._start[i]).astype(np.int32)
 
     def empty(self) -> np.ndarray:
         """(masks,) bool: which have no ones."""
-        return (self._bounds[..., 0] == self._bounds[..., 1]).all(1)
+        return np.add.reduceat(self._bounds[:, 1] - self._bounds[:, 0], self._first) == 0
 
     def fill_block(self) -> np.ndarray:
-        """(masks,) bool: which fill 3 x 3 pixels in the middle of their longest run; False says nothing of other pixels."""
-        starts, ends = self._bounds[..., 0], self._bounds[..., 1]
-        masks, (height, width) = np.arange(len(starts)), self._sizes.T
-        longest = (ends - starts).argmax(1)
-        column, row = np.divmod((starts[masks, longest] + ends[masks, longest]) // 2, height)
-        column, row = np.clip(column, 1, width - 2), np.clip(row, 1, height - 2)
-        tops = ((column[:, None] + [-1, 0, 1]) * height[:, None]) + row[:, None] - 1
-        # one search for all: a mask's pixels are numbered behind the former ones'
-        shift = (masks * (self._sizes.prod(1).max() + 1))[:, None]
-        found = np.searchsorted((starts + shift).ravel(), tops + shift, "right") - 1
-        here = found >= (masks * starts.shape[1])[:, None]
-        filled = (here & (ends.ravel()[found] >= tops + 3)).all(1)
-        return filled & (self._sizes.min(1) >= 3)
+        """(masks,) bool: which fill 3 x 3 pixels around the middle of their longest run or of their middle one.
+
+        False says nothing of their other pixels.
+        """
+        starts, ends = self._bounds.T
+        lengths, (height, width) = (ends - starts), self._sizes.T[..., None]
+        pairs = np.diff(self._first, append=len(lengths))
+        found = np.flatnonzero(lengths == np.repeat(np.maximum.reduceat(lengths, self._first), pairs))
+        longest = np.empty_like(self._first)
+        longest[np.searchsorted(self._first, found, "right") - 1] = found
+        chosen = np.stack([longest, self._first + pairs // 2], 1)  # (masks, 2)
+        first = self._start[:, None]
+        middle = (starts[chosen] + ends[chosen]) // 2 - first
+        column, row = np.clip(middle // height, 1, width - 2), np.clip(middle % height, 1, height - 2)
+        tops = (first + column * height + row - 1)[..., None] + height[..., None] * [-1, 0, 1]
+        run = np.searchsorted(starts, tops, "right") - 1
+        filled = (run >= self._first[:, None, None]) & (ends[run] >= tops + 3)
+        return filled.all(2).any(1) & (self._sizes.min(1) >= 3)
 
 
 def encode_ones(mask: np.ndarray) -> np.ndarray:

@@ -44,16 +44,21 @@ def rle_numbers(counts: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: it is none.
     """
-    digits = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((digits & 32) == 0)
-    if not len(last) or last[-1] != len(digits) - 1 or digits.min() < 0 or digits.max() > 63:
+    digits = np.frombuffer(counts.encode(), np.uint8) - np.uint8(48)
+    last = np.flatnonzero(digits < 32)
+    if not len(last) or last[-1] != len(digits) - 1 or digits.max() > 63:
         raise ValueError("its mask is no compressed RLE")
-    first = np.concatenate([[0], last[:-1] + 1])
-    position = np.arange(len(digits)) - np.repeat(first, last - first + 1)  # of a digit in its number
-    if position.max() > 7:  # more bits than any image has pixels
+    first = np.empty_like(last)
+    first[0], first[1:] = 0, last[:-1] + 1
+    length = last - first + 1
+    if length.max() > 8:  # more bits than any image has pixels
         raise ValueError("its mask is no compressed RLE")
-    numbers = np.add.reduceat((digits & 31) << (5 * position), first)
-    numbers -= np.where(digits[last] & 16, np.int64(1) << (5 * (position[last] + 1)), 0)
+    numbers = (digits[first] & 31).astype(np.int64)
+    for k in range(1, length.max()):
+        longer = np.flatnonzero(length > k)
+        numbers[longer] |= (digits[first[longer] + k] & 31).astype(np.int64) << (5 * k)
+    negative = np.flatnonzero(digits[last] & 16)
+    numbers[negative] -= np.int64(1) << (5 * length[negative])
     return numbers, last
 
 

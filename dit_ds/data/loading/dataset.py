@@ -219,7 +219,9 @@ class ExpressionDataset(Dataset):
         return {"original": full_mask, "text": text, "image_id": int(self.index.images[image, 1])}
 
     def _locate(self, epoch: int, sample: int) -> Location:
-        rng = np.random.default_rng([self.seed, epoch, sample])
+        words = [self.seed, epoch, sample]
+        # the same as of the list, which takes longer
+        rng = np.random.default_rng(np.array(words, np.uint32) if max(words) < 1 << 32 else words)
         if self.unit != "sentence":
             ref, sentence = sample, int(rng.random() * self.index.refs[sample, 3])
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+import functools
 import hashlib
 import json
 import zlib
@@ -236,9 +236,9 @@ class SplitIndex:
             UserError: it has another image, or other refs and sentences, than the manifest says. The manifest is wrong
                 then, and other samples may be misnumbered, so this is no `BadSample`.
         """
-        first, last = (bisect.bisect_left(self.refs[:, 0], i) for i in (image, image + 1))
+        first, last = self._first_refs[image : image + 2].tolist()
         try:
-            meta = parse_json(data)
+            meta = parse_json(data.decode())  # which detects an encoding of bytes in more time than this takes
             lengths = [len(r["sentences"]) for r in meta["refs"]]
             same = meta["image_id"] == self.images[image, 1] and lengths == self.refs[first:last, 3].tolist()
         except (ValueError, LookupError, TypeError):
@@ -249,6 +249,11 @@ class SplitIndex:
                 "remove the manifest and shard again"
             )
         return meta
+
+    @functools.cached_property
+    def _first_refs(self) -> np.ndarray:
+        """(images + 1,) int64: the first ref of each image, and their number."""
+        return np.searchsorted(self.refs[:, 0], np.arange(len(self.images) + 1))
 
     def key(self, image: int) -> str:
         """The WebDataset key of an image."""

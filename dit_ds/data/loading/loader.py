@@ -98,5 +98,7 @@ def iterate(loader: Loader) -> Iterator[dict[str, Any]]:
             if isinstance(batch, UserError):
                 raise batch
             if batch is None:
+                if not workers.persistent:
+                    workers.forget()
                 return
             yield batch

@@ -139,19 +139,20 @@ class PackedDataset(ExpressionDataset):
     def _with_targets(self, rows: dict[int, _Row]) -> dict[int, _Row]:
         """The rows, each with a target: at full size, where it is plain that resizing leaves something of it."""
         waiting = {r: row.meant for r, row in rows.items() if row.target is None and row.meant is not None}
-        whole: dict[int, list[np.ndarray]] = {r: [_NO_RUNS] for r in waiting}
+        whole: dict[int, list[np.ndarray]] = {r: [] for r in waiting}
         # at half the size or more, a resized pixel is made of two neighbouring ones in each direction at most
         lasts, empty = dict.fromkeys(waiting, False), dict.fromkeys(waiting, True)
         if of := [(r, a) for r, meant in waiting.items() for a in meant.ann_ids]:
             runs = MaskRuns([waiting[r].image.meta["anns"][str(a)]["rle"] for r, a in of])
-            for i, ((r, _), filled, nothing) in enumerate(zip(of, runs.fill_block(), runs.empty())):
+            for i, ((r, _), filled, nothing) in enumerate(zip(of, runs.fill_block().tolist(), runs.empty().tolist())):
                 whole[r].append(runs[i])
-                lasts[r] |= bool(filled)
-                empty[r] &= bool(nothing)
+                lasts[r] |= filled
+                empty[r] &= nothing
         for r, meant in waiting.items():
             if lasts[r] or empty[r]:
                 size = meant.image.meta["height"], meant.image.meta["width"]
-                rows[r] = rows[r]._replace(target=np.concatenate(whole[r]), target_size=size)
+                ones = whole[r][0] if len(whole[r]) == 1 else np.concatenate([_NO_RUNS, *whole[r]])
+                rows[r] = rows[r]._replace(target=ones, target_size=size)
             else:
                 rows[r], _ = self._with_resized_target(rows[r])
         return rows

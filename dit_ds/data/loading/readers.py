@@ -40,14 +40,19 @@ class MemberReader:
             UserError: the shard is missing, or can't be read; a file system that is away is waited for.
         """
         shard = int(self.index.images[image, 0])
-        offset, length, _ = (int(x) for x in self.index.images[image, member : member + 3])
+        offset, length, _ = self.index.images[image, member : member + 3].tolist()
         try:
-            data = patiently(lambda: self._pread(shard, length, offset), Path(self.index.shards[shard]).parent)
-        except OSError as e:
-            raise UserError(
-                f"cannot read {self.index.shards[shard]} ({e.strerror}): see that it can be reached"
-            ) from None
+            data = self._pread(shard, length, offset)
+        except OSError:
+            data = self._pread_patiently(shard, length, offset)
         return self.index.check(image, member, data)
+
+    def _pread_patiently(self, shard: int, length: int, offset: int) -> bytes:
+        file = Path(self.index.shards[shard])
+        try:
+            return patiently(lambda: self._pread(shard, length, offset), file.parent)
+        except OSError as e:
+            raise UserError(f"cannot read {file} ({e.strerror}): see that it can be reached") from None
 
     def _pread(self, shard: int, length: int, offset: int) -> bytes:
         try:

@@ -5,8 +5,11 @@ Fresh memory costs a page fault for each 4 KiB, together about as much as resizi
 
 from __future__ import annotations
 
+import os
 import threading
-from typing import Any
+import uuid
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +25,17 @@ class SharedBatchPool:
 
     A slot is in use until the training process has dropped every tensor that views it. While all slots are, batches get
     fresh memory. Where none that is free has the size, one of them is replaced.
+
+    Attributes:
+        key: this process, and a number that tells the pool from one of an earlier process with the same id.
     """
 
     def __init__(self) -> None:
+        self.key = os.getpid(), uuid.uuid4().int
         self._in_use = torch.zeros(_SLOTS, dtype=torch.uint8).share_memory_()
         self._slots: list[torch.UntypedStorage] = []
         self._by_address: dict[int, int] = {}
+        self._sent: set[int] = set()  # slots whose memory the training process has
 
     def take(self, size: int) -> tuple[torch.UntypedStorage, bool]:
         """A shared storage of at least `size` bytes, and whether it is fresh, that is, zeros."""
@@ -43,6 +51,7 @@ class SharedBatchPool:
         elif free:
             slot = free[0]
             self._slots[slot] = storage
+            self._sent.discard(slot)
         else:
             return storage, True
         self._in_use[slot] = 1
@@ -51,12 +60,13 @@ class SharedBatchPool:
 
     def share(self, batch: dict[str, Any]) -> SharedBatch:
         """Wrap a batch for the queue to the training process."""
-        return SharedBatch(batch, self._in_use, self._by_address.get(_shared_storage(batch).data_ptr()))
-
-
-def _shared_storage(batch: dict[str, Any]) -> torch.UntypedStorage:
-    """The storage of those of a batch's tensors that are in shared memory."""
-    return next(v for v in batch.values() if isinstance(v, Tensor) and v.is_shared()).untyped_storage()
+        storage = next(v for v in batch.values() if isinstance(v, Tensor) and v.is_shared()).untyped_storage()
+        slot = self._by_address.get(storage.data_ptr())
+        known = slot in self._sent
+        if slot is not None:
+            self._sent.add(slot)
+        memory = None if known else torch.empty(0, dtype=torch.uint8).set_(storage)
+        return SharedBatch(batch, _Place(self.key, slot, memory, None if known else self._in_use))
 
 
 _pool: SharedBatchPool | None = None  # of this process, if it is a worker
@@ -78,35 +88,95 @@ def share(batch: Any) -> Any:
     return batch if get_worker_info() is None or not isinstance(batch, dict) else _worker_pool().share(batch)
 
 
+class _Place(NamedTuple):
+    """Where a batch's large tensors are.
+
+    Attributes:
+        pool: its key.
+        slot: None with fresh memory outside the pool.
+        memory, in_use: the slot's bytes and the pool's flags; None if the training process has them already: it costs more
+            to send a file descriptor than everything else.
+    """
+
+    pool: tuple[int, int]
+    slot: int | None
+    memory: Tensor | None
+    in_use: Tensor | None
+
+
 class SharedBatch:
     """A batch in the queue, which is unpickled to a dict whose slot is released once its tensors are dropped.
 
-    Small tensors are sent through the pipe: a file descriptor for each would cost more.
+    Small tensors are sent through the pipe.
 
     Args:
         batch: its large tensors are in one storage in shared memory.
-        in_use: the pool's flags.
-        slot: of that storage in the pool; None with fresh memory outside it.
+        place: of that storage.
     """
 
-    def __init__(self, batch: dict[str, Any], in_use: Tensor, slot: int | None):
-        self._batch = {k: v.numpy() if isinstance(v, Tensor) and not v.is_shared() else v for k, v in batch.items()}
-        self._in_use, self._slot = in_use, slot
+    def __init__(self, batch: dict[str, Any], place: _Place):
+        self._place = place
+        self._values = {k: _sent_form(v) for k, v in batch.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive, (self._batch, self._in_use, self._slot)
+        return _receive, (self._values, self._place)
 
 
+class _View(NamedTuple):
+    """A tensor in the place's memory."""
+
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _sent_form(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_shared():
+        return value.numpy()
+    return _View(value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
+
+
+# in the training process, under the lock: with pinned memory, a thread receives
 _lock = threading.Lock()
-_received: list[tuple[StorageWeakRef, Tensor, int]] = []  # in the training process: storage, its pool's flags, its slot
+_received: list[tuple[StorageWeakRef, Tensor, int]] = []  # of batches: storage, its pool's flags, its slot
+_pools: dict[tuple[int, int], tuple[Tensor, dict[int, np.ndarray]]] = {}  # flags, and the slots' bytes
 
 
-def _receive(batch: dict[str, Any], in_use: Tensor, slot: int | None) -> dict[str, Any]:
+def _receive(values: dict[str, Any], place: _Place) -> dict[str, Any]:
     """The batch; releases the slots of earlier batches that were dropped meanwhile."""
-    with _lock:  # with pinned memory, a thread receives
+    with _lock:
         for entry in [e for e in _received if e[0].expired()]:
             _received.remove(entry)
             entry[1][entry[2]] = 0
-        if slot is not None:
-            _received.append((StorageWeakRef(_shared_storage(batch)), in_use, slot))
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+        if place.slot is None:
+            assert place.memory is not None
+            memory = place.memory
+        else:
+            if place.memory is not None and place.in_use is not None:
+                _pools.setdefault(place.pool, (place.in_use, {}))[1][place.slot] = place.memory.numpy()
+            in_use, slots = _pools[place.pool]
+            memory = torch.from_numpy(slots[place.slot])  # its storage is this batch's alone, and expires with it
+            _received.append((StorageWeakRef(memory.untyped_storage()), in_use, place.slot))
+    return {k: _received_form(v, memory) for k, v in values.items()}
+
+
+def _received_form(value: Any, memory: Tensor) -> Any:
+    if isinstance(value, _View):
+        tensor = torch.empty(0, dtype=value.dtype)
+        return tensor.set_(memory.untyped_storage(), value.offset, value.shape, value.stride)
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def forget_pools(processes: Iterable[int]) -> None:
+    """Give back the memory of workers that have ended; batches that were received keep theirs.
+
+    Args:
+        processes: their ids.
+    """
+    gone = set(processes)
+    with _lock:
+        for key in [k for k in _pools if k[0] in gone]:
+            del _pools[key]

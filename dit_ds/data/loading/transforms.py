@@ -36,10 +36,10 @@ class Augmentation:
 
     def draw(self, rng: np.random.Generator) -> SampledAugmentation:
         """Draw one sample's augmentation, with the same number of draws whatever the settings."""
-        factors = 1 + self.color * rng.uniform(-1, 1, 3)
-        blur, radius, flip = rng.random(), rng.uniform(0.1, 1.5), rng.random()
+        drawn = rng.random(6)  # in [0, 1): one call takes a quarter of the time of one for each
+        factors, (blur, radius, flip) = 1 + self.color * (2 * drawn[:3] - 1), drawn[3:].tolist()
         return SampledAugmentation(
-            factors if self.color > 0 else None, radius if blur < self.blur else None, flip < self.flip
+            factors if self.color > 0 else None, 0.1 + 1.4 * radius if blur < self.blur else None, flip < self.flip
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from dit_ds.data.loading.shared_memory import forget_pools
 from dit_ds.errors import RankFailed
 from dit_ds.processes import die_with_parent
 
@@ -70,6 +71,7 @@ class WorkerProcesses:
         """
         if not died:
             self._iterator._shutdown_workers()
+            self.forget()
             return
         self._iterator._shutdown = True  # else the iterator's destructor would attempt the orderly shutdown
         for process in self.processes:
@@ -79,6 +81,11 @@ class WorkerProcesses:
             signal_handling._remove_worker_pids(id(self._iterator))
             self._iterator._worker_pids_set = False
         _heed_dead_workers()
+
+
+    def forget(self) -> None:
+        """Give back the memory that they sent batches in, once they have ended."""
+        forget_pools(p.pid for p in self.processes)
 
 
 class Deadline:
