@@ -136,7 +136,7 @@ def run(kind: str, text: str, folder: Path) -> None:
     env = environment()
     env["PATH"] = f"{folder / 'bin'}:{Path(sys.executable).parent}:{env['PATH']}"
     command = ["bash", "-euo", "pipefail", "-c", text] if kind == "sh" else [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
 
@@ -169,7 +169,7 @@ dit-ds train {settings} --run_dir demo/default --model.scheme default
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_marked_blocks_run(page, project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project", symlinks=True)
