@@ -34,6 +34,8 @@ from dit_ds.data.masks import decode_rle, encode_rle, run_lengths
 from dit_ds.data.shards.manifest import KINDS
 from dit_ds.errors import UserError
 from dit_ds.models.text_encoder import load_tokenizer
+from dit_ds.planning.memory.profiled_step import finished_pictures
+from dit_ds.planning.memory.tracker import MemoryTracker
 
 CPU = torch.device("cpu")
 TEXTS = ("the left dog", "red ball", "man at the west end", "top right one")
@@ -291,6 +293,18 @@ def test_without_a_gpu_workers_augment_and_the_log_says_so(shards, tmp_path, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     dataset = build_train_dataset(config)
     assert type(dataset) is PackedDataset and not dataset.index.notes
+
+
+def test_the_memory_plan_takes_the_pass_itself():
+    """On pictures as large as any; beyond these, with what the pass's docstring says of a pixel."""
+    with MemoryTracker() as tracker:
+        tracker.restart()
+        tracker.enter("forward")
+        image, target = finished_pictures(3, 64, False, CPU)
+        peak = tracker.profile().phases["forward"]
+    assert image.shape == (3, 3, 64, 64) and image.is_contiguous() and target.shape == (3, 64, 64)
+    sent, masks = 3 * 3 * 128**2, 3 * 128**2 * 13
+    assert sent < peak < sent + masks + 3 * 70**2 * 90, peak
 
 
 ON_THE_CPU = """

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from dit_ds.data.loading import shared_memory
 from dit_ds.data.loading.batch import BatchBuilder
-from dit_ds.data.loading.shared_memory import _SLOTS, share
+from dit_ds.data.loading.loader import Loader, iterate
+from dit_ds.data.loading.shared_memory import _SLOTS, batch_memory, share
 
 _ROWS, _SIDE, _STEPS = 2, 32, 40
 
@@ -65,3 +67,38 @@ def test_what_is_dropped_is_used_again_and_clean():
         check(batch, n)
         addresses.update(batch["address"])
     assert len(addresses) <= _SLOTS
+
+
+class Ragged(torch.utils.data.Dataset):
+    """Batch n is n bytes of a size that changes, and grows."""
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def __getitems__(self, items: list[int]) -> dict:
+        n, size = items[0], 1000 * (1 + items[0] % 7) + 100 * items[0]
+        memory = torch.empty(0, dtype=torch.uint8).set_(batch_memory(size)[0])[:size]
+        memory.fill_(n)
+        return {"packed": memory, "kept": memory[: size // 8 * 8].view(torch.int16), "n": np.int64(n)}
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_memory_of_any_size_is_sent_once_and_given_back(persistent):
+    """Also over several epochs, some left early, while batches are kept."""
+    order = [[n] for n in range(1, _STEPS)]
+    loader = DataLoader(
+        Ragged(), batch_sampler=order, num_workers=2, collate_fn=share, persistent_workers=persistent
+    )  # fmt: skip
+    kept = []
+    for epoch in range(3):
+        batches = iterate(Loader(loader, 1, 60))
+        for i, batch in enumerate(batches, 1):
+            assert batch["n"] == i and (batch["packed"] == i).all() and (batch["kept"] == i * 257).all()
+            kept += [(i, batch["kept"])] if i % 3 == 0 else []
+            if epoch == 1 and i == 20:
+                batches.close()
+                break
+        assert bool(shared_memory._pools) == persistent
+    assert len(kept) == 13 + 6 + 13 and all((values == n * 257).all() for n, values in kept)
+    del loader
+    shared_memory._pools.clear()

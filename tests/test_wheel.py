@@ -140,12 +140,9 @@ def test_the_papers_rows_and_plans_need_no_clone(dit_ds, bin_folder):
     code = "from dit_ds.paper.table8 import rows; print(len(rows('paper')), len(rows('all')))"
     rows_of_paper, rows = map(int, call(bin_folder / "python", "-c", code, cwd=dit_ds.folder).stdout.split())
     assert 0 < rows_of_paper < rows
-    tiny = ("--config", "sample", "--data.image_size", "64", "--text.layers", "1", "--train.batch_size", "1",
-            "--deepspeed.override.train_micro_batch_size_per_gpu", "1")  # fmt: skip
-    found = json.loads(dit_ds("tune", *tiny, "--gpus", "1", "--out", "tuned", "--json", timeout=800).stdout)
-    assert found["predicted"] and Path(dit_ds.folder, found["files"]["overrides.yaml"]).is_file()
-    code = "from dit_ds.config.load import load_config as f; print(f('tuned/overrides.yaml').deepspeed.config)"
-    assert call(bin_folder / "python", "-c", code, cwd=dit_ds.folder).stdout == "tuned/deepspeed.json\n"
+    assert "--trials" in dit_ds("tune", "--help").stdout  # a search takes minutes
+    refused = dit_ds("tune", "--config", "base", "--gpus", "7", check=False)  # after it has read all that it needs
+    assert refused.returncode == 2 and "use 1, 2, 4, 8, 16, 32, 64 ranks" in refused.stderr
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -136,7 +136,7 @@ def _sent_form(value: Any) -> Any:
         return value
     if not value.is_shared():
         return value.numpy()
-    return _View(value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
+    return _View(value.dtype, int(value.storage_offset()), tuple(value.shape), value.stride())
 
 
 # in the training process, under the lock: with pinned memory, a thread receives

@@ -82,7 +82,6 @@ class WorkerProcesses:
             self._iterator._worker_pids_set = False
         _heed_dead_workers()
 
-
     def forget(self) -> None:
         """Give back the memory that they sent batches in, once they have ended."""
         forget_pools(p.pid for p in self.processes)
