@@ -70,6 +70,12 @@ def figures() -> Iterator[Figure]:
     yield Figure("three layers of ViT-B at 1024 px on a CPU, against plain attention: speed, memory kept",
                  f"{step['speedup']:.1f} times, {step['memory_ratio']:.2f}",
                  "python benchmarks/train_step.py", "train_step")  # fmt: skip
+    faults = _read("faults")
+    of_killed = faults["seconds_to_training"]["rank killed"]["median"]
+    yield Figure(f"{faults['faults']} faults of a SLURM cluster in one run: the undisturbed run's digits; from a killed rank "
+                 "to training",
+                 f"{'yes' if faults['identical'] else 'no'}; {of_killed:.0f} s",
+                 "python benchmarks/faults.py --faults 50", "faults")  # fmt: skip
     replay = _read("allocator")
     yield Figure("recorded GPU histories that the allocator's model replays to every address",
                  f"{replay['exact']} of {len(replay['rows'])}",
