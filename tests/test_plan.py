@@ -246,6 +246,5 @@ def test_every_row_is_a_run_that_can_be():
     assert {r.method for r in rows} == {"L-DIT", "E-DIT", "LAVT", "ReLA"} and len(rows) > 50
     for r in rows:
         config = r.config.model_copy(deep=True)
-        config.deepspeed.config = str(ROOT / config.deepspeed.config)
         ds = deepspeed_config(config, r.gpus)
         assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (r.batch_per_gpu, 1)
