@@ -36,8 +36,8 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 # four at once keep two cores busy; a file's tests stay together, for what they share; files are handed out in the order
-# of tests/conftest.py
-PYTEST := $(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+# of tests/conftest.py; a pytest process that dies ends the run, which otherwise may wait for it without end
+PYTEST := $(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: setup
 	@$(MAKE) --no-print-directory -j 2 lint test-not-slow

@@ -104,14 +104,18 @@ def kill_after(config: Path, folder: Path, *more: object, step: int = 11) -> Pat
 
 @pytest.fixture(scope="module")
 def killed(config, tmp_path_factory) -> Path:
-    return kill_after(config, tmp_path_factory.mktemp("killed"))
+    """Killed before its second shared checkpoint: on a busy machine that is noticed too late now and then."""
+    for _ in range(5):
+        run = kill_after(config, tmp_path_factory.mktemp("killed"))
+        if not (run / "run/checkpoints/step_00000016").exists():
+            return run
+    raise AssertionError("it came too far each time")
 
 
 @pytest.fixture
 def cut(killed, tmp_path) -> Path:
     """A copy of the killed run, to harm."""
     shutil.copytree(killed, tmp_path / "cut")
-    assert not (tmp_path / "cut/run/checkpoints/step_00000016").exists(), "it came too far"
     return tmp_path / "cut"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from dit_ds.config.load import validate
 from dit_ds.doctor import speed
 from dit_ds.doctor.check import Context
 from dit_ds.errors import UserError
-from dit_ds.training import stragglers
+from dit_ds.training import stragglers, throughput
 from dit_ds.training.stragglers import StragglerWatch, lines, slow_ranks
 from dit_ds.training.throughput import FlopsPerSample, ThroughputMeter
 
@@ -135,22 +135,28 @@ def test_a_slow_rank_of_a_training_is_named(shards, tmp_path, monkeypatch, stage
     assert len(said) == 1 and "sbatch --exclude=node1" in said[0], said
 
 
-def test_own_time_is_without_a_forward_pass_that_waits_for_others(world):
+def test_own_time_is_without_a_forward_pass_that_waits_for_others(world, monkeypatch):
+    now = [0.0]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     own = []
     for forward_waits in (False, True):
         meter = ThroughputMeter(world, FlopsPerSample(1), forward_waits)
         for _ in range(2):
             meter.data_requested()
-            time.sleep(0.01)
+            wait(0.01)
             meter.data_received()
-            time.sleep(0.1)
+            wait(0.1)
             meter.forward_done(torch.tensor(1.0), 1)
-            time.sleep(0.2)  # the backward pass, in which ranks wait
+            wait(0.2)  # the backward pass, in which ranks wait
             meter.step_done()
         line = meter.close()
         own += line["own_seconds"]
-        assert line["step_seconds_mean"] >= 0.31
-    assert 0.11 <= own[0] < 0.3 and 0.01 <= own[1] < 0.1, own
+        assert line["step_seconds_mean"] == pytest.approx(0.31)
+    assert own == pytest.approx([0.11, 0.01])
 
 
 NODE = {"product": 10.0, "memory": 100.0, "disk_write": 500.0, "disk_read": 900.0, "link": 20.0}

@@ -47,7 +47,8 @@ class Run:
         self.clocks, store = clocks, Store()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(watchdog, "connect_store", lambda world: store)
-            patch.setattr(Watchdog, "_run", lambda self: None)  # heartbeats are sent below
+            for thread in ("_run", "_watch_rank_0"):  # heartbeats are sent below
+                patch.setattr(Watchdog, thread, lambda self: None)
             self.dogs = [
                 self.of(
                     rank, lambda rank=rank: Watchdog(World(rank, len(clocks.wall), 0, torch.device("cpu")), SECONDS)
