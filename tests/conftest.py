@@ -41,8 +41,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 # xdist hands out whole files in this order, the longest first, so that all its workers are busy to the end
 _LONGEST = (
-    "slurm", "resume", "zero", "training", "checkpointing", "scaling", "plan", "methods_training", "prompt_runs", "faults",
-    "memory", "measure", "onnx", "tune", "doctor", "build", "stream", "shards", "grefcoco", "models", "mutations",
+    "slurm", "local_checkpoints", "resume", "training", "slurm_spares", "zero", "attention", "pages", "memory", "faults",
+    "shared_folder", "slurm_chain", "requests", "lora", "optimizers", "onnx", "prompt_runs", "doctor", "checkpointing",
+    "plan", "figures", "mutations", "many_pictures", "orphans", "methods_training", "measure", "tune", "scaling",
 )  # fmt: skip
 # `make test-fast` runs these whole, and of the others what is marked so
 _FAST = {

@@ -272,7 +272,7 @@ def test_one_rank_goes_on_with_what_two_nodes_wrote(config, cut):
     assert metrics_of(cut / "run")[-1]["step"] == STEPS
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_other_stages_and_in_status(config, tmp_path, stage):
     more = ("--deepspeed.override.zero_optimization.stage", stage)
     whole = tmp_path / "whole"

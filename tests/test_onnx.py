@@ -146,7 +146,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["default", *(pytest.param(n, marks=pytest.mark.slow) for n in list(OTHERS)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(OTHERS))
 def test_other_models(tmp_path, name):
     """Each compares itself with onnxruntime; the words' number is fixed where padding counts."""
     model, data = OTHERS[name]

@@ -90,6 +90,7 @@ def test_a_part_that_does_not_train_or_exist_is_named():
         tiny("lavt", {"layer_decay": 0.9})
 
 
+@pytest.mark.slow
 def test_every_stage_is_plain_adamw_with_a_rate_for_each_parameter():
     """Two ranks, twelve groups or so, with decay and without."""
     told = {"dropout": False, "plain": True, "weight_decay": 0.1, "weight_decay_norms": False, "ema_decay": 0.5}

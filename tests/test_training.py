@@ -136,6 +136,7 @@ def test_bf16_trains_as_fp32(config_file, fp32_losses, tmp_path, stage):
     assert max(fp32_losses) > 1.05 * min(fp32_losses)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_evaluates_and_saves(config_file, tmp_path):
     """Compiled blocks in windows, selectively checkpointed, in bf16; evaluation reads them without gradients."""
     dit_ds("train", "--config", config_file, "--deepspeed.override.bf16.enabled", "true", "--train.max_steps", "2",
