@@ -349,6 +349,7 @@ def test_a_part_that_is_gone_from_the_local_disk_costs_no_checkpoint(shards, wor
     assert damages(tmp_path / "run/checkpoints/step_00000001") == []
 
 
+@pytest.mark.slow
 def test_batchnorm_goes_on_from_the_nodes_disks(config, tmp_path):
     """LAVT has running statistics."""
     more = ("--model.name", "lavt", "--model.size", "swin_t_tiny", "--data.resize", "stretch", "--train.ema_decay", "0")

@@ -177,6 +177,7 @@ def test_the_second_mlp_layer_keeps_its_input_once():
 # --- under DeepSpeed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_stage_is_plain_adamw_on_one_process():
     lora = {"model": {"lora": {"rank": 4, "targets": ALL[:3]}}}
     settings = {

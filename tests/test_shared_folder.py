@@ -80,7 +80,8 @@ def test_lines_wait_for_the_folder(tmp_path, monkeypatch, caplog):
     assert len([r for r in caplog.records if "can't be reached" in r.message]) == 1
 
 
-@pytest.mark.parametrize("local", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [False, True])
 def test_a_run_goes_on_when_its_folder_was_away(config_file, tmp_path, local):
     disk = ["--checkpoint.local", tmp_path / "disk", "--checkpoint.local_every_minutes", "0.0001"] if local else []
     words = [
