@@ -54,7 +54,7 @@ from dit_ds.models.text_encoder import load_tokenizer
 
 SIZE, BATCH, TOKENS = 512, 16, 20
 AUGMENTATION = Augmentation(0.4, 0.5, 0.5)  # as configs/base.yaml
-EPOCHS = 4  # of `augmented_on_device`
+EPOCHS = 12  # of `augmented_on_device`
 LONG = 16_994  # images of RefCOCO unc's training split; some 120,000 expressions
 FIELD = 16  # batches to time the field's loader with
 Batches = list[list[tuple[int, int, float]]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from dit_ds.data.loading.sampler import Samples
 from dit_ds.data.shards.manifest import (
@@ -225,7 +225,7 @@ class SplitIndex:
         Raises:
             BadSample: it isn't. A JPEG with a flipped byte mostly decodes, to another image, so decoding is no check.
         """
-        if zlib.crc32(data) != self.images[image, member + 2]:
+        if crc32(data) != self.images[image, member + 2]:
             raise self.damaged(image, member)
         return data
 

@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from dit_ds.data.shards.storage import file_of, read_file
 from dit_ds.errors import UserError
@@ -182,7 +182,7 @@ def read_members(path: Path) -> list[list[Any]]:
             file = tar.extractfile(member)
             data = file.read() if file is not None else b""
             sample = samples.setdefault(key, {})
-            place = [member.offset_data, member.size, zlib.crc32(data)]
+            place = [member.offset_data, member.size, crc32(data)]
             if extension == "json":
                 sample |= {"json": place, "lengths": [len(r["sentences"]) for r in json.loads(data)["refs"]]}
             else:

@@ -7,13 +7,13 @@ import hashlib
 import json
 import mmap
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from dit_ds.data.exif import exif_orientation
 from dit_ds.data.expressions import normalise_expression
@@ -67,7 +67,7 @@ def _check_tar(
 ) -> None:
     """Check a mapped tar against its entry in the manifest, then its samples."""
     expected = _expected_members(entry)
-    damaged = [name for name, (at, size, crc) in expected.items() if zlib.crc32(tar[at : at + size]) != crc]
+    damaged = [name for name, (at, size, crc) in expected.items() if crc32(tar[at : at + size]) != crc]
     if hashlib.sha256(tar).hexdigest() != entry["sha256"]:
         where = f"damaged: {_some(damaged)}" if damaged else "outside its samples' bytes"
         report.errors.append(f"{path} does not have the manifest's SHA-256 ({where}): {REPLACE}")
