@@ -201,12 +201,13 @@ class Site:
         return self.submit("train", "--config", self.config, *args, nodes=nodes)
 
     def train_until_ready(self) -> str:
-        """A job of which a rank has touched $READY."""
+        """A job on two nodes whose ranks have both touched $READY with their rank behind it."""
         ready = self.folder / "ready"
         with open(self.settings, "a") as f:
             f.write(f"export READY={ready}\n")
         job = self.train()
-        self.cluster.wait_for(ready.exists, "rank", self.log(job))
+        both = [ready.with_name(f"ready{rank}") for rank in range(2)]
+        self.cluster.wait_for(lambda: all(f.exists() for f in both), "ranks", self.log(job))
         return job
 
     def log(self, job: str) -> Path:

@@ -241,14 +241,14 @@ def test_a_killed_rank_is_training_again_in_the_same_job_and_computes_the_same(u
 
 def test_the_batch_shell_outlives_a_signal_to_everything(pretend):
     """As some sites' preemption sends it; the shell must live to requeue the job."""
-    site = pretend('[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntrap "exit 75" USR2\ntouch "$READY"; sleep 300 & wait')
+    site = pretend('[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntrap "exit 75" USR2\ntouch "$READY$SLURM_PROCID"; sleep 300 & wait')
     job = site.train_until_ready()
     site.cluster.run("scancel", "--full", "--signal=USR2", job)
     assert site.completed(job, timeout=60)["Restarts"] == "1"
 
 
 def test_a_cancelled_job_stays_cancelled(pretend):
-    site = pretend('trap "exit 75" TERM\ntouch "$READY"; sleep 300 & wait')
+    site = pretend('trap "exit 75" TERM\ntouch "$READY$SLURM_PROCID"; sleep 300 & wait')
     job = site.train_until_ready()
     site.cluster.run("scancel", job)
     info = site.finished(job, timeout=60)
@@ -259,6 +259,7 @@ def test_a_cancelled_job_stays_cancelled(pretend):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_tuning_compares_what_finished_records_what_failed_and_repeats_neither(pretend, tmp_path):
     """The search is real, its trials are not: the first fails, the third is the fastest."""
     site = pretend(f"""
@@ -274,7 +275,7 @@ done""")
             "--launch", f"bash slurm/on_ranks.sh {tmp_path / 'rank'}")  # fmt: skip
     for _ in range(2):  # submitted again, nothing is tried again
         job = site.submit(*args)
-        site.completed(job, "tune", timeout=280)
+        site.completed(job, "tune", timeout=600)
         answer = json.loads((out / "candidates.json").read_text())
         assert (answer["nodes"], answer["gpus"]) == (2, 1)
         tried = [c["trial"] for c in answer["candidates"] if c["trial"]]

@@ -56,7 +56,7 @@ def test_an_error_ends_the_chain(chain, status):
 
 
 def test_a_cancelled_job_ends_the_chain(chain):
-    site = chain('trap "exit 75" TERM; touch "$READY"; sleep 300 & wait')
+    site = chain('trap "exit 75" TERM; touch "$READY$SLURM_PROCID"; sleep 300 & wait')
     job = site.train_until_ready()
     site.cluster.run("scancel", job)
     said = logs(site)

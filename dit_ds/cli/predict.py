@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from dit_ds.cli.arguments import Coordinates, from_one, probability, whole
-from dit_ds.cli.output import command, report, report_and_warn
+from dit_ds.cli.output import command, key_lines, report, report_and_warn
 from dit_ds.errors import UserError
 
 _ONE = ("point", "box")  # options of one picture, and of many
@@ -150,8 +151,16 @@ def _eval(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         image_size=args.image_size,
     )
-    report(args, result)
+    report(args, result, lambda: [*key_lines(result), *_sheet_line(args)])
     return 0
+
+
+def _sheet_line(args: argparse.Namespace) -> list[str]:
+    """How to look at what was evaluated; a sheet is of runs and checkpoints, not of exported files."""
+    if not Path(args.run_or_checkpoint).is_dir():
+        return []
+    shards = f" --data-root {args.data_root}" if args.data_root else ""
+    return [f"next: dit-ds sheet {args.run_or_checkpoint} --split {args.split}{shards} --out sheet.png"]
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -212,13 +221,17 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _many_lines(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
-    shown = {k: v for k, v in result.items() if k not in ("warnings", "results", "out")}
+    said = f"{result['expressions']} expressions of {result['pictures']} pictures in {result['seconds']:.0f} s"
+    said += f", {result['before']} of them by a former call" if result["before"] else ""
+    said += f", {result['left_out']} left out" if result["left_out"] else ""
+    told = {"warnings", "results", "out", "expressions", "pictures", "seconds", "before", "left_out"}
+    shown = {k: v for k, v in result.items() if k not in told}
     following = "COCO(images.json).loadRes(results.json) of pycocotools reads it"
     if args.format in ("masks", "overlay"):
         following = f"it names a file in {args.out} for each expression"
     elif args.split is not None:
         following = f"dit-ds eval {args.checkpoint} --predictions {result['results']} --split {args.split} scores it"
-    return [*(f"{k}: {v}" for k, v in shown.items()), f"wrote {result['results']}: {following}"]
+    return [said, *(f"{k}: {v}" for k, v in shown.items()), f"wrote {result['results']}: {following}"]
 
 
 def _predict_one(args: argparse.Namespace) -> int:
