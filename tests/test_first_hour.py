@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -35,15 +36,21 @@ def test_the_end_of_a_training_names_its_checkpoint_and_the_next_commands(traine
     assert "--split val\n" in said and "--text 'WORDS'" in said
 
 
-def test_eval_says_what_it_evaluates_and_where_the_result_went(trained, shards):
+def test_eval_says_what_it_evaluates_where_the_result_went_and_what_comes_next(trained, shards, tmp_path):
     run, _ = trained
     done = dit_ds("eval", run, "--json")
     assert f"evaluating {run}, step 2, on val of refcoco/unc in {shards}: " in done.stderr
     assert "text prompts, threshold 0.35" in done.stderr
     (file,) = re.findall(r"^written to (.*)$", done.stderr, re.MULTILINE)
     assert json.loads(Path(file).read_text()).items() >= json.loads(done.stdout).items()
-    other = dit_ds("eval", run, "--threshold", "0.4").stderr
-    assert "not kept in the run's folder" in other and "written to" not in other
+    other = dit_ds("eval", run, "--threshold", "0.4")
+    assert "not kept in the run's folder" in other.stderr and "written to" not in other.stderr
+    assert other.stdout.splitlines()[-1] == f"next: dit-ds sheet {run} --split val --out sheet.png"
+    shutil.copytree(shards, tmp_path / "moved")
+    moved = dit_ds("eval", run, "--data-root", tmp_path / "moved").stdout.splitlines()[-1]
+    assert moved == f"next: dit-ds sheet {run} --split val --data-root {tmp_path}/moved --out sheet.png"
+    dit_ds(*moved.replace("--out sheet.png", f"--out {tmp_path}/sheet.png").split()[2:])  # it is a command that runs
+    assert (tmp_path / "sheet.png").stat().st_size
 
 
 def test_making_and_sharding_a_set_are_told_in_sentences(tmp_path, capsys):

@@ -241,7 +241,9 @@ def test_a_killed_rank_is_training_again_in_the_same_job_and_computes_the_same(u
 
 def test_the_batch_shell_outlives_a_signal_to_everything(pretend):
     """As some sites' preemption sends it; the shell must live to requeue the job."""
-    site = pretend('[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntrap "exit 75" USR2\ntouch "$READY$SLURM_PROCID"; sleep 300 & wait')
+    site = pretend(
+        '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntrap "exit 75" USR2\ntouch "$READY$SLURM_PROCID"; sleep 300 & wait'
+    )
     job = site.train_until_ready()
     site.cluster.run("scancel", "--full", "--signal=USR2", job)
     assert site.completed(job, timeout=60)["Restarts"] == "1"
