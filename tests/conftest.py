@@ -42,7 +42,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 # xdist hands out whole files in this order, the longest first, so that all its workers are busy to the end
 _LONGEST = (
     "slurm", "local_checkpoints", "resume", "training", "slurm_spares", "zero", "attention", "pages", "memory", "faults",
-    "shared_folder", "slurm_chain", "requests", "lora", "optimizers", "onnx", "prompt_runs", "doctor", "checkpointing",
+    "shared_folder", "slurm_chain", "notebook", "requests", "lora", "wheel", "optimizers", "onnx", "prompt_runs",
+    "doctor", "checkpointing",
     "plan", "figures", "mutations", "many_pictures", "orphans", "methods_training", "measure", "tune", "scaling",
 )  # fmt: skip
 # `make test-fast` runs these whole, and of the others what is marked so

@@ -230,7 +230,9 @@ def train_step(engine, state, config) -> None:
     state.update_average()
 
 
-@pytest.mark.parametrize("harm", ["both lost", "both damaged", "older than the shared one"])
+@pytest.mark.parametrize(
+    "harm", [pytest.param("both lost", marks=pytest.mark.slow), "both damaged", "older than the shared one"]
+)
 def test_else_the_shared_one_is_taken(config, whole, cut, harm):
     if harm == "both lost":
         shutil.rmtree(cut / "disks")

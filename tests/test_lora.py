@@ -208,10 +208,11 @@ def test_the_same_bits_recomputed_and_compiled():
 @pytest.mark.slow
 def test_memory_plan_counts_what_trains(config_file):
     """The model that is trained is the one that is profiled."""
-    plain, updated = (
-        json.loads(dit_ds("memory", "plan", "--config", config_file, *lora, "--json").stdout)
-        for lora in ([], ["--model.lora.rank", 4])
-    )
+    plans = [
+        dit_ds("memory", "plan", "--config", config_file, *lora, "--json") for lora in ([], ["--model.lora.rank", 4])
+    ]
+    assert all("predict: 0 micro-batches" in p.stderr for p in plans)
+    plain, updated = (json.loads(p.stdout) for p in plans)
     model = build_model(config_of({"rank": 4}))
     assert updated["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert updated["categories"]["optimizer"] < 0.8 * plain["categories"]["optimizer"]

@@ -39,7 +39,7 @@ def until(happened, ranks, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_files_in_the_folder_save_evaluate_and_stop(config, tmp_path, ranks):
     run = tmp_path / "run"
     started = start_ranks(ranks, "train", "--config", config, "--run_dir", run, "--train.epochs", "60",

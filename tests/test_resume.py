@@ -93,7 +93,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, t
     assert "checkpoints of" in refused(dit_ds(*run, check=None))
 
 
-@pytest.mark.parametrize("harm", ["damaged", "no manifest", "empty folder", "gone"])
+@pytest.mark.parametrize(
+    "harm", ["damaged", *(pytest.param(h, marks=pytest.mark.slow) for h in ("no manifest", "empty folder")), "gone"]
+)
 def test_a_resume_that_finds_no_whole_checkpoint_stops(config, tmp_path, harm):
     """It says what it found, and leaves metrics and checkpoints as they are."""
     cut = tmp_path / "cut"

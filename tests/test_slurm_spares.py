@@ -139,11 +139,12 @@ echo $SLURMD_NODENAME:$MASTER_ADDR >>{0}/start.$SLURM_RESTART_COUNT$SLURM_STEP_I
 @pytest.mark.parametrize(
     ("settings", "nodes", "after"),
     [
-        ({"SPARES": "1"}, 3, [f"{THREE_NODES[0]}:{THREE_NODES[0]}", f"{THREE_NODES[2]}:{THREE_NODES[0]}"]),
-        ({"ELASTIC": "1"}, 2, [f"{THREE_NODES[0]}:{THREE_NODES[0]}"]),
-        ({}, 2, None),
+        pytest.param(
+            {"SPARES": "1"}, 3, [f"{THREE_NODES[0]}:{THREE_NODES[0]}", f"{THREE_NODES[2]}:{THREE_NODES[0]}"], id="spare"
+        ),
+        pytest.param({"ELASTIC": "1"}, 2, [f"{THREE_NODES[0]}:{THREE_NODES[0]}"], id="elastic", marks=pytest.mark.slow),
+        pytest.param({}, 2, None, id="neither"),
     ],
-    ids=["spare", "elastic", "neither"],
 )
 def test_what_a_lost_node_means(pretend, cluster, tmp_path, settings, nodes, after):
     here = f"{tmp_path}/first"

@@ -348,7 +348,9 @@ def test_the_command_tries_a_tiny_model_on_a_cpu(tmp_path, config_file, capsys, 
     out = tmp_path / "tune"
     options = ["--gpus", "1", "--measure", "--trials", "1", "--steps", "4", "--out", str(out), "--json"]
     assert main(["tune", "--config", str(config_file), *options, "--train.batch_size", "2"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "predict: 100%" in said.err and "try: 100%" in said.err
+    answer = json.loads(said.out)
     (made,) = (c for c in answer["candidates"] if c["trial"])
     assert made == answer["chosen"] and made["trial"]["status"] == 0 and not answer["predicted"]
     assert made["exact_memory"] and 0 < made["peak_gib"] < 1

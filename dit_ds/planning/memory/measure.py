@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dit_ds.config.load import merge, validate
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.progress import progress_bar
 from dit_ds.distributed import World, connect, disconnect, gather_objects, set_environment
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.errors import RunFailed, UserError
@@ -178,7 +179,8 @@ def _take(config: RunConfig, world: World, meter: AllocatorPhasePeaks, request: 
     with offline_text(config):
         steps = Steps.load(config, world, meter)
     accumulation = steps.engine.gradient_accumulation_steps()
-    for i in range(request.warmup + request.steps):
+    number = request.warmup + request.steps
+    for i in progress_bar(range(number), "measure", unit="step", disable=not world.main, mininterval=1):
         meter.warming = i < request.warmup
         allocator.synchronize()
         start = time.perf_counter()

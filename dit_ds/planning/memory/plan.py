@@ -78,7 +78,7 @@ def plan(config: RunConfig, gpus: int, nodes: int, memory: float, timeline: str 
     AllocatorSettings.parse(settings)
     ds_config = deepspeed_config(config, ranks)
     room = allowed(memory, ranks)
-    asked = MemoryRequest(config, ranks, rank, gpu, settings, capacity=room, memory=memory, compare=True)
+    asked = MemoryRequest(config, ranks, rank, gpu, settings, capacity=room, memory=memory, compare=True, bar="predict")
     (answer,) = predict([asked])
     micro = DeepSpeedJson(ds_config).micro_batch
     result = _described(config, ds_config, ranks, micro, answer) | {
@@ -212,6 +212,7 @@ def closest(asked: MemoryRequest) -> dict[str, Any]:
     Returns:
         `changes` in words, `micro_batch`, `needed_gib`; `fits` False where none does, with the most frugal one.
     """
+    asked = replace(asked, bar="predict what would fit")
     config, ranks = asked.config, asked.ranks
     assert asked.capacity is not None
     for words, shape in _frugal(config, ranks):

@@ -27,6 +27,7 @@ class MemoryRequest:
         flops: count those of a sample's step, too.
         compare: whether other settings of the allocator are tried.
         share: how far above the least capacity the one found may be, as a share of it.
+        bar: label of a progress bar on stderr, which counts the micro-batches profiled; none if empty.
     """
 
     config: RunConfig
@@ -40,6 +41,7 @@ class MemoryRequest:
     flops: bool = False
     compare: bool = False
     share: float = 0.002
+    bar: str = ""
 
 
 @dataclass(frozen=True)

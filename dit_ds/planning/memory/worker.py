@@ -6,11 +6,13 @@ import gc
 import logging
 import os
 import warnings
+from collections.abc import Callable
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a prediction takes no GPU's memory
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+from dit_ds.data.progress import progress_bar
 from dit_ds.engine.deepspeed_json import DeepSpeedJson, deepspeed_config
 from dit_ds.models.attention import count_flops
 from dit_ds.models.text_encoder import offline_text
@@ -41,8 +43,9 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
     sizes = request.micro_batches or (DeepSpeedJson(ds_config).micro_batch,)
     share = config.train.batch_size // request.ranks
     tracker = MemoryTracker(host=lambda x: x.device.type == "cpu", gpu=GpuScratch(request.gpu))
-    with offline_text(config), fake_cluster(request.ranks, request.rank) as world, fake_tensors(tracker):
-        steps = StepSequences(Steps.load(config, world, tracker), tracker)
+    bar = progress_bar(desc=request.bar, unit=" micro-batches", disable=not request.bar)
+    with bar, offline_text(config), fake_cluster(request.ranks, request.rank) as world, fake_tensors(tracker):
+        steps = StepSequences(Steps.load(config, world, tracker), tracker, bar.update)
         profiles = {b: steps.profile(b) for b in sizes}
         found = {b: figures(*steps.requests(b), request.settings, request.share, request.compare) for b in sizes}
         parameters = list(steps.steps.engine.module.parameters())
@@ -85,10 +88,14 @@ def _failure(requests: list[Request], sites: dict[int, str], request: MemoryRequ
 
 
 class StepSequences:
-    """Steps at several micro-batches, and what a run with each asks of the allocator from its start on."""
+    """Steps at several micro-batches, and what a run with each asks of the allocator from its start on.
 
-    def __init__(self, steps: Steps, tracker: MemoryTracker):
-        self.steps, self.tracker = steps, tracker
+    Args:
+        profiled: called after each micro-batch.
+    """
+
+    def __init__(self, steps: Steps, tracker: MemoryTracker, profiled: Callable[[], object] = lambda: None):
+        self.steps, self.tracker, self._profiled = steps, tracker, profiled
         steps.warm_up()
         self._ready = tracker.requests.mark()
         self._taken: dict[int, tuple[Profile, Mark, Mark]] = {}
@@ -104,6 +111,7 @@ class StepSequences:
         start = self.tracker.requests.mark()
         profile = self.steps.take(micro_batch, micro_batches)
         self.tracker.synchronize()
+        self._profiled()
         return profile, start, self.tracker.requests.mark()
 
     def take(self, micro_batch: int) -> tuple[Profile, list[Request], dict[int, str]]:

@@ -22,13 +22,14 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.progress import progress_bar
 from dit_ds.engine.deepspeed_json import DeepSpeedJson
 from dit_ds.engine.zero_presets import SETTINGS
 from dit_ds.files import write_json
@@ -49,6 +50,7 @@ _SHARE = 0.01  # how far above the least capacity a candidate's may be
 _POLICY = "block"  # with which the other settings are profiled
 Phases = dict[str, float]  # peak bytes by phase
 Point = tuple[str, str, int]  # policy, kernel, micro-batch
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class ProfilerPool:
     ) -> list[ProfileSummary]:
         """Exact profiles of these candidates."""
         futures = [self.profile(c, config, ds, ranks) for c in among]
-        return [f.result() for f in futures]
+        return results(futures, "predict exactly")
 
     def as_run(self, c: Candidate, config: RunConfig, ds: dict[str, Any]) -> RunConfig:
         """The run's configuration with a candidate's settings."""
@@ -282,6 +284,8 @@ class ProfilerPool:
         counted_as = {p: _POLICY if p.startswith("every_") else p for p in (*policies, "none")}
         counts = {p: self.pool.submit(_count, _with_policy(config, p)) for p in dict.fromkeys(counted_as.values())}
         model_flops = self.pool.submit(step_flops, config)
+        started: list[Future[Any]] = [reference, *stages.values(), *counts.values(), model_flops]
+        results(started, "predict")
         counted = {p: counts[same].result() for p, same in counted_as.items()}
         flops = FlopCounts(
             model_flops=model_flops.result(),
@@ -291,6 +295,18 @@ class ProfilerPool:
         summaries = {s: f.result() for s, f in stages.items()}
         element_bytes = DeepSpeedJson(ds).dtype.itemsize
         return MemoryModel(reference.result(), summaries, flops.trained, element_bytes, ranks), flops
+
+
+def results(futures: Sequence[Future[Result]], label: str) -> list[Result]:
+    """The futures' results, in their order, once all have them, under a progress bar.
+
+    Raises:
+        Exception: of the first that fails.
+    """
+    done: Iterable[Future[Result]] = as_completed(futures)
+    for future in progress_bar(done, label, total=len(futures), unit="profile", disable=not futures, mininterval=1):
+        future.result()
+    return [f.result() for f in futures]
 
 
 def _with_policy(config: RunConfig, policy: str) -> RunConfig:

@@ -18,7 +18,7 @@ from dit_ds.files import GIB
 from dit_ds.planning.gpus import MEMORY_GIB, known_gpu, peak_flops, require_peak
 from dit_ds.planning.memory.plan import needed
 from dit_ds.planning.tune.candidates import Candidate, candidates, configured_candidate
-from dit_ds.planning.tune.memory_model import Footprint, ProfilerPool
+from dit_ds.planning.tune.memory_model import Footprint, ProfilerPool, results
 from dit_ds.planning.tune.time_model import Assumptions, Predictor
 
 _VERIFIED = 4  # exact profiles for the front at most, seconds each; the chosen candidate always gets one
@@ -279,8 +279,8 @@ def closest(config: RunConfig, cluster: Cluster, assumed: Assumptions, nothing: 
     changes = [*_more_nodes(config, cluster, c), *_smaller_images(config, cluster, c)]
     futures = [pool.profile(x.candidate, x.config, ds, x.cluster.ranks) for x in changes]
     kinds = set()
-    for change, future in zip(changes, futures):
-        scored = ScoredCandidate(change.candidate, future.result().footprint(), {})
+    for change, summary in zip(changes, results(futures, "predict what would fit")):
+        scored = ScoredCandidate(change.candidate, summary.footprint(), {})
         _judge([scored], change.cluster)
         if scored.fits and change.kind not in kinds:
             kinds.add(change.kind)

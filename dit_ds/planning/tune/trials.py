@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_ds.config.schema import RunConfig
+from dit_ds.data.progress import progress_bar
 from dit_ds.errors import Interrupted, RunFailed, UserError
 from dit_ds.files import read_json, write_json
 from dit_ds.planning.tune.candidates import Candidate
@@ -93,7 +94,7 @@ def measure(result: SearchResult, trials: Trials, config_path: str, config: RunC
         RunFailed: every trial failed.
     """
     tried = promising(result.candidates, trials.count)
-    for i, s in enumerate(tried, 1):
+    for i, s in enumerate(progress_bar(tried, "try", unit="trial", mininterval=0), 1):
         s.trial = _trial(s.candidate, trials, config_path, config, ds)
         outcome = s.failure or f"{s.trial['samples_per_second']:.1f} samples/s"
         _log.info(f"trial {i} of {len(tried)}: {s.candidate.name}: {outcome}")
