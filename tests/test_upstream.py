@@ -348,7 +348,7 @@ def looked_up_at_import() -> set[str]:
 
 def test_every_private_name_is_listed():
     listed = {part for name in (*CALLS, *ATTRIBUTES, *NAMES, *OPERATORS) for part in name.split(".")}
-    listed |= {name for names in ATTRIBUTES.values() for name in names.split()}
+    listed |= {name for words in ATTRIBUTES.values() for name in words.split()}
     known = listed | ours() | IN_PICKLES | looked_up_at_import()
     missing = {
         f"{file}:{node.lineno} {name}"
@@ -363,5 +363,5 @@ def test_every_private_name_is_listed():
 def test_every_listed_name_is_used():
     used = {word for file in trees() for word in re.findall(r"\w+", (ROOT / file).read_text())}
     listed = {name.rpartition(".")[2] for name in (*CALLS, *NAMES)} | {name.split(".")[0] for name in OPERATORS}
-    listed |= {name for names in ATTRIBUTES.values() for name in names.split()}
+    listed |= {name for words in ATTRIBUTES.values() for name in words.split()}
     assert listed - used == set()
