@@ -46,6 +46,30 @@ def test_in_a_log_every_line_is_whole():
     assert bars and len(bars) + 13 == len(lines) < 30  # one in 30 seconds, and the last
 
 
+def test_stdout_has_the_result_alone():
+    """DeepSpeed, for one, prints some of its warnings there."""
+    chatty = """
+import logging, sys
+from dit_ds.cli import entry, runs
+from dit_ds.cli.output import report
+
+def train(args):
+    print("a library's warning")
+    logging.StreamHandler(sys.stdout).emit(logging.makeLogRecord({"msg": "and one by a logger"}))
+    report(args, {"step": 3})
+    print("and another one")
+    return 0
+
+runs._train = train
+status = entry.main(["train", "--config", "x", "--json"])
+print("as before")
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", chatty], capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (0, '{"step": 3}\nas before\n')
+    assert done.stderr == "a library's warning\nand one by a logger\nand another one\n"
+
+
 def test_on_a_terminal_lines_push_the_bar_down():
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=theirs, env=environment())

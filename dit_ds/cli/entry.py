@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from dit_ds import __version__
 from dit_ds.cli import data, figures, pages, paper, planning, predict, runs, start, status, weights
+from dit_ds.cli.output import stdout_for_results
 from dit_ds.config.suggestions import command_meant, option_meant
 from dit_ds.data.progress import LineHandler, write_line
 from dit_ds.errors import Interrupted, RankFailed, RunFailed, UserError
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = rest
         logging.basicConfig(format="%(message)s", handlers=[LineHandler()])
         logging.getLogger("dit_ds").setLevel(logging.INFO)
-        return args.run(args)
+        with stdout_for_results():
+            return args.run(args)
     except UserError as e:
         return _fail(e, 2)
     except (RunFailed, RankFailed) as e:

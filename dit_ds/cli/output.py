@@ -1,18 +1,44 @@
-"""What commands share: how they are declared, and how they print their results."""
+"""What commands share: how they are declared, and how they print their results. Nothing else goes to stdout."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dit_ds.errors import UserError
 
 if TYPE_CHECKING:
     from dit_ds.config.schema import RunConfig
+
+_stdout: TextIO | None = None  # of the command that runs, whose libraries print on stderr
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """A context in which `say` alone writes to stdout: DeepSpeed and others print warnings there, which go to stderr."""
+    global _stdout
+    former, _stdout = _stdout, sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout = former
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print a result, or a part of one, to stdout, at once: some commands end without Python's clean-up."""
+    print(text, end=end, file=_stdout or sys.stdout, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether results go to a terminal."""
+    return (_stdout or sys.stdout).isatty()
 
 
 def report(
@@ -30,10 +56,10 @@ def report(
     if int(os.environ.get("RANK", 0)) and not any_rank:
         return
     if args.json:
-        print(json.dumps(result))
+        say(json.dumps(result))
         return
     for line in lines() if lines else key_lines(result):
-        print(line)
+        say(line)
 
 
 def report_and_warn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from dit_ds.cli.arguments import whole
@@ -63,16 +62,12 @@ def _report(args: argparse.Namespace) -> int:
 def _app(args: argparse.Namespace) -> int:
     from dit_ds.pages.app import serve
 
-    def ready(url: str) -> None:
-        report(args, {"url": url}, lambda: [f"open {url} in a browser; Ctrl-C ends it"])
-        sys.stdout.flush()
-
     serve(
         args.run_or_checkpoint,
         host=args.host,
         port=args.port,
         split=args.split,
         data_root=args.data_root,
-        ready=ready,
+        ready=lambda url: report(args, {"url": url}, lambda: [f"open {url} in a browser; Ctrl-C ends it"]),
     )
     return 0

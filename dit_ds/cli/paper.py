@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_ds.cli.arguments import Several, names, nodes, whole
-from dit_ds.cli.output import command, report
+from dit_ds.cli.output import command, report, say
 from dit_ds.data.progress import write_line
 
 
@@ -122,5 +122,5 @@ def _compare(args: argparse.Namespace) -> int:
     if args.out:
         report(args, {"written": compare_report.write(result, form, args.out)})
     else:
-        print(compare_report.render(result, "json" if args.json else form), end="")
+        say(compare_report.render(result, "json" if args.json else form), end="")
     return 0

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
 from dit_ds.cli.arguments import Number
-from dit_ds.cli.output import command, report
+from dit_ds.cli.output import command, on_terminal, report, say
 from dit_ds.errors import UserError
 
 
@@ -52,8 +51,8 @@ def _status(args: argparse.Namespace) -> int:
             shown = [str(e)]
         else:
             shown = status.lines(result)
-        clear = "\033[2J\033[H" if sys.stdout.isatty() and not args.json else ""
-        print(json.dumps(result) if args.json else clear + "\n".join(shown), flush=True)
+        clear = "\033[2J\033[H" if on_terminal() and not args.json else ""
+        say(json.dumps(result) if args.json else clear + "\n".join(shown))
         if result["state"] in ("done", "stopped", "failed", "refused"):
             return 0
         time.sleep(args.watch)
