@@ -6,6 +6,8 @@
 # make test-wheel  the package as it is installed: built, put into a fresh environment, run outside the clone
 # make docs        the documentation as a site, in site/; strictly: a broken link fails
 # make test-newest optional: private names and golden losses with the newest torch, DeepSpeed, transformers and xformers
+# with another Python: make test PYTHON=python3.13 VENV=.venv-3.13
+PYTHON := python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -17,7 +19,7 @@ setup: $(VENV)/.installed
 
 # torch first: deepspeed looks at it while it is built, and brings its own CUDA libraries and triton where it has any
 $(VENV)/.installed: requirements.lock pyproject.toml
-	python3 -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	grep -v '^triton==' requirements.lock > $(VENV)/without_triton.txt
 	$(PIP) -c $(VENV)/without_triton.txt setuptools wheel packaging numpy torch
 	locked=requirements.lock; if $(PY) -c 'import triton' 2>/dev/null; then locked=$(VENV)/without_triton.txt; fi; \
@@ -61,7 +63,7 @@ docs: setup
 # another environment, of whatever is the newest today: all that pyproject.toml bounds is upgraded past the bounds
 NEWEST := .venv-newest
 test-newest:
-	python3 -m venv $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel packaging numpy torch
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
