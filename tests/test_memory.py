@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import queue
+import sys
+import threading
 
 import pytest
 import torch
@@ -207,6 +210,34 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path, policy):
                   if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in ours]  # fmt: skip
         assert sum(kept.values()) == storages(theirs)
         assert sum(v for k, v in kept.items() if k.startswith("image_encoder.blocks")) > 0
+
+
+def test_tensors_that_another_thread_drops_are_counted_once():
+    """As autograd's does after a backward pass, while the next step has begun."""
+    tracker, dropped, interval = MemoryTracker(), queue.SimpleQueue(), sys.getswitchinterval()
+
+    def drop() -> None:
+        while dropped.get() is not None:
+            pass
+
+    other = threading.Thread(target=drop)
+    other.start()
+    sys.setswitchinterval(1e-6)
+    try:
+        with tracker:
+            kept = [torch.zeros(128) for _ in range(200)]
+            for i in range(1500):
+                dropped.put(torch.zeros(128))
+                if i % 10 == 0:
+                    tracker.enter("forward")
+                    tracker.restart()
+    finally:
+        sys.setswitchinterval(interval)
+        dropped.put(None)
+        other.join(timeout=60)
+    assert tracker.now == len(kept) * 512
+    kept.clear()
+    assert tracker.now == 0
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Sizes are rounded as CUDA's caching allocator rounds them.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -40,6 +41,8 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.stream = 0
         self._alive: dict[int, tuple[weakref.ref, Any]] = {}
+        # autograd's thread still drops tensors of a backward pass while the main thread goes on
+        self._lock = threading.RLock()
         self._transients: dict[Any, int] = {}
         self._zeros = 0  # address of the storage that was allocated last, if it holds new zeros
 
@@ -122,9 +125,17 @@ class LiveTensors(TorchDispatchMode):
             return 0
         size = -(-storage.nbytes() // ROUND) * ROUND
         self._zeros = 0
-        block = self._allocated(size, x)
-        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(self._alive.pop(key)[1])), block)
+        with self._lock:
+            self._alive[key] = weakref.ref(storage, lambda _: self._release(key)), self._allocated(size, x)
         return size
+
+    def _release(self, key: int) -> None:
+        with self._lock:
+            self._freed(self._alive.pop(key)[1])
+
+    def _blocks(self) -> list[Any]:
+        """What `_allocated` returned for each storage that is alive."""
+        return [block for _, block in list(self._alive.values())]  # a copy, as others may be freed meanwhile
 
     def _allocated(self, size: int, x: Tensor) -> Any:
         self.now += size

@@ -146,7 +146,7 @@ class MemoryTracker(LiveTensors):
     def _end_forward(self) -> None:
         """A forward pass is over: what is left of it are activations."""
         if self._in_forward:
-            alive = {id(block) for _, block in self._alive.values()}
+            alive = set(map(id, self._blocks()))
             for block in self._in_forward:
                 if id(block) in alive and block.category == "temporaries":  # not tagged since
                     block.category = "activations"
@@ -197,8 +197,9 @@ class MemoryTracker(LiveTensors):
 
     def _keep(self, size: int) -> None:
         """Count a workspace that stays until the process ends."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        with self._lock:
+            self.now += size
+            self.peak = max(self.peak, self.now)
         block = Block(size, False, "workspaces", key=self.requests.allocate(size, self.stream, "workspace of cuBLAS"))
         self._workspaces.append(block)
         self.log.append((block, 1, ""))
@@ -248,7 +249,7 @@ class MemoryTracker(LiveTensors):
         """Clear the log; storages that are still allocated count from its start."""
         self._end_forward()
         self.log.clear()
-        self._before = [block for _, block in self._alive.values()] + self._workspaces
+        self._before = self._blocks() + self._workspaces
 
     def track_existing(self, tensors: Iterable[Tensor]) -> None:
         """Add tensors that were allocated while the tracker was not active."""
