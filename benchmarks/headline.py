@@ -48,7 +48,7 @@ def figures() -> Iterator[Figure]:
                  "python benchmarks/schemes.py", "schemes")  # fmt: skip
     kills = _read("kill_and_resume")
     yield Figure("runs killed with -9 that resumed to the same bits", f"{kills['identical']} of {kills['kills']}",
-                 "python benchmarks/kill_and_resume.py --kills 100", "kill_and_resume")  # fmt: skip
+                 "python benchmarks/kill_and_resume.py --kills 100 --out benchmarks/results", "kill_and_resume")  # fmt: skip
     blocked = _read("checkpoint")["saves"]["blocked_seconds"]
     yield Figure("a save of ViT-B with BERT holds training up (DeepSpeed's own save)",
                  f"{blocked['background']:.2f} s ({blocked['deepspeed']:.1f} s)",
@@ -75,7 +75,7 @@ def figures() -> Iterator[Figure]:
     yield Figure(f"{faults['faults']} faults of a SLURM cluster in one run: the undisturbed run's digits; from a killed rank "
                  "to training",
                  f"{'yes' if faults['identical'] else 'no'}; {of_killed:.0f} s",
-                 "python benchmarks/faults.py --faults 50", "faults")  # fmt: skip
+                 "python benchmarks/faults.py --faults 50 --out benchmarks/results", "faults")  # fmt: skip
     replay = _read("allocator")
     yield Figure("recorded GPU histories that the allocator's model replays to every address",
                  f"{replay['exact']} of {len(replay['rows'])}",

@@ -156,8 +156,8 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _sheet_line(args: argparse.Namespace) -> list[str]:
-    """How to look at what was evaluated; a sheet is of runs and checkpoints, not of exported files."""
-    if not Path(args.run_or_checkpoint).is_dir():
+    """How to look at what was evaluated; not of a model that was not trained by us, which a YAML file names."""
+    if Path(args.run_or_checkpoint).suffix in (".yaml", ".yml"):
         return []
     shards = f" --data-root {args.data_root}" if args.data_root else ""
     return [f"next: dit-ds sheet {args.run_or_checkpoint} --split {args.split}{shards} --out sheet.png"]

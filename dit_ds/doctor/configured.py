@@ -128,7 +128,7 @@ def text_encoder(c: Context) -> Iterator[Check]:
         text_config(name, c.run_config.text.layers, c.run_config.data.tokens)
         yield Check("text encoder", "ok", name)
         return
-    remedy = f"huggingface-cli download {name} where there is a network, or set text.name to a folder"
+    remedy = f"hf download {name} where there is a network, or set text.name to a folder"
     offline = c.facts.get("offline") or not addresses("huggingface.co")
     found = f"{name} has no {' and no '.join(absent)} on this machine"
     if offline or Path(name).is_dir():

@@ -53,7 +53,7 @@ def _absent(name: str, error: Exception) -> UserError:
         return UserError(f"text encoder {name} can't be loaded ({why}): give a folder saved by transformers")
     return UserError(
         f"text encoder '{name}' is neither a folder nor in the local Hugging Face cache, and the hub can't be reached: "
-        "download it first (huggingface-cli download) or set text.name to a folder"
+        "download it first (hf download) or set text.name to a folder"
     )
 
 
