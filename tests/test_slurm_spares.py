@@ -148,9 +148,9 @@ echo $SLURMD_NODENAME:$MASTER_ADDR >>{0}/start.$SLURM_RESTART_COUNT$SLURM_STEP_I
 )
 def test_what_a_lost_node_means(pretend, cluster, tmp_path, settings, nodes, after):
     here = f"{tmp_path}/first"
+    both = f'until [ "$(cat {tmp_path}/start.* | wc -l)" -ge 2 ]; do sleep 0.1; done; touch "$READY" {here}'
     site = pretend(
-        START.format(tmp_path) + f'[ ! -e {here} ] || exit 0\nsleep 2; touch "$READY" {here}; exec sleep 120',
-        **settings,
+        f"[ -e {here} ] && later=1\n{START.format(tmp_path)}[ -z $later ] || exit 0\n{both}; exec sleep 120", **settings
     )
     with open(site.settings, "a") as f:
         f.write(f"export READY={tmp_path}/ready\n")
