@@ -118,7 +118,8 @@ def digests(run: Path) -> dict:
     return json.loads((run / END / "meta.json").read_text())["digest"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_goes_on_to_the_bit_and_on_other_ranks_at_another_stage(shards, tmp_path, precision):
     config = write_config(shards, tmp_path, precision, optimizer="muon", muon_lr=2e-3, ema_decay=0.5)
     dit_ds("train", "--config", config)

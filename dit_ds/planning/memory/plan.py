@@ -258,6 +258,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """`plan`'s result for people."""
     r = result
     at = ", ".join(f"{k} {v:.2f}" for k, v in sorted(r["categories"].items(), key=lambda x: -x[1]) if v >= 0.005)
+    kept = ", ".join(f"{k} {v:.2f}" for k, v in r["kept_by_module"].items() if v >= 0.005)
     where = f"in {r['peak_phase']}" + (f", {r['peak_module']}" if r["peak_module"] else "")
     out = [
         f"predicted, not measured: ZeRO stage {r['stage']} on {r['ranks']} ranks, {r['precision']}, "
@@ -265,7 +266,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{r['trained_parameters'] / 1e6:.0f} of {r['parameters'] / 1e6:.0f} M parameters trained",
         f"peak      {r['peak_gib']:.2f} GiB allocated ({where}): {at}",
         "phases    " + ", ".join(f"{k} {v:.2f}" for k, v in r["phases"].items()),
-        "kept      " + ", ".join(f"{k} {v:.2f}" for k, v in r["kept_by_module"].items() if v >= 0.005),
+        f"kept      {kept or 'less than 0.005 a part'}",
         f"memory    {r['allocated_gib']:.2f} GiB allocated, {r['least_capacity_gib']:.2f} least capacity, "
         f"{r['reserved_gib']:.2f} reserved with {r['allocator_settings'] or 'default settings'} "
         f"({r['gpu']}, torch {r['torch']})",
