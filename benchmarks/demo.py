@@ -36,6 +36,9 @@ def main() -> None:
     except (UserError, RunFailed) as e:
         print(f"demo: error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        sys.exit(130)
     if args.record:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         record = {

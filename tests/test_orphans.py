@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,3 +65,26 @@ def test_a_killed_command_leaves_no_process(name, shards, refer_tree, tmp_path):
         for pid in processes_of(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.stderr.close()
+
+
+def test_ctrl_c_waits_for_the_command_that_it_ends_too(tmp_path):
+    """A launcher that is killed instead would leave its ranks, which then save nothing and train on."""
+    (saves := tmp_path / "saves").write_text(
+        f"#!/bin/bash\ntrap 'sleep 1; touch {tmp_path}/saved; exit 75' INT\ntouch {tmp_path}/started\n"
+        "for i in {1..300}; do sleep 0.1; done\n"
+    )
+    saves.chmod(0o755)
+    code = f"import sys; from dit_ds.cli import demo; sys.executable = '{saves}'; demo._run(['dit-ds', 'train'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL, env=environment()
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(timeout=60) != 0 and (tmp_path / "saved").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

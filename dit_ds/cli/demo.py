@@ -78,13 +78,22 @@ def _run(command: Iterable[object]) -> str:
     line = "$ " + " ".join(words)
     write_line(line)
     launcher = {"dit-ds": ["dit_ds.cli"], "torchrun": ["torch.distributed.run"]}[words[0]]
-    done = subprocess.run(
+    started = subprocess.Popen(
         [sys.executable, "-m", *launcher, *words[1:]], stdout=subprocess.PIPE, text=True, env=os.environ | _ENVIRONMENT
     )
-    if done.returncode:
-        error = UserError if done.returncode == 2 else RunFailed
-        raise error(f"the demo stopped, as '{line[2:]}' ended with status {done.returncode}: see what it printed above")
-    return done.stdout
+    try:
+        printed, _ = started.communicate()
+    except (
+        KeyboardInterrupt
+    ):  # which the command got, too: a training saves; killed, its launcher would leave its ranks
+        started.communicate()
+        raise
+    if started.returncode:
+        error = UserError if started.returncode == 2 else RunFailed
+        raise error(
+            f"the demo stopped, as '{line[2:]}' ended with status {started.returncode}: see what it printed above"
+        )
+    return printed
 
 
 def _last_json(text: str) -> dict[str, Any]:
