@@ -83,9 +83,8 @@ def _run(command: Iterable[object]) -> str:
     )
     try:
         printed, _ = started.communicate()
-    except (
-        KeyboardInterrupt
-    ):  # which the command got, too: a training saves; killed, its launcher would leave its ranks
+    except KeyboardInterrupt:
+        # the command got Ctrl-C, too, and a training saves then; killed, its launcher would leave the ranks behind
         started.communicate()
         raise
     if started.returncode:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -303,8 +303,7 @@ def results(futures: Sequence[Future[Result]], label: str) -> list[Result]:
     Raises:
         Exception: of the first that fails.
     """
-    done: Iterable[Future[Result]] = as_completed(futures)
-    for future in progress_bar(done, label, total=len(futures), unit="profile", disable=not futures, mininterval=1):
+    for future in progress_bar(as_completed(futures), label, total=len(futures), unit="profile", disable=not futures):
         future.result()
     return [f.result() for f in futures]
 
