@@ -20,6 +20,7 @@ from PIL import Image
 from dit_ds.config.load import validate
 from dit_ds.data.build import build_train_dataset
 from dit_ds.data.loading import device_pass
+from dit_ds.data.loading.announce import AnnouncingSampler
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.device_pass import finish_batch
 from dit_ds.data.loading.index import JPG, SplitIndex
@@ -258,6 +259,49 @@ def test_loaders_give_the_same_batches_in_the_same_order(shards, streamed, worke
     assert len(want) == len(got) > 4
     for a, b in zip(want, got):
         assert_same(a, b)
+
+
+@given(st.integers(0, 40), st.integers(1, 80), st.integers(0, 5))
+def test_each_worker_is_told_once_what_it_loads_next(count, size, workers):
+    batches, known = [[(0, n, 1.0)] * size for n in range(count)], [[] for _ in range(max(1, workers))]
+    sampler = AnnouncingSampler(batches, workers)
+    for n, items in enumerate(sampler):
+        assert list(items) == batches[n]
+        expected = known[n % len(known)]  # of which PyTorch gives it the first
+        assert not items.coming if expected else len(items.coming) <= max(0, 64 // size - 1)
+        expected += [] if expected else [items, *items.coming]
+        assert expected.pop(0) == batches[n]
+    assert not any(known) and len(sampler) == len(batches) == sum(1 for _ in sampler)
+
+
+@pytest.mark.parametrize("skip_bad", [True, False])
+@pytest.mark.parametrize("damaged", [{}, {3: "json", 6: "jpg"}, {0: "jpg"}, {2: "other", 7: "json"}, {11: "other"}])
+def test_announced_batches_are_the_same_and_fail_when_they_are_due(damaged, skip_bad):
+    """By a damaged picture, damaged annotations, or those of another picture, which end a run in any case."""
+    rng, size = np.random.default_rng(0), (40, 60)
+    reader = InMemory(
+        [picture(rng, *size, "color") for _ in range(12)], [[mask(rng, *size, "object")]] * 12, [[[0]]] * 12
+    )
+    for image, what in damaged.items():
+        jpg, text = reader.files[image]
+        reader.files[image] = {
+            "json": (jpg, b""),
+            "jpg": (b"", text),
+            "other": (jpg, reader.files[(image + 1) % 12][1]),
+        }[what]
+    batches = [[(0, 2 * n, 1.0), (0, 2 * n + 1, 0.5)] for n in range(6)]
+    packed, plain = (PackedDataset(reader.index, "ref", 64, tokenize, Augmentation(), skip_bad=skip_bad) for _ in "ab")
+    packed.reader = plain.reader = reader
+    prepared = []
+    prepare, packed._prepare = packed._prepare, lambda of: prepared.append(len(of)) or prepare(of)
+    for items in AnnouncingSampler(batches, 0):
+        want, got = plain.__getitems__(list(items)), packed.__getitems__(items)
+        assert isinstance(got, UserError) == isinstance(want, UserError)
+        if isinstance(got, UserError):
+            assert str(got) == str(want)
+        else:
+            assert_same(*(finish_batch(b, CPU, 64, False) for b in (want, got)))
+    assert prepared[0] == 6 and (damaged or len(prepared) == 1)
 
 
 def test_one_sample_is_finished(shards):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_ds.data.jpeg import decode_jpeg
+from dit_ds.data.loading import index as index_module
 from dit_ds.data.loading.dataset import ExpressionDataset
 from dit_ds.data.loading.index import JPG, BadSample, SplitIndex
 from dit_ds.data.loading.loader import iterate, make_loader
@@ -109,15 +110,32 @@ def test_more_shards_than_a_process_may_open(index, monkeypatch):
     assert len(index.shards) > len(reader._files) == 2
 
 
-def test_an_expression_of_nothing_has_an_empty_mask(index, tokenize, monkeypatch):
-    loads = json.loads
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
 
+
+@given(_VALUES, st.booleans())
+def test_annotations_are_read_as_by_json(value, ascii_only):
+    text = json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+    for data in (text, text[:-1], text + b"x", b"\xff" + text):
+        try:
+            want = json.loads(data.decode())
+        except ValueError:
+            with pytest.raises(ValueError):
+                index_module._parse(data)
+        else:
+            assert repr(index_module._parse(data)) == repr(want)
+
+
+def test_an_expression_of_nothing_has_an_empty_mask(index, tokenize, monkeypatch):
     def without_target(data):
-        meta = loads(data)
+        meta = json.loads(data)
         meta["refs"][0]["ann_ids"] = []
         return meta
 
-    monkeypatch.setattr("dit_ds.data.loading.index.json.loads", without_target)
+    monkeypatch.setattr("dit_ds.data.loading.index.from_json", without_target)
     for augmentation in (None, Augmentation(0.4, 0.5, 0.5)):
         for rule in ("half", "any", "soft"):
             sample = ExpressionDataset(index, "sentence", 64, tokenize, augmentation, mask_rule=rule)[0, 0, 1.0]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -100,6 +101,8 @@ def mirror_expression(text: str) -> str | None:
     if not text.isascii() and any(c.isalpha() and "LATIN" not in unicodedata.name(c, "") for c in text):
         return None
     found = list(_WORD.finditer(text))
+    if all(_stays(w[0]) for w in found):
+        return text
     words = [_fold(w[0]) for w in found]
     out, end = "", 0
     for i, (written, word) in enumerate(zip(found, words)):
@@ -109,6 +112,13 @@ def mirror_expression(text: str) -> str | None:
         out += text[end : written.start()] + (written[0] if mirrored == word else _in_case_of(written[0], mirrored))
         end = written.end()
     return out + text[end:]
+
+
+@functools.lru_cache(1 << 14)  # more words than any of the datasets has
+def _stays(written: str) -> bool:
+    """Whether a word is the same in the mirrored picture, whatever stands beside it."""
+    word = _fold(written)
+    return word not in ("o", "oclock") and _mirror_word([word], 0, word) == word
 
 
 def _mirror_word(words: Sequence[str], i: int, word: str) -> str | None:

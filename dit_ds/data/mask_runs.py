@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_ds.data.masks import rle_numbers
+from dit_ds.data.masks import group_lengths, rle_numbers
 
 
 class MaskRuns:
@@ -21,33 +21,38 @@ class MaskRuns:
 
     def __init__(self, rles: Sequence[dict[str, Any]]):
         self._sizes = np.array([r["size"] for r in rles], np.int64)
-        numbers, last = rle_numbers("".join(r["counts"] for r in rles))
-        ends = np.cumsum([len(r["counts"]) for r in rles])  # in characters
-        until = np.searchsorted(last, ends - 1) + 1  # in numbers
-        counts = np.diff(until, prepend=0)
-        if (counts < 1).any() or (last[until - 1] != ends - 1).any():
+        numbers, others = rle_numbers("".join(r["counts"] for r in rles))
+        characters = np.array([len(r["counts"]) for r in rles])
+        end = np.cumsum(characters)
+        unfinished = np.searchsorted(others, np.stack([end - characters, end - 1, end]))
+        counts = characters - (unfinished[2] - unfinished[0])  # of numbers
+        if (counts < 1).any() or (unfinished[1] != unfinished[2]).any():
             raise ValueError("its mask is no compressed RLE")
+        until = end - unfinished[2]
         # in pairs of a run of zeros and one of ones, where need be with an empty one of ones at a mask's end
-        self._pairs, pairs = counts // 2, (counts + 1) // 2
-        self._first = np.cumsum(pairs) - pairs  # a mask's first pair
-        runs = np.zeros((pairs.sum(), 2), np.int64)
-        runs.ravel()[np.arange(len(numbers)) + np.repeat(2 * self._first - until + counts, counts)] = numbers
+        self._pairs, pairs, odd = counts // 2, (counts + 1) // 2, counts % 2 == 1  # those with ones; all
+        last = np.cumsum(pairs) - 1
+        self._first = last + 1 - pairs  # a mask's first pair
+        runs = np.zeros((last[-1] + 1, 2), numbers.dtype)
+        for start, stop, count in zip((2 * self._first).tolist(), until.tolist(), counts.tolist()):
+            runs.ravel()[start : start + count] = numbers[stop - count : stop]
         # from the fourth on a number is the difference to the one two before it
         zeros, runs[self._first, 0] = runs[self._first, 0], 0
-        sums = runs.cumsum(0)
+        sums = runs.cumsum(0, dtype=runs.dtype)
         sums -= np.repeat(sums[self._first] - runs[self._first], pairs, axis=0)
         sums[self._first, 0] = zeros
-        sums[(self._first + pairs - 1)[counts % 2 == 1], 1] = 0
+        sums[last[odd], 1] = 0
         # (pairs, 2): where each run of ones starts and ends, if all masks are one after another
-        self._bounds = sums.ravel().cumsum().reshape(-1, 2)
-        self._start = np.cumsum(self._sizes.prod(1)) - self._sizes.prod(1)
-        if (sums < 0).any() or (self._bounds[self._first + pairs - 1, 1] - self._start != self._sizes.prod(1)).any():
+        self._bounds = sums.ravel().cumsum(dtype=np.int64).reshape(-1, 2)
+        pixels = self._sizes.prod(1)
+        self._start = np.cumsum(pixels) - pixels
+        if (sums < 0).any() or (self._bounds[last, 1] - self._start != pixels).any():
             raise ValueError("its mask's runs don't fill it")
+        self._ones = (self._bounds - np.repeat(self._start, pairs)[:, None]).astype(np.int32)
 
     def __getitem__(self, i: int) -> np.ndarray:
         """(n, 2) int32: where each run of ones of mask i starts and ends, in column-major order."""
-        first = self._first[i]
-        return (self._bounds[first : first + self._pairs[i]] - self._start[i]).astype(np.int32)
+        return self._ones[self._first[i] : self._first[i] + self._pairs[i]]
 
     def empty(self) -> np.ndarray:
         """(masks,) bool: which have no ones."""
@@ -60,14 +65,16 @@ class MaskRuns:
         """
         starts, ends = self._bounds.T
         lengths, (height, width) = (ends - starts), self._sizes.T[..., None]
-        pairs = np.diff(self._first, append=len(lengths))
+        pairs = group_lengths(self._first, len(lengths))
         found = np.flatnonzero(lengths == np.repeat(np.maximum.reduceat(lengths, self._first), pairs))
         longest = np.empty_like(self._first)
         longest[np.searchsorted(self._first, found, "right") - 1] = found
         chosen = np.stack([longest, self._first + pairs // 2], 1)  # (masks, 2)
         first = self._start[:, None]
         middle = (starts[chosen] + ends[chosen]) // 2 - first
-        column, row = np.clip(middle // height, 1, width - 2), np.clip(middle % height, 1, height - 2)
+        column, row = (
+            np.minimum(np.maximum(x, 1), y - 2) for x, y in ((middle // height, width), (middle % height, height))
+        )
         tops = (first + column * height + row - 1)[..., None] + height[..., None] * [-1, 0, 1]
         run = np.searchsorted(starts, tops, "right") - 1
         filled = (run >= self._first[:, None, None]) & (ends[run] >= tops + 3)

@@ -28,7 +28,8 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     height, width = rle["size"]
     if not isinstance(rle["counts"], str) or not rle["counts"].isascii():
         raise ValueError("its mask is no compressed RLE")
-    runs, _ = rle_numbers(rle["counts"])
+    numbers, _ = rle_numbers(rle["counts"])
+    runs = numbers.astype(np.int64)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     if (runs < 0).any() or runs.sum() != height * width:
@@ -36,30 +37,44 @@ def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     return runs
 
 
+def group_lengths(first: np.ndarray, length: int) -> np.ndarray:
+    """(n,): lengths of consecutive groups, of which `first` (n,) are the first positions, in a sequence of `length`."""
+    lengths = np.empty_like(first)  # `np.diff` with `append` takes several times as long
+    lengths[:-1], lengths[-1:] = first[1:] - first[:-1], length - first[-1:]
+    return lengths
+
+
 def rle_numbers(counts: str) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int64: the numbers that compressed RLEs are written in, and of each the position of its last character.
+    """The numbers that compressed RLEs are written in.
 
     Args:
         counts: of one RLE, or of several, one after another.
+    Returns:
+        (n,), int32 or int64, whichever holds the sum of their magnitudes; and the positions of the characters that don't
+        end a number.
     Raises:
         ValueError: it is none.
     """
     digits = np.frombuffer(counts.encode(), np.uint8) - np.uint8(48)
-    last = np.flatnonzero(digits < 32)
-    if not len(last) or last[-1] != len(digits) - 1 or digits.max() > 63:
+    ends = digits < 32
+    if not len(ends) or not ends[-1] or digits.max() > 63:
         raise ValueError("its mask is no compressed RLE")
-    first = np.empty_like(last)
-    first[0], first[1:] = 0, last[:-1] + 1
-    length = last - first + 1
-    if length.max() > 8:  # more bits than any image has pixels
+    numbers = (digits[ends] ^ 16).astype(np.int8) - np.int8(16)  # of the last characters alone, with their signs
+    others = np.flatnonzero(~ends)
+    number = others - np.arange(len(others))  # which each belongs to
+    begins = np.ones(len(others), bool)
+    begins[1:] = number[1:] != number[:-1]
+    first = np.flatnonzero(begins)
+    characters = group_lengths(first, len(others))  # before a number's last one
+    if characters.max(initial=0) > 7:  # more bits than any image has pixels
         raise ValueError("its mask is no compressed RLE")
-    numbers = (digits[first] & 31).astype(np.int64)
-    for k in range(1, length.max()):
-        longer = np.flatnonzero(length > k)
-        numbers[longer] |= (digits[first[longer] + k] & 31).astype(np.int64) << (5 * k)
-    negative = np.flatnonzero(digits[last] & 16)
-    numbers[negative] -= np.int64(1) << (5 * length[negative])
-    return numbers, last
+    place = np.arange(len(others)) - np.repeat(first, characters)
+    low = np.add.reduceat((digits[others] & 31).astype(np.int64) << (5 * place), first)
+    longer = number[first]
+    long = (numbers[longer].astype(np.int64) << (5 * characters)) + low
+    numbers = numbers.astype(np.int32 if 16 * len(numbers) + np.abs(long).sum() < 1 << 31 else np.int64)
+    numbers[longer] = long
+    return numbers, others
 
 
 def holds_square(runs: np.ndarray, height: int, side: int) -> bool:

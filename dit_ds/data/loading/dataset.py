@@ -181,15 +181,15 @@ class ExpressionDataset(Dataset):
     def _blank(self, epoch: int, sample: int) -> dict[str, Any]:
         """The arguments of `BatchBuilder.put` for a damaged sample: zeros, with the prompt's kind unchanged."""
         zeros = np.zeros((self.image_size, self.image_size), np.uint8)
-        out = {"write_image": lambda pixels: pixels.fill(0), "mask": zeros} | self._blank_values(epoch, sample)
+        out = {"write_image": lambda pixels: pixels.fill(0), "mask": zeros} | self._values(sample, 0.0)
+        out |= self._blank_prompt(epoch, sample)
         if self.augmentation is None:
             out |= self._evaluation_values(self._locate(epoch, sample).image, zeros, "")
         return out
 
-    def _blank_values(self, epoch: int, sample: int) -> dict[str, Any]:
-        """A damaged sample's values beside picture and mask."""
+    def _blank_prompt(self, epoch: int, sample: int) -> dict[str, Any]:
         kind, _, prompt_rng = self._draw_kind_and_side(epoch, sample)
-        return self._values(sample, 0.0) | self._prompt(kind, "", np.ones((1, 1), np.uint8), prompt_rng)
+        return self._prompt(kind, "", np.ones((1, 1), np.uint8), prompt_rng)
 
     @staticmethod
     def _values(sample: int, weight: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 from zlib_ng.zlib_ng import crc32
 
 from dit_ds.data.loading.sampler import Samples
@@ -238,7 +239,7 @@ class SplitIndex:
         """
         first, last = self._first_refs[image : image + 2].tolist()
         try:
-            meta = parse_json(data.decode())  # which detects an encoding of bytes in more time than this takes
+            meta = _parse(data)
             lengths = [len(r["sentences"]) for r in meta["refs"]]
             same = meta["image_id"] == self.images[image, 1] and lengths == self.refs[first:last, 3].tolist()
         except (ValueError, LookupError, TypeError):
@@ -269,3 +270,11 @@ class SplitIndex:
         return BadSample(
             f"{shard}: {self.key(image)}.{self.extension(image, member)} is damaged: remove that shard and shard again"
         )
+
+
+def _parse(data: bytes) -> Any:
+    """As `parse_json`, in half the time."""
+    try:
+        return from_json(data)
+    except ValueError:  # there are escapes and numbers that only the other reads
+        return parse_json(data.decode())

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from dit_ds.data.loading.announce import AnnouncingSampler
 from dit_ds.data.loading.batch import join_slices
 from dit_ds.data.loading.dataset import ExpressionDataset
+from dit_ds.data.loading.packed import PackedDataset
 from dit_ds.data.loading.readers import StreamReader
 from dit_ds.data.loading.sampler import EvalBatchSampler, TrainBatchSampler
 from dit_ds.data.loading.shared_memory import share
@@ -77,7 +79,8 @@ def make_loader(
         stream = StreamDataset(dataset, reader, batches)
         return Loader(DataLoader(stream, batch_size=None, num_workers=workers, **options), slices, timeout)
     persistent = workers > 0 and isinstance(batches, TrainBatchSampler)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=persistent, **options)
+    announced = AnnouncingSampler(batches, workers) if isinstance(dataset, PackedDataset) else batches
+    loader = DataLoader(dataset, batch_sampler=announced, num_workers=workers, persistent_workers=persistent, **options)
     return Loader(loader, 1, timeout)
 
 

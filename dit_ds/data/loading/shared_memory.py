@@ -6,6 +6,7 @@ Fresh memory costs a page fault for each 4 KiB, together about as much as resizi
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import uuid
 from collections.abc import Iterable
@@ -33,40 +34,40 @@ class SharedBatchPool:
     def __init__(self) -> None:
         self.key = os.getpid(), uuid.uuid4().int
         self._in_use = torch.zeros(_SLOTS, dtype=torch.uint8).share_memory_()
+        self._flags = self._in_use.numpy()  # the same memory, quicker to read
         self._slots: list[torch.UntypedStorage] = []
-        self._by_address: dict[int, int] = {}
         self._sent: set[int] = set()  # slots whose memory the training process has
+        self._taken: tuple[int | None, torch.UntypedStorage] | None = None  # last: its slot, None outside the slots
 
     def take(self, size: int) -> tuple[torch.UntypedStorage, bool]:
         """A shared storage of at least `size` bytes, and whether it is fresh, that is, zeros."""
-        free = [slot for slot in range(len(self._slots)) if not self._in_use[slot]]
+        free = np.flatnonzero(self._flags[: len(self._slots)] == 0).tolist()
         slot = next((slot for slot in free if self._slots[slot].nbytes() >= size), None)
-        if slot is not None:
-            self._in_use[slot] = 1
-            return self._slots[slot], False
-        storage = torch.UntypedStorage._new_shared(size)
-        if len(self._slots) < _SLOTS:
+        fresh = slot is None
+        storage = torch.UntypedStorage._new_shared(size) if slot is None else self._slots[slot]
+        if fresh and len(self._slots) < _SLOTS:
             slot = len(self._slots)
             self._slots.append(storage)
-        elif free:
+        elif fresh and free:
             slot = free[0]
             self._slots[slot] = storage
             self._sent.discard(slot)
-        else:
-            return storage, True
-        self._in_use[slot] = 1
-        self._by_address = {s.data_ptr(): i for i, s in enumerate(self._slots)}
-        return storage, True
+        if slot is not None:
+            self._flags[slot] = 1
+        self._taken = slot, storage
+        return storage, fresh
 
     def share(self, batch: dict[str, Any]) -> SharedBatch:
-        """Wrap a batch for the queue to the training process."""
-        storage = next(v for v in batch.values() if isinstance(v, Tensor) and v.is_shared()).untyped_storage()
-        slot = self._by_address.get(storage.data_ptr())
+        """Wrap a batch, whose memory was taken last, for the queue to the training process."""
+        assert self._taken is not None
+        slot, storage = self._taken
         known = slot in self._sent
         if slot is not None:
             self._sent.add(slot)
         memory = None if known else torch.empty(0, dtype=torch.uint8).set_(storage)
-        return SharedBatch(batch, _Place(self.key, slot, memory, None if known else self._in_use))
+        place = _Place(self.key, slot, memory, None if known else self._in_use)
+        first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        return SharedBatch({k: _sent_form(v, first, end) for k, v in batch.items()}, place)
 
 
 _pool: SharedBatchPool | None = None  # of this process, if it is a worker
@@ -107,19 +108,18 @@ class _Place(NamedTuple):
 class SharedBatch:
     """A batch in the queue, which is unpickled to a dict whose slot is released once its tensors are dropped.
 
-    Small tensors are sent through the pipe.
-
     Args:
-        batch: its large tensors are in one storage in shared memory.
-        place: of that storage.
+        values: of the batch, as of `_sent_form`.
+        place: of the storage that its large tensors are in.
     """
 
-    def __init__(self, batch: dict[str, Any], place: _Place):
+    def __init__(self, values: dict[str, Any], place: _Place):
         self._place = place
-        self._values = {k: _sent_form(v) for k, v in batch.items()}
+        # pickled here: PyTorch's thread, which sends it, would take turns with this one for each value
+        self._pickled = pickle.dumps(values, pickle.HIGHEST_PROTOCOL)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive, (self._values, self._place)
+        return _receive, (self._pickled, self._place)
 
 
 class _View(NamedTuple):
@@ -131,10 +131,11 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
 
 
-def _sent_form(value: Any) -> Any:
+def _sent_form(value: Any, first: int, end: int) -> Any:
+    """A tensor in the memory from the address `first` to `end` as a `_View`; another one, which is small, as an array."""
     if not isinstance(value, Tensor):
         return value
-    if not value.is_shared():
+    if not first <= value.data_ptr() < end:
         return value.numpy()
     return _View(value.dtype, int(value.storage_offset()), tuple(value.shape), value.stride())
 
@@ -145,7 +146,7 @@ _received: list[tuple[StorageWeakRef, Tensor, int]] = []  # of batches: storage,
 _pools: dict[tuple[int, int], tuple[Tensor, dict[int, np.ndarray]]] = {}  # flags, and the slots' bytes
 
 
-def _receive(values: dict[str, Any], place: _Place) -> dict[str, Any]:
+def _receive(pickled: bytes, place: _Place) -> dict[str, Any]:
     """The batch; releases the slots of earlier batches that were dropped meanwhile."""
     with _lock:
         for entry in [e for e in _received if e[0].expired()]:
@@ -160,7 +161,7 @@ def _receive(values: dict[str, Any], place: _Place) -> dict[str, Any]:
             in_use, slots = _pools[place.pool]
             memory = torch.from_numpy(slots[place.slot])  # its storage is this batch's alone, and expires with it
             _received.append((StorageWeakRef(memory.untyped_storage()), in_use, place.slot))
-    return {k: _received_form(v, memory) for k, v in values.items()}
+    return {k: _received_form(v, memory) for k, v in pickle.loads(pickled).items()}
 
 
 def _received_form(value: Any, memory: Tensor) -> Any:

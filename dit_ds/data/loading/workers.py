@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import signal
 import sys
@@ -27,9 +28,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def worker_init_fn(_: int) -> None:
-    """Set up a worker process: one thread, memory reuse, signals, and death along with its parent."""
+    """Set up a worker process: one thread, memory and its reuse, signals, and death along with its parent."""
     torch.set_num_threads(1)
     die_with_parent()
+    gc.freeze()  # what the worker was forked with is neither searched for garbage nor, by that, copied
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         # keep freed image memory for the next image: page faults cost as much as resizing it (musl has no mallopt)
